@@ -1,0 +1,51 @@
+# One target for each thing a person does. `make` alone lists them.
+
+PYTHON ?= python3
+INBOX ?= inbox
+VENV := .venv
+BIN := $(VENV)/bin
+NEEDED_MB := 7000
+
+export INBOX PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help sort test check format lowest clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+sort: $(VENV)/.installed ## sort the photos in INBOX (default ./inbox) into INBOX/cats and INBOX/dogs
+	@if [ "$$INBOX" = inbox ]; then mkdir -p inbox; echo "The inbox is $$PWD/inbox: drop photos there and run make sort again."; fi
+	@$(BIN)/sorter run --once --inbox "$$INBOX"
+
+test: $(VENV)/.installed-dev ## run every test
+	@$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev ## ruff, ruff format, mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+lowest: ## run every test with the oldest dependencies that pyproject.toml allows, in .venv-lowest
+	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	@sed -n '/^dependencies = \[/,/^\]/s/^ *"\(.*\)>=\(.*\)",$$/\1==\2.*/p' pyproject.toml > .venv-lowest/constraints.txt
+	@.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[dev]'
+	@.venv-lowest/bin/python -m pytest
+
+clean: ## remove the virtual environments; photos and the model stay
+	@rm -rf .venv .venv-lowest
+
+# The stamps stand for "this pyproject.toml is installed": a newer one makes them stale.
+$(VENV)/.installed: pyproject.toml
+	@.ci/venv "$(VENV)" "$(NEEDED_MB)"
+	@$(BIN)/python -m pip install --quiet --editable . || { echo "The installation failed; pip says why above. Mend that and run make again." >&2; exit 1; }
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml
+	@.ci/venv "$(VENV)" "$(NEEDED_MB)"
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]' || { echo "The installation failed; pip says why above. Mend that and run make again." >&2; exit 1; }
+	@touch $(VENV)/.installed $@

@@ -1,0 +1,197 @@
+"""The command line: commands, wiring, exit codes. The flags are made from the fields of `settings.Settings`."""
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NoReturn
+from uuid import uuid4
+
+import structlog
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+import sorter
+from sorter import console, logs, manifest, preflight, settings
+from sorter.errors import ExitCode, SorterError
+from sorter.inbox import Inbox, is_temporary
+from sorter.mover import Mover
+from sorter.settings import Settings
+
+_EXIT_CODES = """\
+exit codes:
+  0  done, also when files that are no photos were skipped
+  1  could not go on: disk full, inbox vanished
+  2  configuration, model or usage is wrong; nothing was touched
+  3  done, but some photos went to failed/ or were left in the inbox
+"""
+_DESCRIPTION = "Sorts the photos in a folder into cats/ and dogs/ with a ResNet50, and never overwrites or deletes one."
+_CONFIG_HELP = "TOML file with any of these settings, its keys named like the flags with _ for - (also SORTER_CONFIG)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse whose errors are one line and exit with the code for wrong usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ExitCode.USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=min(100, int(os.environ.get("COLUMNS", "100"))))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(prog="sorter", description=_DESCRIPTION, epilog=_EXIT_CODES, formatter_class=_Formatter)
+    parser.add_argument("--version", action="version", version=f"sorter {sorter.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    described = {
+        "run": ("sort the inbox: once, or whatever is dropped into it until stopped", _run),
+        "check": ("check configuration, model, device and permissions; touch no photo", _check),
+    }
+    for name, (what, action) in described.items():
+        sentence = what[0].upper() + what[1:] + "."
+        description = textwrap.fill(
+            sentence + " Settings come from flags, then SORTER_... variables, then the TOML file."
+        )
+        command = commands.add_parser(
+            name, help=what, description=description, epilog=_EXIT_CODES, formatter_class=_Formatter
+        )
+        command.set_defaults(action=action)
+        _add_settings(command)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    groups: dict[str, Any] = {}
+    for name, field in Settings.model_fields.items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        title = str(extra["group"])
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title.lower())
+            if title == "Folders":
+                groups[title].add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=_CONFIG_HELP)
+        flag = "--" + name.replace("_", "-")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(field)}
+        if field.annotation is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["metavar"] = extra["metavar"]
+        groups[title].add_argument(flag, **options)
+
+
+def _help(field: FieldInfo) -> str:
+    text = str(field.description).replace("%", "%%")
+    if field.default in (None, PydanticUndefined, False) or "(default" in text:
+        return text
+    return f"{text} (default: {field.default})"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code; errors are sentences on standard error."""
+    flags = vars(build_parser().parse_args(arguments))
+    action, debug = flags.pop("action"), flags.get("log_level") == "debug"
+    flags.pop("command")
+    try:
+        chosen = settings.load(flags)
+        debug = chosen.log_level == "debug"
+        return int(action(chosen))
+    except SorterError as error:
+        if debug:
+            raise
+        _say(error)
+        return int(error.exit_code)
+
+
+def _say(error: SorterError) -> None:
+    """Say what is wrong: in the log's own format once there is a log, plainly before."""
+    if structlog.is_configured():
+        structlog.get_logger().error("error", detail=str(error), exit_code=int(error.exit_code))
+    else:
+        sys.stderr.write("".join(f"sorter: {line}\n" for line in str(error).splitlines()))
+
+
+def _run(chosen: Settings) -> ExitCode:
+    stream = logs.configure(chosen.log_format, chosen.log_level)
+    log = structlog.get_logger()
+    model = manifest.read(chosen.model)
+    preflight.check_folders(chosen, model)
+
+    # Heavy from here on: everything that can be wrong without them has been said.
+    from sorter.engines import open_engine
+    from sorter.pipeline import Pipeline
+    from sorter.service import Service
+    from sorter.watcher import Watcher
+
+    inbox = Inbox(
+        chosen.inbox,
+        recursive=chosen.recursive,
+        excluded=preflight.excluded(chosen, model),
+        settle_seconds=chosen.settle_seconds,
+    )
+    engine = open_engine(chosen.model, model, chosen.device)
+    run = uuid4().hex[:12]
+    log.info(
+        "service.started",
+        run=run,
+        version=sorter.__version__,
+        device=engine.device,
+        precision=engine.precision,
+        batch_size=chosen.batch_size,
+        model=model.name,
+        accuracy=model.accuracy,
+        inbox=str(inbox.root),
+        output=str(chosen.output_folder.absolute()),
+        **({"dry_run": True} if chosen.dry_run else {}),
+    )
+    mover = Mover(chosen.output_folder)
+    with ExitStack() as stack:
+        progress: dict[str, Any] = {}
+        if chosen.once and chosen.log_format != "json" and stream.isatty():
+            shown = stack.enter_context(console.bar(stream, _count(chosen.inbox)))
+            progress = {"on_outcome": shown.advance, "on_waiting": shown.waiting}
+        pipeline = Pipeline(engine, model, mover, chosen, workers=_workers())
+        stack.callback(pipeline.close)
+        fields = {"run": run, "model": model.name} | ({"dry_run": True} if chosen.dry_run else {})
+        service = Service(chosen, inbox, pipeline, mover, log_fields=fields, **progress)
+        tally = service.run_once() if chosen.once else service.run(Watcher(inbox.root, recursive=chosen.recursive))
+    if chosen.once:
+        print(console.summary(tally, preflight.destinations(model), dry_run=chosen.dry_run))
+    return tally.exit_code if chosen.once else ExitCode.DONE
+
+
+def _workers() -> int:
+    from sorter.engines.torch_engine import available_cpus
+
+    return min(available_cpus(), 16)
+
+
+def _count(inbox: Path) -> int:
+    with os.scandir(inbox) as entries:
+        return sum(1 for entry in entries if not is_temporary(entry.name) and entry.is_file(follow_symlinks=False))
+
+
+def _check(chosen: Settings) -> ExitCode:
+    model = manifest.read(chosen.model)
+    preflight.check_folders(chosen, model)
+    from sorter.engines import open_engine
+
+    engine = open_engine(chosen.model, model, chosen.device)
+    accuracy = "not measured" if model.accuracy is None else f"{model.accuracy:.2%} on photos it never saw"
+    rows = {
+        "inbox": f"{chosen.inbox.absolute()}" + (" and its subfolders" if chosen.recursive else ""),
+        "output": f"{chosen.output_folder.absolute()}",
+        "folders": ", ".join(f"{folder}/" for folder in preflight.destinations(model)),
+        "model": f"{model.name}, {model.architecture} at {model.input.size} px",
+        "accuracy": accuracy,
+        "device": f"{engine.device}, {engine.precision}, batches of {chosen.batch_size}",
+    }
+    for name, value in rows.items():
+        print(f"{name:<9} {value.encode(errors='backslashreplace').decode()}")
+    print("All is well.")
+    return ExitCode.DONE

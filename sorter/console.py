@@ -1,0 +1,66 @@
+"""What a person at a terminal sees: the progress bar while photos are sorted, and the summary after."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from sorter.logs import LogStream
+from sorter.service import Tally
+
+
+class Bar:
+    """A progress bar on the log's terminal; log lines pass above it."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self._progress, self._task = progress, task
+
+    def advance(self, tally: Tally) -> None:
+        """Show the photos that are done."""
+        done = tally.photos + tally.skipped + tally.left
+        self._progress.update(self._task, completed=done, speed=self._speed())
+
+    def waiting(self, files: int) -> None:
+        """Show that nothing but files that are still changing is left."""
+        self._progress.update(self._task, description=f"waiting for {files} still changing")
+
+    def _speed(self) -> str:
+        task = self._progress.tasks[0]
+        return f"{task.speed:.1f} photos/s" if task.speed else ""
+
+
+@contextmanager
+def bar(stream: LogStream, total: int) -> Iterator[Bar]:
+    """Show a bar for about `total` files."""
+    console = Console(file=stream, force_terminal=True)  # type: ignore[arg-type]
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
+        task = progress.add_task("sorting", total=total, speed="")
+        # Rich writes to the stream too: only what comes from the log has to go around the bar.
+        stream.above = lambda text: progress.console.print(Text.from_ansi(text.rstrip("\n")), soft_wrap=True)
+        try:
+            yield Bar(progress, task)
+        finally:
+            stream.above = None
+
+
+def summary(tally: Tally, folders: list[str], *, dry_run: bool) -> str:
+    """The lines that `sorter run --once` ends with, on standard output."""
+    rows = [(f"{folder}/", tally.folders[folder]) for folder in folders if tally.folders[folder] or folder != "unsure"]
+    rows += [("skipped, not photos", tally.skipped), ("left in the inbox", tally.left)]
+    would = "would be " if dry_run else ""
+    head = f"{tally.photos} photos {would}sorted in {tally.seconds:.1f} s ({tally.photos_per_second:.1f} photos/s)"
+    if tally.interrupted:
+        head += ", interrupted: the rest is still in the inbox"
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([head, *(f"  {name:<{width}}  {count:>7}" for name, count in rows)])

@@ -1,0 +1,308 @@
+"""The processes that decode: a crash, a hang, a leak or native noise in a decoder stays inside them.
+
+In: settled `Photo`s. Out: a `Decoded` for each, with its pixels in a row of shared memory, or why it has none.
+
+Each worker process decodes one photo at a time for the thread that owns it, so that a death names its photo. Workers
+get an open descriptor, never a path: they can read the one photo they were given and nothing else. They hold no lock,
+write to nothing but their row, and die with their parent. This module runs in them too, so it imports no numpy.
+"""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import queue
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from sorter import images
+from sorter.errors import PhotoError, Reason
+from sorter.images import Limits, Preprocessing
+from sorter.inbox import Identity, Photo, open_file
+
+# A 250-megapixel JPEG needs 190 MB scaled by two, a 100-megapixel PNG with transparency 800 MB with its copies.
+WORKER_MEMORY_BYTES = 2 << 30
+"""Address space a worker may take before its photo fails as out-of-memory."""
+
+_REQUEST = struct.Struct("<I")  # row
+_REPLY = struct.Struct("<BfI")  # kind, seconds, bytes of text that follow
+_OK, _FAILED, _UNREADABLE = range(3)
+
+Verdict = Literal["pixels", "failed", "skipped", "left", "gone"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What became of one photo.
+
+    Attributes:
+        photo: with the identity of the file that was decoded, which need not be the one the scan saw.
+        verdict: `pixels` (in `row`), `failed` (with `reason`), `skipped` (not a photo), `left` (may not or cannot be
+            read now), `gone` (no longer there, or no longer the settled file).
+        row: the row of `Decoders.pixels`; whoever takes it gives it back with `Decoders.release`.
+        detail: what a person wants to know about a verdict other than `pixels`.
+        milliseconds: time in the decoder.
+
+    """
+
+    photo: Photo
+    verdict: Verdict
+    row: int = -1
+    reason: Reason | None = None
+    detail: str = ""
+    milliseconds: float = 0.0
+
+
+class Decoders:
+    """A fixed number of worker processes, the shared memory that they fill, and the threads that look after them.
+
+    Args:
+        workers: how many photos are decoded at a time.
+        rows: how many decoded photos may exist at a time; submitting blocks while all are taken.
+        preprocessing: what the network wants.
+        limits: what is refused.
+        max_bytes: larger files fail as too-large without being read.
+        timeout_seconds: a worker that takes longer is killed.
+        deliver: called with each `Decoded`, from the threads here.
+        fail: called with what a thread here died of.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        workers: int,
+        rows: int,
+        preprocessing: Preprocessing,
+        limits: Limits,
+        max_bytes: int,
+        timeout_seconds: float,
+        deliver: Callable[[Decoded], None],
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        self._descriptor = _shared_memory(rows * preprocessing.size**2 * 3)
+        self.pixels = mmap.mmap(self._descriptor, 0)  # uint8 (rows, S, S, 3)
+        self._preprocessing, self._limits = preprocessing, limits
+        self._max_bytes, self._timeout_seconds = max_bytes, timeout_seconds
+        self._deliver, self._fail = deliver, fail
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for row in range(rows):
+            self._free.put(row)
+        self._tasks: queue.SimpleQueue[tuple[Photo, int] | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._run, name=f"decoder-{n}", daemon=True) for n in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, photo: Photo, *, timeout_seconds: float) -> bool:
+        """Hand over a photo, waiting for a free row; False if none came free in time."""
+        try:
+            row = self._free.get(timeout=timeout_seconds)
+        except queue.Empty:
+            return False
+        self._tasks.put((photo, row))
+        return True
+
+    def release(self, row: int) -> None:
+        """Give a row back once its pixels are used."""
+        self._free.put(row)
+
+    def close(self) -> None:
+        """End the workers after the photos in hand."""
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+        os.close(self._descriptor)
+
+    def _run(self) -> None:
+        worker = None
+        try:
+            worker = self._new_worker()
+            while (task := self._tasks.get()) is not None:
+                photo, row = task
+                decoded = self._decode(worker, photo, row)
+                if decoded.reason in (Reason.DECODER_CRASH, Reason.DECODER_TIMEOUT):
+                    # Once more, in a process of its own: the death may have been another's fault (out of memory, say).
+                    worker.kill()
+                    worker = self._new_worker()
+                    decoded = self._decode(worker, photo, row)
+                    if decoded.reason in (Reason.DECODER_CRASH, Reason.DECODER_TIMEOUT):
+                        worker.kill()
+                        worker = self._new_worker()
+                if decoded.verdict != "pixels":
+                    self.release(row)
+                self._deliver(decoded)
+        except BaseException as error:
+            self._fail(error)
+        finally:
+            if worker is not None:
+                worker.kill()
+
+    def _new_worker(self) -> "_Worker":
+        return _Worker(self._descriptor, self._preprocessing, self._limits)
+
+    def _decode(self, worker: "_Worker", photo: Photo, row: int) -> Decoded:
+        try:
+            descriptor = open_file(photo)
+        except PermissionError:
+            return Decoded(photo, "left", detail="may not be read: give the sorter's user permission to read it")
+        except OSError as error:
+            return Decoded(photo, "gone", detail=error.strerror or "")
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or Identity.of(status) != photo.identity:
+                return Decoded(photo, "gone", detail="changed since it was settled")
+            head = os.pread(descriptor, images.SIGNATURE_BYTES, 0)
+            extension = os.path.splitext(photo.name)[1].lower()
+            if not images.has_signature(head) and extension not in images.EXTENSIONS:
+                return Decoded(photo, "skipped", detail="not a photo")
+            if status.st_size > self._max_bytes:
+                detail = f"{status.st_size / 1e6:.0f} MB; the limit is {self._max_bytes / 1e6:g} MB"
+                return Decoded(photo, "failed", reason=Reason.TOO_LARGE, detail=detail)
+            kind, seconds, text = worker.decode(descriptor, row, self._timeout_seconds)
+        except OSError as error:
+            return Decoded(photo, "left", detail=f"cannot be read now: {error.strerror}")
+        except PhotoError as error:
+            return Decoded(photo, "failed", reason=error.reason, detail=error.detail)
+        finally:
+            os.close(descriptor)
+        if kind == _OK:
+            return Decoded(photo, "pixels", row=row, milliseconds=seconds * 1000)
+        if kind == _UNREADABLE:
+            return Decoded(photo, "left", detail=f"cannot be read now: {text}")
+        reason, _, detail = text.partition(" ")
+        return Decoded(photo, "failed", reason=Reason(reason), detail=detail, milliseconds=seconds * 1000)
+
+
+class _Worker:
+    """One worker process as its parent sees it."""
+
+    def __init__(self, memory: int, preprocessing: Preprocessing, limits: Limits) -> None:
+        self._socket, theirs = socket.socketpair()
+        arguments: list[object] = [
+            theirs.fileno(),
+            memory,
+            preprocessing.size,
+            preprocessing.crop,
+            preprocessing.resize,
+        ]
+        arguments += [limits.max_megapixels, limits.max_jpeg_megapixels]
+        # -P: never import from the folder one happens to stand in, which may be an inbox.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "sorter.decoders", *map(str, arguments)],
+            pass_fds=(theirs.fileno(), memory),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        theirs.close()
+
+    def decode(self, descriptor: int, row: int, timeout_seconds: float) -> tuple[int, float, str]:
+        """Have one open file decoded into a row.
+
+        Raises:
+            PhotoError: the worker died of it or did not answer in time; the worker has to be replaced.
+
+        """
+        self._socket.settimeout(timeout_seconds)
+        try:
+            socket.send_fds(self._socket, [_REQUEST.pack(row)], [descriptor])
+            kind, seconds, length = _REPLY.unpack(_receive(self._socket, _REPLY.size))
+            return kind, seconds, _receive(self._socket, length).decode("utf-8", "replace")
+        except TimeoutError:
+            raise PhotoError(Reason.DECODER_TIMEOUT, f"not decoded after {timeout_seconds:g} s") from None
+        except (EOFError, ConnectionError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(1)
+            code = self._process.returncode
+            how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+            raise PhotoError(Reason.DECODER_CRASH, f"the decoder died of it ({how})") from None
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def _receive(connection: socket.socket, length: int) -> bytes:
+    received = b""
+    while len(received) < length:
+        part = connection.recv(length - len(received))
+        if not part:
+            raise EOFError
+        received += part
+    return received
+
+
+def _shared_memory(size: int) -> int:
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("sorter-pixels")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
+def _confine() -> None:
+    """Die with the parent, leave its signals to it, and stay within the memory that one photo may take."""
+    # Ctrl-C and systemd's SIGTERM reach the whole group: the parent decides when a worker ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        import resource
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def worker_main(arguments: list[str]) -> None:
+    """Decode one descriptor after another until the parent closes the connection."""
+    parent = os.getppid()
+    _confine()
+    if os.getppid() != parent:  # it died before we could ask to die with it
+        return
+    warnings.simplefilter("ignore", UserWarning)  # Pillow warns of odd metadata; nobody reads it here
+    connection = socket.socket(fileno=int(arguments[0]))
+    memory = mmap.mmap(int(arguments[1]), 0)
+    crop: Literal["squash", "center"] = "center" if arguments[3] == "center" else "squash"
+    preprocessing = Preprocessing(int(arguments[2]), crop, int(arguments[4]))
+    limits = Limits(float(arguments[5]), float(arguments[6]))
+    stride = preprocessing.size * preprocessing.size * 3
+    while True:
+        request, descriptors, _, _ = socket.recv_fds(connection, _REQUEST.size, 1)
+        if not request:
+            return
+        (row,) = _REQUEST.unpack(request)
+        start, kind, text = time.perf_counter(), _OK, ""
+        try:
+            memory[row * stride : (row + 1) * stride] = images.decode(descriptors[0], preprocessing, limits).tobytes()
+        except PhotoError as error:
+            kind, text = _FAILED, f"{error.reason} {error.detail}"
+        except MemoryError:
+            kind, text = _FAILED, f"{Reason.OUT_OF_MEMORY} it needs more than {WORKER_MEMORY_BYTES >> 20} MiB"
+        except OSError as error:
+            kind, text = _UNREADABLE, error.strerror or str(error)
+        finally:
+            os.close(descriptors[0])
+        said = text[:500].encode("utf-8", "replace")
+        connection.sendall(_REPLY.pack(kind, time.perf_counter() - start, len(said)) + said)
+
+
+if __name__ == "__main__":
+    worker_main(sys.argv[1:])

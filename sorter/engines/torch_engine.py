@@ -1,0 +1,99 @@
+"""PyTorch on a GPU or a CPU: weights loaded once, half precision where the device has it, channels-last."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sorter import network
+from sorter.errors import ConfigurationError
+from sorter.manifest import Manifest
+
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+class TorchEngine:
+    """The network on one device, with normalisation and temperature in the computation.
+
+    Args:
+        folder: the model folder.
+        manifest: its manifest.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+
+    Raises:
+        ConfigurationError: there is no such device.
+        ModelError: the weights cannot be used.
+
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, device: str) -> None:
+        self._device = choose_device(device)
+        self._dtype = _choose_precision(self._device)
+        self.device, self.precision = str(self._device), _PRECISIONS[self._dtype]
+        if self._device.type == "cpu":
+            torch.set_num_threads(available_cpus())
+        folded = network.fold_batch_norm(network.load(folder, manifest))
+        self._network = folded.to(self._device, self._dtype).to(memory_format=torch.channels_last)
+        channels = (1, 3, 1, 1)
+        mean = torch.tensor(manifest.input.mean).view(channels)
+        std = torch.tensor(manifest.input.std).view(channels)
+        # (pixel / 255 - mean) / std as one multiplication and one addition.
+        self._scale = (1 / (255 * std)).to(self._device)
+        self._shift = (-mean / std).to(self._device)
+        self._temperature = manifest.temperature
+
+    @torch.inference_mode()
+    def classify(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """See `Engine.classify`."""
+        batch = torch.from_numpy(pixels)  # (N, S, S, 3)
+        if self._device.type == "cuda":
+            batch = batch.pin_memory()
+        batch = batch.to(self._device, non_blocking=True)
+        image = batch.permute(0, 3, 1, 2)  # (N, 3, S, S), channels-last without a copy
+        logits = self._network((image * self._scale + self._shift).to(self._dtype))  # (N, C)
+        probabilities: npt.NDArray[np.float32] = (logits.float() / self._temperature).softmax(1).cpu().numpy()
+        return probabilities
+
+
+def available_cpus() -> int:
+    """How many processors this process may use, which in a container is fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_device(name: str) -> torch.device:
+    """Turn a setting into a device that exists.
+
+    Raises:
+        ConfigurationError: there is no such device here.
+
+    """
+    has_mps = torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; use --device cpu, or "
+            "install the NVIDIA driver and a CUDA build of PyTorch"
+        )
+    if device.type == "mps" and not has_mps:
+        raise ConfigurationError("--device mps: PyTorch finds no Apple GPU here; use --device cpu")
+    return device
+
+
+def _choose_precision(device: torch.device) -> torch.dtype:
+    if device.type in ("cuda", "mps"):
+        return torch.float16
+    # Emulated bf16 is slower than fp32: only where the processor multiplies it itself.
+    with_bf16 = torch.backends.mkldnn.is_available() and _multiplies_bf16()  # type: ignore[no-untyped-call]
+    return torch.bfloat16 if with_bf16 else torch.float32
+
+
+def _multiplies_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -1,0 +1,78 @@
+"""Every error that the sorter raises on purpose.
+
+    SorterError                 one sentence for the person, and the exit code it ends with
+    ├── ConfigurationError  2   a setting, a flag, the inbox or the output is wrong: say it differently and start again
+    ├── ModelError          2   the model folder cannot be used
+    └── StorageError        1   the disk or the folder does not take photos any more
+        └── InboxGoneError  1   the inbox vanished while it was being sorted
+
+    PhotoError                  one photo cannot be read as a photo; it never ends the program
+
+Exit codes: 0 done, 1 could not go on, 2 wrong configuration, model or usage, 3 done but some photos failed or stayed.
+"""
+
+from enum import IntEnum, StrEnum
+
+
+class ExitCode(IntEnum):
+    """What the process ends with."""
+
+    DONE = 0
+    STOPPED = 1
+    USAGE = 2
+    INCOMPLETE = 3
+
+
+class SorterError(Exception):
+    """A sentence that says what is wrong and what to do."""
+
+    exit_code = ExitCode.STOPPED
+
+
+class ConfigurationError(SorterError):
+    """A setting is wrong; raised before any photo is touched."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ModelError(SorterError):
+    """The model folder cannot be used; raised before any photo is touched."""
+
+    exit_code = ExitCode.USAGE
+
+
+class StorageError(SorterError):
+    """The file system refuses what a move needs: no space, read-only, gone. The photo is still where it was."""
+
+
+class InboxGoneError(StorageError):
+    """The inbox vanished or cannot be listed any more."""
+
+
+class Reason(StrEnum):
+    """Why a photo went to `failed/`. Stable: they stand in the logs and in the README."""
+
+    EMPTY = "empty"
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+    NOT_A_PHOTO = "not-a-photo"
+    TOO_MANY_PIXELS = "too-many-pixels"
+    TOO_LARGE = "too-large"
+    OUT_OF_MEMORY = "out-of-memory"
+    DECODER_CRASH = "decoder-crash"
+    DECODER_TIMEOUT = "decoder-timeout"
+
+
+class PhotoError(Exception):
+    """One photo cannot be read as a photo.
+
+    Attributes:
+        reason: the stable code.
+        detail: what the decoder said, for a person.
+
+    """
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail

@@ -1,0 +1,227 @@
+"""One photo, from an open descriptor to the pixels that the network wants.
+
+In: a file descriptor and the model's `Preprocessing`. Out: an RGB picture (S, S), turned as EXIF says, transparency on
+white; or a `PhotoError` with a reason code. The trainer decodes with this module too: another decoder or resizer
+costs more accuracy than 8-bit weights do.
+
+Runs inside the decoder processes (`decoders.py`), so it imports neither torch nor numpy.
+"""
+
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from typing import BinaryIO, Literal
+
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
+
+from sorter.errors import PhotoError, Reason
+
+SIGNATURE_BYTES = 64
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", *(("AVIF",) if features.check("avif") else ()))
+EXTENSIONS = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".mpo",
+        ".png",
+        ".apng",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".dib",
+        ".tif",
+        ".tiff",
+        ".avif",
+    ],
+)
+
+# EXIF orientation -> the transposition that puts the picture upright (CIPA DC-008, 4.6.4.A).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_BMP_HEADER_SIZES = (12, 16, 40, 52, 56, 64, 108, 124)
+
+Image.init()  # registers AVIF and MPO, which the usual few formats leave out
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # True would hide files that are only half there
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How a photo becomes the network's input.
+
+    Attributes:
+        size: the side S of the square that the network sees, pixels.
+        crop: `squash` scales both sides to S; `center` scales the short side to `resize` and cuts S x S out of the
+            middle.
+        resize: the short side before a `center` crop, pixels.
+
+    """
+
+    size: int
+    crop: Literal["squash", "center"] = "squash"
+    resize: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What is refused before it is decoded. Megapixels are millions of pixels."""
+
+    max_megapixels: float = 100.0
+    max_jpeg_megapixels: float = 250.0
+
+
+def has_signature(head: bytes) -> bool:
+    """Tell whether a file's first `SIGNATURE_BYTES` bytes are those of a format that is decoded here."""
+    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")):
+        return True
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return True
+    if head[:4] == b"RIFF":
+        return head[8:12] == b"WEBP"
+    if head[4:8] == b"ftyp":
+        # `mif1` is the container of HEIC too: the compatible brands say which it is.
+        return b"avif" in head[8:] or b"avis" in head[8:]
+    # Two letters are no signature; with a header size that exists they are.
+    return head[:2] == b"BM" and len(head) >= 18 and struct.unpack_from("<I", head, 14)[0] in _BMP_HEADER_SIZES
+
+
+def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Image.Image:
+    """Decode the first frame of an open file.
+
+    Args:
+        descriptor: a regular file, read from its start; it stays open.
+        preprocessing: size and crop.
+        limits: what is refused.
+
+    Returns:
+        An RGB picture of `preprocessing.size` squared.
+
+    Raises:
+        PhotoError: the file cannot be read as a photo.
+        OSError: the file cannot be read at all (a failing disk, a share that went away); says nothing of the photo.
+
+    """
+    # Set here, not once: the limits are settings.
+    Image.MAX_IMAGE_PIXELS = int(max(limits.max_megapixels, limits.max_jpeg_megapixels) * 1e6)
+    with open(descriptor, "rb", closefd=False) as file:
+        file.seek(0)
+        tracked = _Tracked(file)
+        try:
+            with Image.open(tracked, formats=FORMATS) as image:  # type: ignore[arg-type]
+                _check_size(image, limits)
+                return _shrink(image, preprocessing)
+        except (PhotoError, MemoryError):
+            raise
+        except Exception as error:
+            raise _reason(error, tracked) from error
+
+
+class _Tracked(io.BufferedIOBase):
+    """A file that remembers a failed read, so that a broken disk is not mistaken for a broken photo."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.failure: OSError | None = None
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        try:
+            return self._file.read(-1 if size is None else size)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def _check_size(image: Image.Image, limits: Limits) -> None:
+    width, height = image.size
+    allowed = limits.max_jpeg_megapixels if image.format in ("JPEG", "MPO") else limits.max_megapixels
+    if width * height > allowed * 1e6:
+        raise PhotoError(Reason.TOO_MANY_PIXELS, f"{width} x {height} pixels; the limit is {allowed:g} megapixels")
+
+
+def _shrink(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    orientation = _orientation(image)
+    short = preprocessing.size if preprocessing.crop == "squash" else preprocessing.resize
+    if image.format in ("JPEG", "MPO"):
+        # libjpeg scales while it decodes; twice the size asked for leaves the resize something to average.
+        image.draft(None, (2 * short, 2 * short))
+    image.load()
+    flat = _without_depth(image)
+    width, height = flat.size
+    if preprocessing.crop == "squash":
+        size = (short, short)
+    else:
+        scale = short / min(width, height)
+        size = (max(short, round(width * scale)), max(short, round(height * scale)))
+    small = flat.resize(size, Image.Resampling.BILINEAR, reducing_gap=3.0)
+    if preprocessing.crop == "center":
+        left, top = (size[0] - preprocessing.size) // 2, (size[1] - preprocessing.size) // 2
+        small = small.crop((left, top, left + preprocessing.size, top + preprocessing.size))
+    if small.mode == "RGBA":
+        small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
+    small = small.convert("RGB")
+    # Turned last: a square turns at no cost, twelve megapixels do not.
+    return small.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else small
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # EXIF is metadata: whatever is wrong with it, the picture counts
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _without_depth(image: Image.Image) -> Image.Image:
+    """Bring any of Pillow's modes to RGB or RGBA with 8 bits a channel."""
+    if image.mode in ("RGB", "RGBA"):
+        return image
+    if image.mode[0] in "IF":  # 16-bit greys, 32-bit integers, floats: stretched to the range that is there
+        deep = image.convert("F")
+        low, high = deep.getextrema()
+        scale = 255 / ((high - low) or 1)  # type: ignore[operator]
+        return deep.point(lambda value: value * scale - low * scale).convert("L").convert("RGB")  # type: ignore[operator]
+    transparent = image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info
+    return image.convert("RGBA" if transparent else "RGB")
+
+
+def _reason(error: Exception, file: _Tracked) -> Exception:
+    """Turn what a decoder raised into a reason code, or hand back the disk's own failure."""
+    if file.failure is not None:
+        return file.failure
+    said = str(error) or type(error).__name__
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return PhotoError(Reason.TOO_MANY_PIXELS, said)
+    if isinstance(error, UnidentifiedImageError):
+        file.seek(0)
+        head = file.read(SIGNATURE_BYTES)
+        if not head:
+            return PhotoError(Reason.EMPTY, "the file has no bytes")
+        if has_signature(head):
+            return PhotoError(Reason.CORRUPT, "the header cannot be read")
+        return PhotoError(Reason.NOT_A_PHOTO, "its name says photo, its content does not")
+    if isinstance(error, (EOFError, zlib.error)) or "truncated" in said.lower():
+        return PhotoError(Reason.TRUNCATED, said)
+    return PhotoError(Reason.CORRUPT, said)

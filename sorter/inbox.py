@@ -1,0 +1,259 @@
+"""What is in the inbox and settled: the scan is the truth, events only wake it.
+
+In: a folder and a clock. Out: `Photo`s whose files have stopped changing.
+
+A file is settled when
+1. it is a regular file, not hidden, with no name that programs give to unfinished files;
+2. its modification time is at least `settle_seconds` old (one look is enough), or, where that time is younger or in
+   the future, two looks that far apart saw the same device, inode, size and modification time.
+
+Nothing here opens a file: what a file contains is decided from an open descriptor, further on.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import NamedTuple
+
+from sorter.errors import InboxGoneError
+
+# What downloads, copies, editors and synchronisers call a file that is not complete yet. Hidden names are never
+# photos, so `.syncthing.*`, `.pending-*`, rsync's `.name.XXXXXX` and the like need no pattern.
+TEMPORARY_NAMES = (
+    "*.part",
+    "*.partial",
+    "*.filepart",
+    "*.crdownload",
+    "*.download",
+    "*.opdownload",
+    "*.!ut",
+    "*.!qb",
+    "*.aria2",
+    "*.tmp",
+    "*.temp",
+    "*.swp",
+    "*.lock",
+    "~*",
+    "*~",
+)
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class Identity(NamedTuple):
+    """What tells one version of a file from another: any write, replacement or exchange changes it."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Identity":
+        """Take the identity from a stat."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class Photo:
+    """A settled file that may be a photo.
+
+    Attributes:
+        root: the inbox.
+        name: its path inside the inbox, `a.jpg` or `holiday/a.jpg`.
+        identity: what it was when it was settled.
+        seen: when this version was first seen, in seconds since the epoch.
+
+    """
+
+    root: Path
+    name: str
+    identity: Identity
+    seen: float
+
+    @property
+    def path(self) -> str:
+        """The whole path, as logs and history name it."""
+        return os.path.join(self.root, self.name)
+
+
+def open_folder(root: Path, relative: str) -> int:
+    """Open a folder inside `root`, following no symbolic link on the way: a swapped folder cannot lead elsewhere.
+
+    Returns:
+        A descriptor that the caller closes.
+
+    Raises:
+        OSError: it is gone, not a folder, or a symbolic link.
+
+    """
+    # The root itself may be a symbolic link: it is the user's own word.
+    folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for part in filter(None, relative.split("/")):
+        try:
+            inner = os.open(part, _FOLDER, dir_fd=folder)
+        finally:
+            os.close(folder)
+        folder = inner
+    return folder
+
+
+def open_file(photo: Photo) -> int:
+    """Open a photo for reading, without following links and without waiting for a FIFO's writer.
+
+    Returns:
+        A descriptor that the caller closes.
+
+    Raises:
+        OSError: it is gone, a symbolic link, or may not be read.
+
+    """
+    folder, _, base = photo.name.rpartition("/")
+    descriptor = open_folder(photo.root, folder)
+    try:
+        return os.open(base, _FILE, dir_fd=descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_temporary(base: str) -> bool:
+    """Tell whether a file's name says that it is hidden or not complete yet."""
+    return base.startswith(".") or any(fnmatch(base.lower(), pattern) for pattern in TEMPORARY_NAMES)
+
+
+class Inbox:
+    """The files of one folder, and which of them are still changing.
+
+    Args:
+        root: the folder.
+        recursive: look into subfolders too; never through symbolic links.
+        excluded: folders that photos are sorted into, absolute.
+        settle_seconds: how long a file has to stay unchanged.
+
+    """
+
+    def __init__(self, root: Path, *, recursive: bool, excluded: frozenset[str], settle_seconds: float) -> None:
+        self.root = root.absolute()
+        self.recursive = recursive
+        self.settle_seconds = settle_seconds
+        self._excluded = excluded
+        status = root.stat()
+        self._folder = (status.st_dev, status.st_ino)
+        self._changing: dict[str, tuple[Identity, float]] = {}  # name -> what it was, and when that was first seen
+
+    @property
+    def changing(self) -> list[str]:
+        """Names of the files that were seen and are not settled yet."""
+        return list(self._changing)
+
+    def check(self) -> None:
+        """Make sure that the inbox is still the folder it was, and can be listed.
+
+        Raises:
+            InboxGoneError: it is not.
+
+        """
+        try:
+            descriptor = open_folder(self.root, "")
+        except OSError as error:
+            raise _gone(self.root, error) from error
+        try:
+            status = os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        if (status.st_dev, status.st_ino) != self._folder:
+            raise InboxGoneError(f"the inbox {self.root} is another folder now: start again")
+
+    def scan(self, now: float) -> Iterator[Photo]:
+        """List the whole inbox, one entry at a time, and yield what is settled.
+
+        Raises:
+            InboxGoneError: the inbox itself cannot be listed; a subfolder that cannot is passed over.
+
+        """
+        folders = [""]
+        while folders:
+            folder = folders.pop()
+            try:
+                descriptor = open_folder(self.root, folder)
+            except OSError as error:
+                if folder:
+                    continue
+                raise _gone(self.root, error) from error
+            try:
+                # A descriptor, not a path: the listing cannot be led out of the inbox.
+                with os.scandir(descriptor) as entries:
+                    for entry in entries:
+                        name = f"{folder}/{entry.name}" if folder else entry.name
+                        if entry.is_dir(follow_symlinks=False):
+                            if self.recursive and self.enters(name):
+                                folders.append(name)
+                        elif photo := self._look(name, entry, now):
+                            yield photo
+            except OSError as error:
+                if not folder:
+                    raise _gone(self.root, error) from error
+            finally:
+                os.close(descriptor)
+
+    def enters(self, folder: str) -> bool:
+        """Tell whether a subfolder is one that photos are taken from."""
+        hidden = any(part.startswith(".") for part in folder.split("/"))
+        return not hidden and os.path.join(self.root, folder) not in self._excluded
+
+    def _look(self, name: str, entry: "os.DirEntry[str]", now: float) -> Photo | None:
+        if is_temporary(entry.name) or not entry.is_file(follow_symlinks=False):
+            return None
+        try:
+            return self._settle(name, entry.stat(follow_symlinks=False), now)
+        except OSError:  # gone since it was listed
+            self._changing.pop(name, None)
+            return None
+
+    def look(self, name: str, now: float) -> Photo | None:
+        """Look at one file that an event or the wait for it to settle named; None if it is no settled file."""
+        folder, _, base = name.rpartition("/")
+        if is_temporary(base) or (folder and not (self.recursive and self._enters_all(folder))):
+            return None
+        try:
+            descriptor = open_folder(self.root, folder)
+            try:
+                status = os.stat(base, dir_fd=descriptor, follow_symlinks=False)
+            finally:
+                os.close(descriptor)
+        except OSError:
+            self._changing.pop(name, None)
+            return None
+        return self._settle(name, status, now) if stat.S_ISREG(status.st_mode) else None
+
+    def look_again(self, now: float) -> Iterator[Photo]:
+        """Look at every file that was not settled yet, and yield those that are now."""
+        for name in self.changing:
+            if photo := self.look(name, now):
+                yield photo
+
+    def _enters_all(self, folder: str) -> bool:
+        parts = folder.split("/")
+        return all(self.enters("/".join(parts[: i + 1])) for i in range(len(parts)))
+
+    def _settle(self, name: str, status: os.stat_result, now: float) -> Photo | None:
+        identity = Identity.of(status)
+        before, seen = self._changing.get(name, (identity, now))
+        if before != identity:
+            seen = now
+        age = now - identity.mtime_ns / 1e9
+        if age >= self.settle_seconds or (before == identity and now - seen >= self.settle_seconds):
+            self._changing.pop(name, None)
+            return Photo(self.root, name, identity, seen)
+        self._changing[name] = (identity, seen)
+        return None
+
+
+def _gone(root: Path, error: OSError) -> InboxGoneError:
+    said = "is not there any more" if error.errno == errno.ENOENT else f"cannot be listed ({error.strerror})"
+    return InboxGoneError(f"the inbox {root} {said}: put it back and start again")

@@ -1,0 +1,127 @@
+"""Log set-up: one JSON object a line on standard error, or lines for a person on a terminal.
+
+Descriptor 2 belongs to the log alone. Whatever else writes to it (native libraries, Python's own warnings) is caught
+in a pipe and logged as `native.output`, so that a program can parse every line of standard error.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import IO, Any
+
+import structlog
+from structlog.typing import EventDict, WrappedLogger
+
+from sorter.settings import LogFormat, LogLevel
+
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+
+class LogStream:
+    """The terminal or file behind the log. One that cannot be written (disk full, closed pipe) never stops a move.
+
+    Attributes:
+        above: while a progress bar is shown, what prints a line above it.
+
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._file: IO[str] = os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+        self.above: Callable[[str], None] | None = None
+        self.encoding = self._file.encoding
+
+    def write(self, text: str) -> int:
+        """Write text as it is."""
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Hand the text over."""
+        with contextlib.suppress(OSError):
+            self._file.flush()
+
+    def isatty(self) -> bool:
+        """Tell whether a person is looking."""
+        return self._file.isatty()
+
+
+class _LineLogger:
+    """What structlog hands its finished lines to."""
+
+    def __init__(self, stream: LogStream) -> None:
+        self._stream, self._lock = stream, threading.Lock()
+
+    def msg(self, line: str) -> None:
+        with self._lock:
+            if self._stream.above is not None:
+                self._stream.above(line)
+            else:
+                self._stream.write(line + "\n")
+
+    debug = info = warning = error = critical = msg
+
+
+def _what_first(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Put when, how grave and what before the rest, for those who read JSON with their eyes."""
+    return {"timestamp": event.pop("timestamp"), "level": event.pop("level"), "event": event.pop("event"), **event}
+
+
+def _printable(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Escape what would move a terminal's cursor: names of files may hold anything."""
+    return {k: _escape(v) if isinstance(v, str) else v for k, v in event.items()}
+
+
+def _escape(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+def configure(log_format: LogFormat, log_level: LogLevel) -> LogStream:
+    """Take standard error for the log, in one format, for the rest of the process.
+
+    Returns:
+        The stream behind the log, for a progress bar to draw on.
+
+    """
+    stream = LogStream(os.dup(2))
+    console = log_format == "console" or (log_format == "auto" and stream.isatty())
+    processors: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if console:
+        render = structlog.dev.ConsoleRenderer(
+            colors=stream.isatty(), pad_event_to=16, exception_formatter=structlog.dev.plain_traceback
+        )
+        processors += [_printable, render]
+    else:
+        # Escaped to ASCII: names that are not UTF-8 arrive as lone surrogates, which no UTF-8 stream takes.
+        processors += [_what_first, structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[log_level]),
+        logger_factory=lambda *_: _LineLogger(stream),
+        cache_logger_on_first_use=True,
+    )
+    _capture_descriptor_2()
+    return stream
+
+
+def _capture_descriptor_2() -> None:
+    read_end, write_end = os.pipe()
+    os.dup2(write_end, 2)
+    os.close(write_end)
+    sys.stderr = os.fdopen(os.dup(2), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+    log = structlog.get_logger()
+
+    def forward() -> None:
+        with os.fdopen(read_end, encoding="utf-8", errors="backslashreplace") as lines:
+            for line in lines:
+                if text := line.strip():
+                    log.debug("native.output", text=text)
+
+    threading.Thread(target=forward, name="native-output", daemon=True).start()

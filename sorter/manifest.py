@@ -1,0 +1,184 @@
+"""The model folder: what a model is, beside its weights.
+
+    manifest.json         everything the sorter must know: classes and folders, preprocessing, figures, digests
+    weights.safetensors   the network's state dict in torchvision's names, fp16
+    README.md             the model card, for people
+
+`read` verifies versions and digests before anything is used, `write` makes a folder that `read` accepts. Nothing is
+ever unpickled, and nothing here imports torch.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sorter.errors import ModelError
+from sorter.images import Preprocessing
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+RESERVED_FOLDERS = frozenset({"unsure", "failed"})
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Channels = tuple[float, float, float]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Class(_Part):
+    """One thing the network can say, and the folder of the photos it says it of."""
+
+    label: str = Field(min_length=1)
+    folder: str
+
+
+class Input(_Part):
+    """How a photo becomes the network's input; mean and standard deviation are of pixels from 0 to 1."""
+
+    size: int = Field(ge=16, le=1024)
+    crop: Literal["squash", "center"]
+    resize: int = Field(0, ge=0, le=2048)
+    interpolation: Literal["bilinear"] = "bilinear"
+    mean: Channels
+    std: Channels
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The part of it that makes the picture."""
+        return Preprocessing(self.size, self.crop, self.resize)
+
+
+class Evaluation(_Part):
+    """What the model measured on one set of photos, and what that set was used for."""
+
+    data: str
+    role: Literal["calibration", "test"]
+    photos: int = Field(gt=0)
+    right: int = Field(ge=0)
+    accuracy: Probability
+    accuracy_interval_95: tuple[Probability, Probability]
+    log_loss: float = Field(ge=0)
+
+
+class Manifest(_Part):
+    """A model folder's description; field by field what stands in `manifest.json`."""
+
+    format_version: int
+    name: str = Field(min_length=1)
+    architecture: str
+    head_hidden: tuple[int, ...] = ()
+    classes: tuple[Class, ...] = Field(min_length=2)
+    input: Input
+    temperature: float = Field(gt=0)
+    evaluations: tuple[Evaluation, ...] = ()
+    training: Mapping[str, str | int | float] = {}
+    files: Mapping[str, str]
+
+    @model_validator(mode="after")
+    def _folders_are_safe(self) -> Self:
+        folders = [c.folder for c in self.classes]
+        for folder in folders:
+            if not re.fullmatch(r"[^/\0.][^/\0]*", folder) or folder in RESERVED_FOLDERS:
+                raise ValueError(f"the folder {folder!r} is not a plain name, or is reserved")
+        if len(set(folders)) < len(folders) or len({c.label for c in self.classes}) < len(folders):
+            raise ValueError("two classes have the same label or folder")
+        if self.input.crop == "center" and self.input.resize < self.input.size:
+            raise ValueError("a center crop needs a resize of at least the input size")
+        return self
+
+    @property
+    def accuracy(self) -> float | None:
+        """On photos that nothing was chosen on; None if that was never measured."""
+        return next((e.accuracy for e in self.evaluations if e.role == "test"), None)
+
+
+def read(folder: Path) -> Manifest:
+    """Read a model folder's manifest and verify the files beside it.
+
+    Raises:
+        ModelError: it is not there, not understood, of a newer format, or a file differs from its digest.
+
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ModelError(
+            f"there is no model in {folder} ({error.strerror}: {MANIFEST}): name a model folder with --model"
+        ) from None
+    version = re.search(rb'"format_version"\s*:\s*(\d+)', text)
+    if version and int(version[1]) > FORMAT_VERSION:
+        raise ModelError(
+            f"the model in {folder} has format {int(version[1])} and this sorter knows {FORMAT_VERSION}: upgrade the sorter"
+        )
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its content"
+        raise ModelError(f"{path} is not a valid manifest ({where}: {first['msg']}): export the model again") from None
+    if WEIGHTS not in manifest.files:
+        raise ModelError(f"{path} names no {WEIGHTS}: export the model again")
+    for name, digest in manifest.files.items():
+        _verify(folder, name, digest)
+    return manifest
+
+
+def _verify(folder: Path, name: str, digest: str) -> None:
+    if "/" in name or name.startswith("."):
+        raise ModelError(f"the model in {folder} names a file outside itself ({name}): do not use it")
+    try:
+        found = digest_of(folder / name)
+    except OSError as error:
+        raise ModelError(
+            f"the model in {folder} cannot be used: {name}: {error.strerror}; copy the whole folder again"
+        ) from None
+    if found != digest:
+        raise ModelError(f"the model in {folder} is damaged: {name} differs from its digest; copy it again")
+
+
+def digest_of(path: Path) -> str:
+    """`sha256:` and the hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def write(folder: Path, manifest: Manifest, weights: bytes, card: str) -> Manifest:
+    """Write a model folder: weights, model card, and last the manifest with their digests.
+
+    Each file is written beside its name and renamed, so that an older model in the folder stays whole until the new
+    one is complete.
+
+    Args:
+        folder: made where it is missing.
+        manifest: its `files` are replaced by the digests of what is written.
+        weights: a safetensors file.
+        card: Markdown.
+
+    Returns:
+        The manifest as written.
+
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS, weights)
+    _replace(folder / "README.md", card.encode())
+    written = manifest.model_copy(update={"files": {WEIGHTS: digest_of(folder / WEIGHTS)}})
+    _replace(folder / MANIFEST, (written.model_dump_json(indent=2) + "\n").encode())
+    return written
+
+
+def _replace(path: Path, content: bytes) -> None:
+    beside = path.with_name(f".{path.name}.part")
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

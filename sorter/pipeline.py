@@ -1,0 +1,292 @@
+"""The way of every photo: decode, batch, classify, decide, move, overlapped.
+
+In: settled `Photo`s, through `submit`. Out: one `Outcome` for each, through `outcomes`.
+
+    submit → decoders (processes) → [decoded] → engine (a thread) → [decided] → mover (a thread) → [outcomes]
+
+The brackets are queues; decoded photos are bounded by the rows of shared memory, so a slow stage holds up the ones
+before it and memory stays the same for ten photos and for a million. A photo that cannot be decoded passes the engine
+by: its failure never touches the batch of the others.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from sorter.decoders import Decoded, Decoders
+from sorter.engines import Engine
+from sorter.errors import Reason, StorageError
+from sorter.images import Limits
+from sorter.inbox import Photo
+from sorter.manifest import Manifest
+from sorter.mover import ChangedError, Mover, StayedError
+from sorter.settings import Settings
+
+FAILED, UNSURE = "failed", "unsure"
+
+TRUNCATED_GRACE_SECONDS = 60.0
+"""A photo that reads as truncated and changed within this time may still be on its way: it is looked at again."""
+
+Kind = Literal["sorted", "unsure", "failed", "skipped", "left", "again"]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where a photo belongs, and why.
+
+    Attributes:
+        folder: beside the other destinations, `cats`, `unsure`, `failed`.
+        label: the likeliest class, None if it was not classified.
+        confidence: that class's probability, 0 to 1.
+        batch_size: how many photos were classified together.
+
+    """
+
+    decoded: Decoded
+    kind: Literal["sorted", "unsure", "failed"]
+    folder: str
+    label: str | None = None
+    confidence: float | None = None
+    batch_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a photo.
+
+    Attributes:
+        kind: `sorted`, `unsure` and `failed` were moved; `skipped` is no photo; `left` is a photo that could not be
+            moved or read; `again` changed meanwhile and wants another look.
+        destination: where it is now, None where it stayed.
+        detail: why, for a person.
+        look_again: when `again` wants its look, in seconds since the epoch.
+
+    """
+
+    photo: Photo
+    kind: Kind
+    decision: Decision | None = None
+    destination: str | None = None
+    detail: str = ""
+    look_again: float = 0.0
+
+
+def complete_after(decoded: Decoded, now: float) -> float:
+    """When a photo that failed counts as complete, in seconds since the epoch; until then it may still be written.
+
+    A modification time in the future tells nothing: then it counts from when this version was first seen.
+    """
+    if decoded.reason not in (Reason.TRUNCATED, Reason.EMPTY):
+        return 0.0
+    modified = decoded.photo.identity.mtime_ns / 1e9
+    return (modified if modified <= now else decoded.photo.seen) + TRUNCATED_GRACE_SECONDS
+
+
+def decide(
+    decoded: Decoded, probabilities: list[float], manifest: Manifest, min_confidence: float, batch_size: int
+) -> Decision:
+    """Choose the folder of a classified photo."""
+    best = max(range(len(probabilities)), key=probabilities.__getitem__)
+    confidence, chosen = probabilities[best], manifest.classes[best]
+    if confidence < min_confidence:
+        return Decision(decoded, "unsure", UNSURE, chosen.label, confidence, batch_size)
+    return Decision(decoded, "sorted", chosen.folder, chosen.label, confidence, batch_size)
+
+
+class Pipeline:
+    """The stages and the threads that run them.
+
+    Args:
+        engine: classifies; used by one thread only.
+        manifest: of the engine's model.
+        mover: moves; used by one thread only.
+        settings: batch size, waiting time, limits.
+        workers: decoder processes.
+
+    """
+
+    def __init__(self, engine: Engine, manifest: Manifest, mover: Mover, settings: Settings, workers: int) -> None:
+        self._engine, self._manifest, self._mover, self._settings = engine, manifest, mover, settings
+        self._decoded: queue.SimpleQueue[Decoded | None] = queue.SimpleQueue()
+        self._decided: queue.SimpleQueue[list[Decision | Outcome] | None] = queue.SimpleQueue()
+        self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._error: BaseException | None = None
+        self._stopping = threading.Event()
+        self._decoding = 0  # photos between submit and the engine's queue
+        self._decoding_lock = threading.Lock()
+        self.backlog = False
+        """True while more photos are about to be submitted: batches are then filled, however long that takes."""
+        self.blocked: str | None = None
+        """Why nothing can be moved at present, while that is so."""
+        self.in_flight = 0
+        """Photos submitted whose outcome has not been taken yet."""
+
+        # Two batches beside the one that is being filled, so that neither decoders nor engine wait for the other.
+        rows = 3 * settings.batch_size + workers
+        self._decoders = Decoders(
+            workers=workers,
+            rows=rows,
+            preprocessing=manifest.input.preprocessing,
+            limits=Limits(settings.max_megapixels, settings.max_jpeg_megapixels),
+            max_bytes=int(settings.max_megabytes * 1e6),
+            timeout_seconds=settings.decode_timeout_seconds,
+            deliver=self._deliver,
+            fail=self._fail,
+        )
+        side = manifest.input.size
+        self._pixels = np.frombuffer(self._decoders.pixels, np.uint8).reshape(rows, side, side, 3)
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(stage,), name=stage.__name__.strip("_"), daemon=True)
+            for stage in (self._classify, self._move)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, photo: Photo, *, timeout_seconds: float = 0.2) -> bool:
+        """Hand over one photo; False if there was no room for it in time.
+
+        Raises:
+            SorterError: a stage could not go on; nothing is half moved.
+
+        """
+        self._raise_error()
+        with self._decoding_lock:
+            self._decoding += 1
+        if not self._decoders.submit(photo, timeout_seconds=timeout_seconds):
+            with self._decoding_lock:
+                self._decoding -= 1
+            return False
+        self.in_flight += 1
+        return True
+
+    def outcomes(self, *, timeout_seconds: float = 0.0) -> Iterator[Outcome]:
+        """Take the outcomes that are ready, waiting at most so long for the first.
+
+        Raises:
+            SorterError: a stage could not go on; nothing is half moved.
+
+        """
+        self._raise_error()
+        try:
+            outcome = self._outcomes.get(timeout=timeout_seconds) if timeout_seconds else self._outcomes.get_nowait()
+            while True:
+                self.in_flight -= 1
+                yield outcome
+                outcome = self._outcomes.get_nowait()
+        except queue.Empty:
+            self._raise_error()
+
+    def close(self) -> None:
+        """Finish the batch in hand, forget the photos that are not classified yet, and end the stages."""
+        self._stopping.set()
+        self._decoders.close()
+        self._decoded.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = self._error or error
+        self._stopping.set()
+
+    def _guarded(self, stage: Callable[[], None]) -> None:
+        try:
+            stage()
+        except BaseException as error:
+            self._fail(error)
+
+    def _deliver(self, decoded: Decoded) -> None:
+        self._decoded.put(decoded)
+        with self._decoding_lock:
+            self._decoding -= 1
+
+    def _classify(self) -> None:
+        """Batch what is decoded, classify it, and decide."""
+        while (batch := self._next_batch()) is not None:
+            passed: list[Decision | Outcome] = [self._unclassified(d) for d in batch if d.verdict != "pixels"]
+            ready = [d for d in batch if d.verdict == "pixels"]
+            if ready and not self._stopping.is_set():
+                rows = [d.row for d in ready]
+                probabilities = self._engine.classify(self._pixels[rows])  # (N, C)
+                for decoded, row in zip(ready, probabilities.tolist(), strict=True):
+                    passed.append(decide(decoded, row, self._manifest, self._settings.min_confidence, len(ready)))
+            for decoded in ready:
+                self._decoders.release(decoded.row)
+            self._decided.put(passed)
+        self._decided.put(None)
+
+    def _next_batch(self) -> list[Decoded] | None:
+        """Wait for photos: a full batch in a backlog, what `max_wait_ms` brings otherwise; None at the end."""
+        first = self._decoded.get()
+        if first is None:
+            return None
+        batch, pictures = [first], int(first.verdict == "pixels")
+        deadline = time.monotonic() + self._settings.max_wait_ms / 1000
+        while pictures < self._settings.batch_size and len(batch) < 4 * self._settings.batch_size:
+            try:
+                # In a backlog only the end of the photos that are on their way dispatches early.
+                decoded = self._decoded.get(timeout=0.005 if self._decoding or self.backlog else 0)
+            except queue.Empty:
+                on_their_way = self.backlog or (self._decoding > 0 and time.monotonic() < deadline)
+                if on_their_way and not self._stopping.is_set():
+                    continue
+                break
+            if decoded is None:
+                self._decoded.put(None)
+                break
+            batch.append(decoded)
+            pictures += decoded.verdict == "pixels"
+        return batch
+
+    def _unclassified(self, decoded: Decoded) -> Decision | Outcome:
+        if decoded.verdict == "failed":
+            now = time.time()
+            if (look_again := complete_after(decoded, now)) > now:
+                return Outcome(decoded.photo, "again", detail="may still be written", look_again=look_again)
+            return Decision(decoded, "failed", FAILED)
+        if decoded.verdict == "skipped":
+            return Outcome(decoded.photo, "skipped", detail=decoded.detail)
+        if decoded.verdict == "left":
+            return Outcome(decoded.photo, "left", detail=decoded.detail)
+        return Outcome(decoded.photo, "again", detail=decoded.detail)
+
+    def _move(self) -> None:
+        """Move what is decided, a batch and its fsyncs at a time."""
+        while (batch := self._decided.get()) is not None:
+            outcomes = [self._act(item) if isinstance(item, Decision) else item for item in batch]
+            if not self._settings.dry_run:
+                self._mover.settle()
+            for outcome in outcomes:
+                self._outcomes.put(outcome)
+
+    def _act(self, decision: Decision) -> Outcome:
+        photo = decision.decoded.photo
+        if self._settings.dry_run:
+            return Outcome(photo, decision.kind, decision, self._mover.destination(photo, decision.folder))
+        delay_seconds = 1.0
+        while True:
+            try:
+                destination = self._mover.move(photo, decision.folder)
+            except ChangedError as error:
+                return Outcome(photo, "again", decision, detail=str(error))
+            except StayedError as error:
+                return Outcome(photo, "left", decision, detail=str(error))
+            except StorageError as error:
+                if self._settings.once:
+                    raise
+                # The daemon waits: everything before this stage fills up and stands still, nothing is lost.
+                self.blocked = str(error)
+                if self._stopping.wait(delay_seconds):
+                    return Outcome(photo, "left", decision, detail=str(error))
+                delay_seconds = min(60.0, 2 * delay_seconds)
+            else:
+                self.blocked = None
+                return Outcome(photo, decision.kind, decision, destination)

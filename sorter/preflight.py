@@ -1,0 +1,63 @@
+"""What is checked before a photo is touched: the folders, and what the process may do in them.
+
+Nothing is changed here: a folder that does not exist yet is judged by the one it will be made in.
+"""
+
+import os
+from pathlib import Path
+
+from sorter.errors import ConfigurationError
+from sorter.manifest import RESERVED_FOLDERS, Manifest
+from sorter.settings import Settings
+
+
+def destinations(manifest: Manifest) -> list[str]:
+    """The folders that photos are sorted into, in the manifest's order, then `unsure` and `failed`."""
+    return [*(c.folder for c in manifest.classes), *sorted(RESERVED_FOLDERS, reverse=True)]
+
+
+def excluded(settings: Settings, manifest: Manifest) -> frozenset[str]:
+    """Absolute paths that are never scanned for photos."""
+    output = settings.output_folder.absolute()
+    return frozenset(os.path.join(output, folder) for folder in destinations(manifest))
+
+
+def check_folders(settings: Settings, manifest: Manifest) -> None:
+    """Make sure that the inbox can be read and the output written.
+
+    Raises:
+        ConfigurationError: one sentence that says which folder is wrong and what to do.
+
+    """
+    inbox = settings.inbox
+    if not inbox.exists():
+        raise ConfigurationError(f"there is no inbox {inbox}: create it, or name another folder with --inbox")
+    if not inbox.is_dir():
+        raise ConfigurationError(f"the inbox {inbox} is not a folder: name one with --inbox")
+    needed = os.R_OK | os.X_OK | (0 if settings.dry_run else os.W_OK)
+    if not os.access(inbox, needed):
+        wanted = "read" if settings.dry_run else "read and changed"
+        raise ConfigurationError(f"the inbox {inbox} cannot be {wanted}: give this user permission to")
+    output = settings.output_folder
+    for folder in destinations(manifest):
+        target = output / folder
+        if inbox.resolve() == target.resolve():
+            raise ConfigurationError(
+                f"the inbox {inbox} is a folder that photos are sorted into: name another --output"
+            )
+        if target.is_symlink():
+            raise ConfigurationError(f"{target} is a symbolic link: name the real folder with --output")
+        if target.exists() and not target.is_dir():
+            raise ConfigurationError(
+                f"{target} is in the way, it is not a folder: move it away or name another --output"
+            )
+        if not settings.dry_run:
+            _check_writable(target)
+
+
+def _check_writable(target: Path) -> None:
+    nearest = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise ConfigurationError(f"{nearest} is not a folder, so {target} cannot be made: name another --output")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"{nearest} cannot be written: give this user permission to, or name another --output")

@@ -1,0 +1,320 @@
+"""The loop around the pipeline: a backlog that ends, or a daemon that watches until it is told to stop.
+
+In: settings, an open pipeline. Out: a log line and a count for every photo. `--once` and the daemon feed the same
+pipeline: one stops when the backlog is empty and nothing is changing any more, the other when a signal says so.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import FrameType
+from typing import Any
+
+import structlog
+
+from sorter.errors import ExitCode, InboxGoneError
+from sorter.inbox import Identity, Inbox, Photo
+from sorter.mover import Mover
+from sorter.pipeline import Outcome, Pipeline
+from sorter.settings import Settings
+from sorter.watcher import Watcher
+
+CHECK_SECONDS = 5.0
+"""How often the daemon asks whether the watcher and the inbox are still there."""
+
+_UNKNOWN = Identity(0, 0, 0, 0)
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Retry:
+    """A version of a file that wants another look, no sooner than `due` (seconds since the epoch)."""
+
+    identity: Identity
+    seen: float
+    due: float
+
+
+@dataclass
+class Tally:
+    """What happened so far.
+
+    Attributes:
+        folders: photos by the folder they were moved to.
+
+    """
+
+    folders: Counter[str] = field(default_factory=Counter)
+    skipped: int = 0
+    left: int = 0
+    interrupted: bool = False
+    started: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+
+    @property
+    def photos(self) -> int:
+        """Photos that were moved, wherever to."""
+        return self.folders.total()
+
+    @property
+    def photos_per_second(self) -> float:
+        """Over the whole time."""
+        return self.photos / self.seconds if self.seconds else 0.0
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """What the run ends with."""
+        incomplete = self.left or self.interrupted or self.folders["failed"]
+        return ExitCode.INCOMPLETE if incomplete else ExitCode.DONE
+
+
+class Service:
+    """Feeds settled photos to the pipeline and accounts for what comes out.
+
+    Args:
+        on_outcome: called after each photo, for a progress bar.
+        on_waiting: called with the number of files that are being waited for.
+
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        inbox: Inbox,
+        pipeline: Pipeline,
+        mover: Mover,
+        *,
+        log_fields: dict[str, Any],
+        on_outcome: Callable[[Tally], None] = lambda _: None,
+        on_waiting: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        self._settings, self._inbox, self._pipeline, self._mover = settings, inbox, pipeline, mover
+        self._log_fields, self._on_outcome, self._on_waiting = log_fields, on_outcome, on_waiting
+        self.tally = Tally()
+        self._stop = threading.Event()
+        self._submitted: set[str] = set()  # names whose outcome is still to come
+        self._retry: dict[str, _Retry] = {}  # names that want another look
+        self._left: dict[str, Photo] = {}  # what could not be read or moved; tried again at each rescan
+        self._skipped: set[int] = set()  # hashes of the versions of files that are no photos
+        self._met: set[int] = set()  # those of them that the rescan in progress has met
+        self._blocked: str | None = None
+        self._wake: Callable[[], None] = lambda: None
+
+    # --- the two ways to run -------------------------------------------------------------------------------------
+
+    def run_once(self) -> Tally:
+        """Sort what is there, wait for what is still changing, and end.
+
+        Raises:
+            InboxGoneError: the inbox vanished meanwhile.
+
+        """
+        with self._signals():
+            self._backlog()
+            deadline = time.monotonic() + self._settings.settle_timeout_seconds
+            while not self._stop.is_set() and (self._inbox.changing or self._submitted or self._retry):
+                self._feed(self._inbox.look_again(time.time()))
+                self._feed(self._due())
+                self._account(timeout_seconds=0.1)
+                if not self._submitted:
+                    if time.monotonic() >= deadline:
+                        break
+                    self._on_waiting(len({*self._inbox.changing, *self._retry}))
+                    self._stop.wait(0.1)
+            self.tally.interrupted = self._stop.is_set()
+            for name in {*self._inbox.changing, *self._retry}:
+                self._leave(Photo(self._inbox.root, name, _UNKNOWN, 0.0), "is still changing")
+            self._inbox.check()
+            return self._finish()
+
+    def run(self, watcher: Watcher) -> Tally:
+        """Sort the backlog, then what is dropped, until SIGTERM or SIGINT."""
+        self._wake = watcher.wake
+        with self._signals():
+            watcher.start()
+            next_rescan = 0.0
+            while not self._stop.is_set():
+                watcher.supervise(time.monotonic())
+                if time.monotonic() >= next_rescan or watcher.take_rescan():
+                    self._rescan()
+                    next_rescan = time.monotonic() + min(self._settings.rescan_seconds, watcher.poll_seconds)
+                now = time.time()
+                self._feed(filter(None, (self._inbox.look(name, now) for name in watcher.take_names())))
+                self._feed(self._inbox.look_again(now))
+                self._feed(self._due())
+                self._account()
+                self._report_blocked()
+                if self._pipeline.in_flight:
+                    self._account(timeout_seconds=0.2)
+                else:
+                    watcher.wait(self._idle_seconds(next_rescan))
+            log.info("service.stopping")
+            watcher.stop()
+            return self._finish()
+
+    # --- feeding -------------------------------------------------------------------------------------------------
+
+    def _backlog(self) -> None:
+        self._pipeline.backlog = True
+        try:
+            self._feed(self._inbox.scan(time.time()))
+        finally:
+            self._pipeline.backlog = False
+
+    def _rescan(self) -> None:
+        self._met = set()
+        try:
+            self._backlog()
+        except InboxGoneError:
+            return  # the watcher says so, and waits for it
+        # What was not met any more is forgotten, so that memory follows the inbox and not the years.
+        self._skipped = self._met
+
+    def _feed(self, photos: Iterable[Photo]) -> None:
+        for photo in photos:
+            if self._stop.is_set():
+                return
+            if photo.name in self._submitted or self._is_skipped(photo):
+                continue
+            retry = self._retry.get(photo.name)
+            if retry is not None and retry.identity == photo.identity:
+                if time.time() < retry.due:
+                    continue
+                photo = replace(photo, seen=retry.seen)
+            while not self._pipeline.submit(photo):
+                self._account()
+                self._report_blocked()
+                if self._stop.is_set():
+                    return
+            self._submitted.add(photo.name)
+            self._account()
+
+    def _due(self) -> Iterator[Photo]:
+        """Look at what wanted another look by now."""
+        now = time.time()
+        for name in [name for name, retry in self._retry.items() if retry.due <= now and name not in self._submitted]:
+            photo = self._inbox.look(name, now)
+            if photo is not None:
+                yield photo
+            elif name not in self._inbox.changing:
+                del self._retry[name]
+
+    def _idle_seconds(self, next_rescan: float) -> float:
+        waits = [CHECK_SECONDS, next_rescan - time.monotonic()]
+        if self._inbox.changing:
+            waits.append(self._settings.settle_seconds / 4)
+        if self._retry:
+            waits.append(min(retry.due for retry in self._retry.values()) - time.time())
+        return max(0.05, min(waits))
+
+    # --- accounting ----------------------------------------------------------------------------------------------
+
+    def _account(self, *, timeout_seconds: float = 0.0) -> None:
+        for outcome in self._pipeline.outcomes(timeout_seconds=timeout_seconds):
+            self._submitted.discard(outcome.photo.name)
+            self._record(outcome)
+            self._on_outcome(self.tally)
+
+    def _record(self, outcome: Outcome) -> None:
+        photo, decision = outcome.photo, outcome.decision
+        self._retry.pop(photo.name, None)
+        if outcome.kind == "again":
+            log.debug("photo.again", path=photo.path, reason=outcome.detail)
+            self._retry[photo.name] = _Retry(photo.identity, photo.seen, outcome.look_again)
+            return
+        if outcome.kind == "skipped":
+            self.tally.skipped += 1
+            self._skipped.add(_version(photo))
+            self._met.add(_version(photo))
+            log.info("photo.skipped", path=photo.path, reason=outcome.detail)
+            return
+        if outcome.kind == "left" or decision is None:
+            self._leave(photo, outcome.detail)
+            return
+        self._left.pop(photo.name, None)
+        self.tally.left = len(self._left)
+        self.tally.folders[decision.folder] += 1
+        fields = {"path": photo.path, "destination": outcome.destination, **self._log_fields}
+        if decision.kind == "failed":
+            log.warning("photo.failed", reason=str(decision.decoded.reason), detail=decision.decoded.detail, **fields)
+            return
+        log.info(
+            f"photo.{decision.kind}",
+            label=decision.label,
+            confidence=round(decision.confidence or 0.0, 4),
+            bytes=photo.identity.size,
+            decode_ms=round(decision.decoded.milliseconds, 1),
+            batch_size=decision.batch_size,
+            **fields,
+        )
+
+    def _leave(self, photo: Photo, reason: str) -> None:
+        """Account for a photo that stays; said once for each version of it."""
+        before = self._left.get(photo.name)
+        self._left[photo.name] = photo
+        self.tally.left = len(self._left)
+        if before is None or before.identity != photo.identity:
+            log.warning("photo.left", path=photo.path, reason=reason)
+
+    def _is_skipped(self, photo: Photo) -> bool:
+        """Tell whether this version of the file is known to be no photo: it is neither opened nor logged again."""
+        version = _version(photo)
+        if version not in self._skipped:
+            return False
+        self._met.add(version)
+        return True
+
+    def _report_blocked(self) -> None:
+        if self._pipeline.blocked != self._blocked:
+            self._blocked = self._pipeline.blocked
+            if self._blocked is None:
+                log.info("storage.ready")
+            else:
+                log.error("storage.waiting", detail=self._blocked)
+
+    def _finish(self) -> Tally:
+        self._pipeline.close()
+        self._account()
+        self.tally.seconds = time.monotonic() - self.tally.started
+        log.info(
+            "run.finished",
+            **self._log_fields,
+            folders=dict(self.tally.folders),
+            skipped=self.tally.skipped,
+            left=self.tally.left,
+            seconds=round(self.tally.seconds, 3),
+            photos_per_second=round(self.tally.photos_per_second, 1),
+        )
+        return self.tally
+
+    # --- signals -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGTERM or SIGINT ends the loop, a second ends the process."""
+
+        def handle(number: int, _frame: FrameType | None) -> None:
+            if self._stop.is_set():
+                # One photo's move is let through, so that nothing is half moved; a copy that takes longer leaves a
+                # hidden partial file and the photo where it was.
+                self._mover.lock.acquire(timeout=2)
+                os._exit(128 + number)
+            self._stop.set()
+            self._wake()
+
+        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _version(photo: Photo) -> int:
+    return hash((photo.name, photo.identity))

@@ -1,0 +1,187 @@
+"""The settings: flags > environment `SORTER_*` > TOML file > defaults, each defined once, here.
+
+In: the flags a person gave, the process's environment, a TOML file. Out: one frozen `Settings`, or a
+`ConfigurationError` with a line for each thing that is wrong. The command line (`cli.py`) and `config/sorter.toml`
+are made from these fields, so a setting is added in this file alone.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from sorter.errors import ConfigurationError
+
+ENVIRONMENT_PREFIX = "SORTER_"
+SHIPPED_MODEL = Path(__file__).parent / "models" / "catdog-resnet50"
+
+LogFormat = Literal["auto", "json", "console"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+def _not_empty(value: Any) -> Any:
+    # Path("") is the current folder: an unset shell variable must not sort whatever folder one stands in.
+    if value is None or str(value) == "":
+        raise ValueError("must not be empty")
+    return value
+
+
+Folder = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(Path.expanduser)]
+
+
+def _field(default: Any, description: str, *, group: str, metavar: str = "", **constraints: Any) -> Any:
+    return Field(
+        default, description=description, json_schema_extra={"group": group, "metavar": metavar}, **constraints
+    )
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. Units are in the names."""
+
+    model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    inbox: Folder = _field(Path("inbox"), "folder that photos are dropped into", group="Folders", metavar="DIR")
+    output: Folder | None = _field(
+        None,
+        "folder that gets cats/, dogs/, unsure/ and failed/ (default: the inbox itself)",
+        group="Folders",
+        metavar="DIR",
+    )
+    recursive: bool = _field(False, "look into the inbox's subfolders too", group="Folders")
+
+    once: bool = _field(False, "sort what is there and end, instead of watching", group="What to do")
+    dry_run: bool = _field(False, "say what would happen and change nothing", group="What to do")
+    min_confidence: float = _field(
+        0.0,
+        "photos less sure than this go to unsure/; 0 sorts every photo",
+        group="What to do",
+        metavar="P",
+        ge=0,
+        le=1,
+    )
+
+    model: Folder = _field(SHIPPED_MODEL, "model folder (default: the one that ships)", group="Model", metavar="DIR")
+    device: str = _field(
+        "auto",
+        "auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one",
+        group="Model",
+        metavar="DEVICE",
+        pattern=r"^(auto|cpu|cuda(:\d{1,3})?|mps)$",
+    )
+    batch_size: int = _field(32, "photos classified at a time", group="Model", metavar="N", ge=1, le=1024)
+
+    settle_seconds: float = _field(
+        2.0, "a file unchanged for this long is complete", group="Watching", metavar="S", ge=0, le=3600
+    )
+    settle_timeout_seconds: float = _field(
+        60.0,
+        "with --once, how long to wait for files that are still changing",
+        group="Watching",
+        metavar="S",
+        ge=0,
+        le=86400,
+    )
+    rescan_seconds: float = _field(
+        60.0, "how often to list the whole inbox, whatever events said", group="Watching", metavar="S", ge=0.1, le=86400
+    )
+    max_wait_ms: int = _field(
+        50, "how long a photo may wait for others to share its batch", group="Watching", metavar="MS", ge=0, le=60000
+    )
+
+    max_megapixels: float = _field(
+        100.0, "larger pictures fail as too-many-pixels", group="Limits", metavar="MP", gt=0, le=1000
+    )
+    max_jpeg_megapixels: float = _field(
+        250.0, "the same for JPEG, which is decoded scaled down", group="Limits", metavar="MP", gt=0, le=4000
+    )
+    max_megabytes: float = _field(500.0, "larger files fail as too-large", group="Limits", metavar="MB", gt=0)
+    decode_timeout_seconds: float = _field(
+        20.0, "a picture that takes longer fails as decoder-timeout", group="Limits", metavar="S", gt=0, le=3600
+    )
+
+    log_format: LogFormat = _field(
+        "auto", "auto, json or console; auto is console on a terminal", group="Logging", metavar="FORMAT"
+    )
+    log_level: LogLevel = _field("info", "debug, info, warning or error", group="Logging", metavar="LEVEL")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put the sources in order, strongest first."""
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
+
+    @property
+    def output_folder(self) -> Path:
+        """Where the folders of the classes are."""
+        return self.inbox if self.output is None else self.output
+
+
+def load(flags: Mapping[str, Any]) -> Settings:
+    """Merge the sources and check them.
+
+    Args:
+        flags: the flags that were given, by field name, and `config` for the TOML file (else `SORTER_CONFIG` names it).
+
+    Raises:
+        ConfigurationError: an unknown key or variable, a wrong type, an impossible value, an unreadable file.
+
+    """
+    given = {field: value for field, value in flags.items() if field != "config"}
+    config = flags.get("config", os.environ.get(ENVIRONMENT_PREFIX + "CONFIG"))
+    variables = {
+        name.upper().removeprefix(ENVIRONMENT_PREFIX).lower(): name
+        for name in os.environ
+        if name.upper().startswith(ENVIRONMENT_PREFIX)
+    }
+    variables.pop("config", None)
+    # pydantic-settings passes over variables that it does not know, and over a file that is not there.
+    if unknown := sorted(name for field, name in variables.items() if field not in Settings.model_fields):
+        raise ConfigurationError(
+            f"unknown environment variable {', '.join(unknown)}: unset it, or see sorter run --help for the settings"
+        )
+    if config is not None and not (config := Path(config).expanduser()).is_file():
+        raise ConfigurationError(f"there is no configuration file {config}: check the path given with --config")
+
+    class Loaded(Settings):
+        model_config = SettingsConfigDict(toml_file=config)
+
+    try:
+        return Loaded(**given)
+    except ValidationError as error:
+        raise ConfigurationError("\n".join(_sentence(e, given, variables, config) for e in error.errors())) from None
+    except OSError as error:
+        raise ConfigurationError(
+            f"the configuration file {config} cannot be read ({error.strerror}): check its permissions"
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"the configuration file {config} is not valid TOML: {error}") from None
+
+
+def _sentence(error: ErrorDetails, given: Mapping[str, Any], variables: Mapping[str, str], config: Path | None) -> str:
+    """One validation error as a line that names the flag, variable or key that a person has to change."""
+    message = error["msg"].removeprefix("Value error, ")
+    if not error["loc"]:
+        return message
+    field = str(error["loc"][0])
+    if field in given:
+        place = "--" + field.replace("_", "-")
+    elif field in variables:
+        place = variables[field]
+    else:
+        place = f"{field} in {config}"
+    if error["type"] == "extra_forbidden":
+        return f"{place}: there is no such setting; config/sorter.toml lists them all"
+    if error["type"] == "string_pattern_mismatch":
+        message = f"should be {Settings.model_fields[field].description}"
+    return f"{place}: {message[0].lower()}{message[1:]}, not {error['input']!r}"

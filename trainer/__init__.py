@@ -1,0 +1,1 @@
+"""Makes the model folders that the sorter runs."""
