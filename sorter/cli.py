@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -59,7 +60,12 @@ def build_parser() -> argparse.ArgumentParser:
             sentence + " Settings come from flags, then SORTER_... variables, then the TOML file."
         )
         command = commands.add_parser(
-            name, help=what, description=description, epilog=_EXIT_CODES, formatter_class=_Formatter
+            name,
+            usage=f"sorter {name} [--inbox DIR] [--output DIR] [--config FILE] [option ...]",
+            help=what,
+            description=description,
+            epilog=_EXIT_CODES,
+            formatter_class=_Formatter,
         )
         command.set_defaults(action=action)
         _add_settings(command)
@@ -89,38 +95,44 @@ def _help(field: FieldInfo) -> str:
     text = str(field.description).replace("%", "%%")
     if field.default in (None, PydanticUndefined, False) or "(default" in text:
         return text
-    return f"{text} (default: {field.default})"
+    default = f"{field.default:g}" if isinstance(field.default, float) else field.default
+    return f"{text} (default: {default})"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; errors are sentences on standard error."""
     flags = vars(build_parser().parse_args(arguments))
-    action, debug = flags.pop("action"), flags.get("log_level") == "debug"
-    flags.pop("command")
+    command, action = flags.pop("command"), flags.pop("action")
+    log_format, log_level = flags.get("log_format", "auto"), flags.get("log_level", "info")
     try:
         chosen = settings.load(flags)
-        debug = chosen.log_level == "debug"
+        log_format, log_level = chosen.log_format, chosen.log_level
         return int(action(chosen))
-    except SorterError as error:
-        if debug:
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except Exception as error:
+        if not isinstance(error, SorterError) and not structlog.is_configured():
             raise
-        _say(error)
-        return int(error.exit_code)
+        # Standard error is a log from the first line on where a program reads it.
+        if command == "run" and logs.is_json(log_format) and not structlog.is_configured():
+            logs.configure("json", "info")
+        _say(error, with_traceback=log_level == "debug")
+        return int(error.exit_code if isinstance(error, SorterError) else ExitCode.STOPPED)
 
 
-def _say(error: SorterError) -> None:
-    """Say what is wrong: in the log's own format once there is a log, plainly before."""
+def _say(error: Exception, *, with_traceback: bool) -> None:
     if structlog.is_configured():
-        structlog.get_logger().error("error", detail=str(error), exit_code=int(error.exit_code))
+        detail = str(error) if isinstance(error, SorterError) else f"{type(error).__name__}: {error}"
+        structlog.get_logger().error("run.failed", detail=detail, exc_info=error if with_traceback else None)
     else:
         sys.stderr.write("".join(f"sorter: {line}\n" for line in str(error).splitlines()))
 
 
 def _run(chosen: Settings) -> ExitCode:
-    stream = logs.configure(chosen.log_format, chosen.log_level)
-    log = structlog.get_logger()
     model = manifest.read(chosen.model)
     preflight.check_folders(chosen, model)
+    stream = logs.configure(chosen.log_format, chosen.log_level)
+    log = structlog.get_logger()
 
     # Heavy from here on: everything that can be wrong without them has been said.
     from sorter.engines import open_engine

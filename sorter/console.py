@@ -20,7 +20,7 @@ class Bar:
 
     def advance(self, tally: Tally) -> None:
         """Show the photos that are done."""
-        done = tally.photos + tally.skipped + tally.left
+        done = tally.folders.total() + tally.skipped + tally.left
         self._progress.update(self._task, completed=done, speed=self._speed())
 
     def waiting(self, files: int) -> None:

@@ -9,6 +9,7 @@ write to nothing but their row, and die with their parent. This module runs in t
 
 import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import queue
@@ -53,7 +54,6 @@ class Decoded:
         row: the row of `Decoders.pixels`; whoever takes it gives it back with `Decoders.release`.
         detail: what a person wants to know about a verdict other than `pixels`.
         milliseconds: time in the decoder.
-
     """
 
     photo: Photo
@@ -76,7 +76,6 @@ class Decoders:
         timeout_seconds: a worker that takes longer is killed.
         deliver: called with each `Decoded`, from the threads here.
         fail: called with what a thread here died of.
-
     """
 
     def __init__(
@@ -158,7 +157,9 @@ class Decoders:
         except PermissionError:
             return Decoded(photo, "left", detail="may not be read: give the sorter's user permission to read it")
         except OSError as error:
-            return Decoded(photo, "gone", detail=error.strerror or "")
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):  # replaced by what is no file
+                return Decoded(photo, "gone", detail="is gone")
+            return Decoded(photo, "left", detail=f"cannot be opened now: {error.strerror}")
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or Identity.of(status) != photo.identity:
@@ -214,7 +215,6 @@ class _Worker:
 
         Raises:
             PhotoError: the worker died of it or did not answer in time; the worker has to be replaced.
-
         """
         self._socket.settimeout(timeout_seconds)
         try:

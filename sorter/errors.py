@@ -69,7 +69,6 @@ class PhotoError(Exception):
     Attributes:
         reason: the stable code.
         detail: what the decoder said, for a person.
-
     """
 
     def __init__(self, reason: Reason, detail: str) -> None:

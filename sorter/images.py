@@ -65,7 +65,6 @@ class Preprocessing:
         crop: `squash` scales both sides to S; `center` scales the short side to `resize` and cuts S x S out of the
             middle.
         resize: the short side before a `center` crop, pixels.
-
     """
 
     size: int
@@ -110,7 +109,6 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
     Raises:
         PhotoError: the file cannot be read as a photo.
         OSError: the file cannot be read at all (a failing disk, a share that went away); says nothing of the photo.
-
     """
     # Set here, not once: the limits are settings.
     Image.MAX_IMAGE_PIXELS = int(max(limits.max_megapixels, limits.max_jpeg_megapixels) * 1e6)

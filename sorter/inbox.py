@@ -5,7 +5,7 @@ In: a folder and a clock. Out: `Photo`s whose files have stopped changing.
 A file is settled when
 1. it is a regular file, not hidden, with no name that programs give to unfinished files;
 2. its modification time is at least `settle_seconds` old (one look is enough), or, where that time is younger or in
-   the future, two looks that far apart saw the same device, inode, size and modification time.
+   the future, two looks that far apart saw the same device, inode, size and times.
 
 Nothing here opens a file: what a file contains is decided from an open descriptor, further on.
 """
@@ -46,17 +46,26 @@ _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 class Identity(NamedTuple):
-    """What tells one version of a file from another: any write, replacement or exchange changes it."""
+    """What tells one version of a file from another: any write, replacement or exchange changes it.
+
+    The time of the last status change catches a writer who sets the modification time back; a rename or a new hard
+    link changes it too, so after a move only the other four are comparable: `is_same_file`.
+    """
 
     device: int
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> "Identity":
         """Take the identity from a stat."""
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+    def is_same_file(self, other: "Identity") -> bool:
+        """Tell whether this is that file, perhaps under another name."""
+        return self[:4] == other[:4]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +77,6 @@ class Photo:
         name: its path inside the inbox, `a.jpg` or `holiday/a.jpg`.
         identity: what it was when it was settled.
         seen: when this version was first seen, in seconds since the epoch.
-
     """
 
     root: Path
@@ -90,7 +98,6 @@ def open_folder(root: Path, relative: str) -> int:
 
     Raises:
         OSError: it is gone, not a folder, or a symbolic link.
-
     """
     # The root itself may be a symbolic link: it is the user's own word.
     folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -111,7 +118,6 @@ def open_file(photo: Photo) -> int:
 
     Raises:
         OSError: it is gone, a symbolic link, or may not be read.
-
     """
     folder, _, base = photo.name.rpartition("/")
     descriptor = open_folder(photo.root, folder)
@@ -134,7 +140,6 @@ class Inbox:
         recursive: look into subfolders too; never through symbolic links.
         excluded: folders that photos are sorted into, absolute.
         settle_seconds: how long a file has to stay unchanged.
-
     """
 
     def __init__(self, root: Path, *, recursive: bool, excluded: frozenset[str], settle_seconds: float) -> None:
@@ -156,7 +161,6 @@ class Inbox:
 
         Raises:
             InboxGoneError: it is not.
-
         """
         try:
             descriptor = open_folder(self.root, "")
@@ -174,7 +178,6 @@ class Inbox:
 
         Raises:
             InboxGoneError: the inbox itself cannot be listed; a subfolder that cannot is passed over.
-
         """
         folders = [""]
         while folders:

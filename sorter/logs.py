@@ -10,10 +10,10 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO
 
 import structlog
-from structlog.typing import EventDict, WrappedLogger
+from structlog.typing import EventDict, Processor, WrappedLogger
 
 from sorter.settings import LogFormat, LogLevel
 
@@ -25,7 +25,6 @@ class LogStream:
 
     Attributes:
         above: while a progress bar is shown, what prints a line above it.
-
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -65,6 +64,17 @@ class _LineLogger:
     debug = info = warning = error = critical = msg
 
 
+def _uncounted(stream: LogStream) -> Processor:
+    """Drop what the progress bar counts anyway: a person wants to read only what did not go well."""
+
+    def drop(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        if stream.above is not None and method in ("debug", "info"):
+            raise structlog.DropEvent
+        return event
+
+    return drop
+
+
 def _what_first(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
     """Put when, how grave and what before the rest, for those who read JSON with their eyes."""
     return {"timestamp": event.pop("timestamp"), "level": event.pop("level"), "event": event.pop("event"), **event}
@@ -79,25 +89,28 @@ def _escape(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
+def is_json(log_format: LogFormat) -> bool:
+    """Tell whether the log is for a program: it was asked for, or standard error is no terminal."""
+    return log_format == "json" or (log_format == "auto" and not os.isatty(2))
+
+
 def configure(log_format: LogFormat, log_level: LogLevel) -> LogStream:
     """Take standard error for the log, in one format, for the rest of the process.
 
     Returns:
         The stream behind the log, for a progress bar to draw on.
-
     """
     stream = LogStream(os.dup(2))
-    console = log_format == "console" or (log_format == "auto" and stream.isatty())
-    processors: list[Any] = [
+    processors: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    if console:
+    if not is_json(log_format):
         render = structlog.dev.ConsoleRenderer(
-            colors=stream.isatty(), pad_event_to=16, exception_formatter=structlog.dev.plain_traceback
+            colors=stream.isatty(), pad_event_to=16, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
         )
-        processors += [_printable, render]
+        processors += [_uncounted(stream), _printable, render]
     else:
         # Escaped to ASCII: names that are not UTF-8 arrive as lone surrogates, which no UTF-8 stream takes.
         processors += [_what_first, structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]

@@ -105,7 +105,6 @@ def read(folder: Path) -> Manifest:
 
     Raises:
         ModelError: it is not there, not understood, of a newer format, or a file differs from its digest.
-
     """
     path = folder / MANIFEST
     try:
@@ -117,7 +116,7 @@ def read(folder: Path) -> Manifest:
     version = re.search(rb'"format_version"\s*:\s*(\d+)', text)
     if version and int(version[1]) > FORMAT_VERSION:
         raise ModelError(
-            f"the model in {folder} has format {int(version[1])} and this sorter knows {FORMAT_VERSION}: upgrade the sorter"
+            f"the model in {folder} has format {int(version[1])} and this sorter knows {FORMAT_VERSION}: upgrade it"
         )
     try:
         manifest = Manifest.model_validate_json(text)
@@ -165,7 +164,6 @@ def write(folder: Path, manifest: Manifest, weights: bytes, card: str) -> Manife
 
     Returns:
         The manifest as written.
-
     """
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS, weights)

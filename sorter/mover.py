@@ -65,7 +65,6 @@ class Mover:
 
     Args:
         output: the folder that has `cats/` and the others; folders are made when first needed.
-
     """
 
     def __init__(self, output: Path) -> None:
@@ -89,7 +88,6 @@ class Mover:
         Raises:
             StayedError: this photo stays where it is; `ChangedError` if it is not the one any more that was classified.
             StorageError: no photo can be moved now; this one is still where it was.
-
         """
         source_folder, _, base = photo.name.rpartition("/")
         with self.lock:
@@ -117,7 +115,9 @@ class Mover:
     def _target(self, folder: str) -> Iterator[int]:
         """The descriptor of a destination folder, made where it is missing."""
         try:
-            (self.output / folder).mkdir(parents=True, exist_ok=True)
+            if not os.path.lexists(self.output / folder):
+                (self.output / folder).mkdir(parents=True, exist_ok=True)
+                self._touched.add((self.output, ""))
             descriptor = open_folder(self.output, folder)
         except OSError as error:
             raise self._refused(folder, error) from error
@@ -136,7 +136,6 @@ class Mover:
 
         Raises:
             StorageError: the disk refused.
-
         """
         touched, self._touched = self._touched, set()
         for root, folder in sorted(touched, key=lambda place: place[0] != self.output):
@@ -168,7 +167,7 @@ class Mover:
                     raise
                 return self._link_across(photo, source, target, base, folder)
             arrived = Identity.of(os.stat(name, dir_fd=target, follow_symlinks=False))
-            if arrived != photo.identity:
+            if not arrived.is_same_file(photo.identity):
                 # Somebody put another file under the name between the look and the rename: it goes back.
                 _give_back(target, name, source, base)
                 raise ChangedError("changed while it was moved")
@@ -188,7 +187,7 @@ class Mover:
                         "sort into a folder on another file system with --output"
                     ) from error
                 raise
-            if Identity.of(os.stat(name, dir_fd=target, follow_symlinks=False)) != photo.identity:
+            if not Identity.of(os.stat(name, dir_fd=target, follow_symlinks=False)).is_same_file(photo.identity):
                 os.unlink(name, dir_fd=target)  # a second name of a file that keeps its first
                 raise ChangedError("changed while it was moved")
             os.fsync(target)
@@ -285,7 +284,7 @@ def _take_away(folder: int, base: str, identity: Identity) -> None:
         _rename_away(folder, base, hidden)
     except FileNotFoundError:
         return
-    if Identity.of(os.stat(hidden, dir_fd=folder, follow_symlinks=False)) == identity:
+    if Identity.of(os.stat(hidden, dir_fd=folder, follow_symlinks=False)).is_same_file(identity):
         os.unlink(hidden, dir_fd=folder)
         return
     _give_back(folder, hidden, folder, base)
@@ -361,7 +360,6 @@ def _rename_noreplace(source: int, old: str, target: int, new: str) -> None:
     Raises:
         FileExistsError: the new name is taken.
         OSError: anything else; ENOSYS where the C library has no such call.
-
     """
     if _rename_function is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

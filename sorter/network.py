@@ -58,7 +58,6 @@ def build(architecture: str, head_hidden: Sequence[int], classes: int) -> nn.Mod
 
     Raises:
         ModelError: there is no such architecture.
-
     """
     if architecture not in _HEAD_NAMES:
         raise ModelError(f"unknown architecture {architecture}: this sorter knows {', '.join(ARCHITECTURES)}")
@@ -82,7 +81,6 @@ def load(folder: Path, manifest: Manifest) -> nn.Module:
 
     Raises:
         ModelError: the weights do not fit the architecture, or are not finite numbers.
-
     """
     network = build(manifest.architecture, manifest.head_hidden, len(manifest.classes))
     try:

@@ -44,7 +44,6 @@ class Decision:
         label: the likeliest class, None if it was not classified.
         confidence: that class's probability, 0 to 1.
         batch_size: how many photos were classified together.
-
     """
 
     decoded: Decoded
@@ -65,7 +64,6 @@ class Outcome:
         destination: where it is now, None where it stayed.
         detail: why, for a person.
         look_again: when `again` wants its look, in seconds since the epoch.
-
     """
 
     photo: Photo
@@ -107,7 +105,6 @@ class Pipeline:
         mover: moves; used by one thread only.
         settings: batch size, waiting time, limits.
         workers: decoder processes.
-
     """
 
     def __init__(self, engine: Engine, manifest: Manifest, mover: Mover, settings: Settings, workers: int) -> None:
@@ -119,6 +116,7 @@ class Pipeline:
         self._stopping = threading.Event()
         self._decoding = 0  # photos between submit and the engine's queue
         self._decoding_lock = threading.Lock()
+        self._closed = False
         self.backlog = False
         """True while more photos are about to be submitted: batches are then filled, however long that takes."""
         self.blocked: str | None = None
@@ -152,7 +150,6 @@ class Pipeline:
 
         Raises:
             SorterError: a stage could not go on; nothing is half moved.
-
         """
         self._raise_error()
         with self._decoding_lock:
@@ -169,7 +166,6 @@ class Pipeline:
 
         Raises:
             SorterError: a stage could not go on; nothing is half moved.
-
         """
         self._raise_error()
         try:
@@ -182,7 +178,10 @@ class Pipeline:
             self._raise_error()
 
     def close(self) -> None:
-        """Finish the batch in hand, forget the photos that are not classified yet, and end the stages."""
+        """Finish the batch in hand, forget the photos that are not classified yet, and end the stages; idempotent."""
+        if self._closed:
+            return
+        self._closed = True
         self._stopping.set()
         self._decoders.close()
         self._decoded.put(None)
@@ -210,6 +209,12 @@ class Pipeline:
 
     def _classify(self) -> None:
         """Batch what is decoded, classify it, and decide."""
+        try:
+            self._classify_all()
+        finally:
+            self._decided.put(None)
+
+    def _classify_all(self) -> None:
         while (batch := self._next_batch()) is not None:
             passed: list[Decision | Outcome] = [self._unclassified(d) for d in batch if d.verdict != "pixels"]
             ready = [d for d in batch if d.verdict == "pixels"]
@@ -221,7 +226,6 @@ class Pipeline:
             for decoded in ready:
                 self._decoders.release(decoded.row)
             self._decided.put(passed)
-        self._decided.put(None)
 
     def _next_batch(self) -> list[Decoded] | None:
         """Wait for photos: a full batch in a backlog, what `max_wait_ms` brings otherwise; None at the end."""

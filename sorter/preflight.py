@@ -27,7 +27,6 @@ def check_folders(settings: Settings, manifest: Manifest) -> None:
 
     Raises:
         ConfigurationError: one sentence that says which folder is wrong and what to do.
-
     """
     inbox = settings.inbox
     if not inbox.exists():

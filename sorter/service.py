@@ -20,14 +20,17 @@ import structlog
 from sorter.errors import ExitCode, InboxGoneError
 from sorter.inbox import Identity, Inbox, Photo
 from sorter.mover import Mover
-from sorter.pipeline import Outcome, Pipeline
+from sorter.pipeline import FAILED, Outcome, Pipeline
 from sorter.settings import Settings
 from sorter.watcher import Watcher
 
 CHECK_SECONDS = 5.0
 """How often the daemon asks whether the watcher and the inbox are still there."""
 
-_UNKNOWN = Identity(0, 0, 0, 0)
+AGAIN_SECONDS = 0.5
+"""How soon a photo that changed while it was sorted is looked at again."""
+
+_UNKNOWN = Identity(0, 0, 0, 0, 0)
 
 log = structlog.get_logger()
 
@@ -47,7 +50,6 @@ class Tally:
 
     Attributes:
         folders: photos by the folder they were moved to.
-
     """
 
     folders: Counter[str] = field(default_factory=Counter)
@@ -59,18 +61,18 @@ class Tally:
 
     @property
     def photos(self) -> int:
-        """Photos that were moved, wherever to."""
-        return self.folders.total()
+        """Photos that were sorted: moved, and not to `failed/`."""
+        return self.folders.total() - self.folders[FAILED]
 
     @property
     def photos_per_second(self) -> float:
         """Over the whole time."""
-        return self.photos / self.seconds if self.seconds else 0.0
+        return self.folders.total() / self.seconds if self.seconds else 0.0
 
     @property
     def exit_code(self) -> ExitCode:
         """What the run ends with."""
-        incomplete = self.left or self.interrupted or self.folders["failed"]
+        incomplete = self.left or self.interrupted or self.folders[FAILED]
         return ExitCode.INCOMPLETE if incomplete else ExitCode.DONE
 
 
@@ -80,7 +82,6 @@ class Service:
     Args:
         on_outcome: called after each photo, for a progress bar.
         on_waiting: called with the number of files that are being waited for.
-
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Service:
         self._submitted: set[str] = set()  # names whose outcome is still to come
         self._retry: dict[str, _Retry] = {}  # names that want another look
         self._left: dict[str, Photo] = {}  # what could not be read or moved; tried again at each rescan
-        self._skipped: set[int] = set()  # hashes of the versions of files that are no photos
+        self._skipped: set[int] = set()  # hashes of the versions of files that need nothing more
         self._met: set[int] = set()  # those of them that the rescan in progress has met
         self._blocked: str | None = None
         self._wake: Callable[[], None] = lambda: None
@@ -113,7 +114,6 @@ class Service:
 
         Raises:
             InboxGoneError: the inbox vanished meanwhile.
-
         """
         with self._signals():
             self._backlog()
@@ -125,7 +125,8 @@ class Service:
                 if not self._submitted:
                     if time.monotonic() >= deadline:
                         break
-                    self._on_waiting(len({*self._inbox.changing, *self._retry}))
+                    if waiting := {*self._inbox.changing, *self._retry}:
+                        self._on_waiting(len(waiting))
                     self._stop.wait(0.1)
             self.tally.interrupted = self._stop.is_set()
             for name in {*self._inbox.changing, *self._retry}:
@@ -175,6 +176,8 @@ class Service:
             return  # the watcher says so, and waits for it
         # What was not met any more is forgotten, so that memory follows the inbox and not the years.
         self._skipped = self._met
+        self._left = {name: photo for name, photo in self._left.items() if os.path.lexists(photo.path)}
+        self.tally.left = len(self._left)
 
     def _feed(self, photos: Iterable[Photo]) -> None:
         for photo in photos:
@@ -226,12 +229,12 @@ class Service:
         self._retry.pop(photo.name, None)
         if outcome.kind == "again":
             log.debug("photo.again", path=photo.path, reason=outcome.detail)
-            self._retry[photo.name] = _Retry(photo.identity, photo.seen, outcome.look_again)
+            due = max(outcome.look_again, time.time() + AGAIN_SECONDS)
+            self._retry[photo.name] = _Retry(photo.identity, photo.seen, due)
             return
         if outcome.kind == "skipped":
             self.tally.skipped += 1
-            self._skipped.add(_version(photo))
-            self._met.add(_version(photo))
+            self._ignore(photo)
             log.info("photo.skipped", path=photo.path, reason=outcome.detail)
             return
         if outcome.kind == "left" or decision is None:
@@ -240,18 +243,21 @@ class Service:
         self._left.pop(photo.name, None)
         self.tally.left = len(self._left)
         self.tally.folders[decision.folder] += 1
+        if self._settings.dry_run:
+            self._ignore(photo)  # it is still there, and said once is enough
         fields = {"path": photo.path, "destination": outcome.destination, **self._log_fields}
         if decision.kind == "failed":
-            log.warning("photo.failed", reason=str(decision.decoded.reason), detail=decision.decoded.detail, **fields)
+            decoded = decision.decoded
+            log.warning("photo.failed", **fields, reason=str(decoded.reason), detail=decoded.detail)
             return
         log.info(
             f"photo.{decision.kind}",
+            **fields,
             label=decision.label,
             confidence=round(decision.confidence or 0.0, 4),
             bytes=photo.identity.size,
             decode_ms=round(decision.decoded.milliseconds, 1),
             batch_size=decision.batch_size,
-            **fields,
         )
 
     def _leave(self, photo: Photo, reason: str) -> None:
@@ -262,8 +268,12 @@ class Service:
         if before is None or before.identity != photo.identity:
             log.warning("photo.left", path=photo.path, reason=reason)
 
+    def _ignore(self, photo: Photo) -> None:
+        self._skipped.add(_version(photo))
+        self._met.add(_version(photo))
+
     def _is_skipped(self, photo: Photo) -> bool:
-        """Tell whether this version of the file is known to be no photo: it is neither opened nor logged again."""
+        """Tell whether this version of the file was dealt with and is still there: it is neither opened nor logged."""
         version = _version(photo)
         if version not in self._skipped:
             return False

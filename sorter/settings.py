@@ -135,7 +135,6 @@ def load(flags: Mapping[str, Any]) -> Settings:
 
     Raises:
         ConfigurationError: an unknown key or variable, a wrong type, an impossible value, an unreadable file.
-
     """
     given = {field: value for field, value in flags.items() if field != "config"}
     config = flags.get("config", os.environ.get(ENVIRONMENT_PREFIX + "CONFIG"))
@@ -184,4 +183,5 @@ def _sentence(error: ErrorDetails, given: Mapping[str, Any], variables: Mapping[
         return f"{place}: there is no such setting; config/sorter.toml lists them all"
     if error["type"] == "string_pattern_mismatch":
         message = f"should be {Settings.model_fields[field].description}"
-    return f"{place}: {message[0].lower()}{message[1:]}, not {error['input']!r}"
+    message = message.removeprefix("Input ").split(", unable")[0]
+    return f"{place}: {message}, not {error['input']!r}"

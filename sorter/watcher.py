@@ -41,7 +41,6 @@ class Watcher:
     Args:
         root: the inbox.
         recursive: watch its subfolders too.
-
     """
 
     def __init__(self, root: Path, *, recursive: bool) -> None:
@@ -83,7 +82,6 @@ class Watcher:
 
         Args:
             now: a monotonic time, seconds.
-
         """
         if now < self._next_check:
             return

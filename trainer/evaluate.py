@@ -41,7 +41,6 @@ def labelled_photos(data: Path, classes: Sequence[Class]) -> list[Sample]:
 
     Raises:
         ConfigurationError: there is no labelled photo.
-
     """
     index = {name.lower(): i for i, c in enumerate(classes) for name in (c.label, c.folder)}
     table = data / "labels.csv"
@@ -72,7 +71,6 @@ def probabilities(
 
     Raises:
         PhotoError: one of them cannot be decoded.
-
     """
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(samples), BATCH):
@@ -101,7 +99,6 @@ def judge(
         samples: what they are of.
         data: what the photos are, for the manifest's reader.
         role: whether anything was chosen on them.
-
     """
     labels = np.array([sample.label for sample in samples])
     right = int((answers.argmax(1) == labels).sum())

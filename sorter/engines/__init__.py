@@ -19,7 +19,6 @@ class Engine(Protocol):
     Attributes:
         device: where it computes, `cpu`, `cuda:0`, `mps`.
         precision: of the weights and activations, `fp32`, `bf16`, `fp16`.
-
     """
 
     device: str
@@ -33,7 +32,6 @@ class Engine(Protocol):
 
         Returns:
             float32 (N, C), probabilities that add up to 1, in the order of the manifest's classes.
-
         """
         ...
 
@@ -49,7 +47,6 @@ def open_engine(folder: Path, manifest: Manifest, device: str) -> Engine:
     Raises:
         ModelError: the weights cannot be used, or their answers are no probabilities.
         ConfigurationError: there is no such device.
-
     """
     from sorter.engines.torch_engine import TorchEngine  # seconds to import: only when there is something to classify
 

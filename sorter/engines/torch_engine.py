@@ -25,7 +25,6 @@ class TorchEngine:
     Raises:
         ConfigurationError: there is no such device.
         ModelError: the weights cannot be used.
-
     """
 
     def __init__(self, folder: Path, manifest: Manifest, device: str) -> None:
@@ -67,7 +66,6 @@ def choose_device(name: str) -> torch.device:
 
     Raises:
         ConfigurationError: there is no such device here.
-
     """
     has_mps = torch.backends.mps.is_available()
     if name == "auto":

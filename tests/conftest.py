@@ -1,0 +1,149 @@
+"""What many tests share: pictures, trees of files, and an engine that needs no torch."""
+
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from sorter.images import Preprocessing
+from sorter.manifest import Class, Input, Manifest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+LONG_AGO = time.time() - 3600
+
+
+def photo(seed: int = 0, size: tuple[int, int] = (96, 64), kind: str = "JPEG") -> bytes:
+    """A small picture that differs for each seed."""
+    noise = np.random.default_rng(seed).integers(0, 255, (8, 8, 3), np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def make_tree(root: Path, files: dict[str, bytes], *, modified: float = LONG_AGO) -> Path:
+    """Write files, old enough to be settled."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        os.utime(path, (modified, modified))
+    return root
+
+
+def read_tree(root: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its relative path."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and not p.is_symlink()}
+
+
+def hashes(root: Path) -> list[str]:
+    """The contents below a folder, wherever they lie: what must never change."""
+    return sorted(hashlib.sha256(content).hexdigest() for content in read_tree(root).values())
+
+
+class RedGreenEngine:
+    """Calls a picture a cat if it is redder than green. Real enough to sort, and it needs no torch."""
+
+    device, precision = "test", "exact"
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+        self.before_batch: Callable[[], None] = lambda: None
+
+    def classify(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        self.batches.append(len(pixels))
+        self.before_batch()
+        red, green, _ = pixels.reshape(len(pixels), -1, 3).mean(1).T
+        cat = 1 / (1 + np.exp(-(red - green) / 8))
+        return np.stack([cat, 1 - cat], 1).astype(np.float32)
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    classes = (Class(label="cat", folder="cats"), Class(label="dog", folder="dogs"))
+    seen = Input(size=32, crop="squash", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    return Manifest(
+        format_version=1, name="test", architecture="resnet50", classes=classes, input=seen, temperature=1.0, files={}
+    )
+
+
+@pytest.fixture
+def preprocessing() -> Preprocessing:
+    return Preprocessing(32)
+
+
+RED, GREEN = (220, 30, 30), (30, 220, 30)
+
+
+def plain(color: tuple[int, int, int], seed: int = 0, kind: str = "JPEG") -> bytes:
+    """A picture of one colour, its bytes different for each seed."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64 + seed % 64, 48 + seed // 64), color).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("needs the photos in ../shared/data, which are not part of the project")
+    return SHARED
+
+
+class Running:
+    """A `sorter` process and its log."""
+
+    def __init__(self, arguments: list[str], errors: Path, environment: dict[str, str]) -> None:
+        self.errors = errors
+        with errors.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sorter", *arguments],
+                stdout=subprocess.PIPE,
+                stderr=file,
+                env={**os.environ, **environment},
+            )
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """The log so far; every whole line has to be JSON."""
+        lines = self.errors.read_bytes().split(b"\n")[:-1]
+        return [event for line in lines if name in (None, (event := json.loads(line))["event"])]
+
+    def wait_for(self, condition: Callable[[], object], *, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.errors.read_text()
+            assert time.monotonic() < deadline, self.errors.read_text()
+            time.sleep(0.02)
+
+    def wait_for_event(self, name: str, count: int = 1, *, seconds: float = 60) -> None:
+        self.wait_for(lambda: len(self.events(name)) >= count, seconds=seconds)
+
+    def finish(self, *, seconds: float = 100) -> tuple[int, str]:
+        """The exit code and standard output."""
+        out, _ = self.process.communicate(timeout=seconds)
+        return self.process.returncode, out.decode()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
+    """Start `sorter` processes that do not outlive the test."""
+    processes: list[Running] = []
+
+    def run(*arguments: str | Path, **environment: str) -> Running:
+        errors = tmp_path / f"log-{len(processes)}"
+        processes.append(Running([str(a) for a in arguments], errors, environment))
+        return processes[-1]
+
+    yield run
+    for running in processes:
+        running.process.kill()
+        running.process.communicate()

@@ -1,0 +1,164 @@
+"""What is in the inbox and settled."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from conftest import make_tree
+
+from sorter.errors import InboxGoneError
+from sorter.inbox import Identity, Inbox, Photo, is_temporary, open_file
+
+NOW = 1_000_000.0
+
+
+def inbox(root: Path, *, recursive: bool = False, excluded: frozenset[str] = frozenset()) -> Inbox:
+    return Inbox(root, recursive=recursive, excluded=excluded, settle_seconds=2.0)
+
+
+def names(box: Inbox, now: float = NOW) -> set[str]:
+    return {photo.name for photo in box.scan(now)}
+
+
+def test_a_file_modified_long_ago_is_settled_at_one_look(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"a.jpg": b"x"}, modified=NOW - 2.0)
+    assert names(inbox(tmp_path)) == {"a.jpg"}
+
+
+def test_a_young_file_needs_two_looks_that_far_apart(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"a.jpg": b"x"}, modified=NOW - 0.5)
+    box = inbox(tmp_path)
+    assert names(box) == set()
+    assert box.changing == ["a.jpg"]
+    assert names(box, NOW + 1.0) == set()
+    assert names(box, NOW + 2.0) == {"a.jpg"}
+    assert box.changing == []
+
+
+def test_a_file_from_the_future_needs_two_looks_that_far_apart(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"a.jpg": b"x"}, modified=NOW + 9999)
+    box = inbox(tmp_path)
+    assert names(box) == set()
+    assert names(box, NOW + 1.9) == set()
+    assert names(box, NOW + 2.1) == {"a.jpg"}
+
+
+def test_a_file_that_grows_starts_to_settle_anew(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"a.jpg": b"x"}, modified=NOW)
+    box = inbox(tmp_path)
+    assert names(box) == set()
+    make_tree(tmp_path, {"a.jpg": b"xx"}, modified=NOW + 1.9)
+    assert names(box, NOW + 2.0) == set()
+    assert names(box, NOW + 3.9) == {"a.jpg"}
+
+
+def test_a_file_that_is_replaced_at_the_same_size_and_time_starts_anew(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"a.jpg": b"x", "other": b"y"}, modified=NOW + 50)
+    box = inbox(tmp_path)
+    assert names(box) == set()
+    (tmp_path / "other").replace(tmp_path / "a.jpg")
+    assert names(box, NOW + 2.5) == set()
+
+
+def test_a_file_that_vanishes_is_not_waited_for(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"a.jpg": b"x"}, modified=NOW)
+    box = inbox(tmp_path)
+    assert names(box) == set()
+    (tmp_path / "a.jpg").unlink()
+    assert list(box.look_again(NOW + 5)) == []
+    assert box.changing == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".hidden.jpg",
+        "._IMG_1.JPG",
+        ".syncthing.a.jpg.tmp",
+        "~syncthing~a.jpg.tmp",
+        ".pending-1700000000-a.jpg",
+        "a.jpg.part",
+        "A.JPG.PART",
+        "a.jpg.crdownload",
+        "Unconfirmed 1.crdownload",
+        "a.jpg.filepart",
+        "a.tmp",
+        "~$a.jpg",
+        "a.jpg~",
+    ],
+)
+def test_hidden_and_unfinished_names_are_no_photos(name: str, tmp_path: Path) -> None:
+    make_tree(tmp_path, {name: b"x"}, modified=NOW - 100)
+    box = inbox(tmp_path)
+    assert is_temporary(name)
+    assert names(box) == set()
+    assert box.look(name, NOW) is None
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "part.jpg", "tmp", "a~b.jpg", "IMG 1 (2).jpeg"])
+def test_ordinary_names_are_not_taken_for_unfinished_ones(name: str) -> None:
+    assert not is_temporary(name)
+
+
+def test_only_regular_files_are_photos(tmp_path: Path) -> None:
+    make_tree(tmp_path / "in", {"sub/b.jpg": b"x"}, modified=NOW - 100)
+    make_tree(tmp_path, {"outside.jpg": b"x"}, modified=NOW - 100)
+    root = tmp_path / "in"
+    os.mkfifo(root / "fifo.jpg")
+    (root / "link.jpg").symlink_to(tmp_path / "outside.jpg")
+    (root / "linked-folder").symlink_to(tmp_path)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(root / "socket.jpg"))
+        assert names(inbox(root)) == set()
+        assert names(inbox(root, recursive=True)) == {"sub/b.jpg"}
+        assert inbox(root).look("fifo.jpg", NOW) is None
+        assert inbox(root).look("link.jpg", NOW) is None
+
+
+def test_subfolders_are_looked_into_only_when_asked_and_hidden_ones_never(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"a.jpg": b"x", "s/b.jpg": b"x", "s/t/c.jpg": b"x", ".h/d.jpg": b"x"}, modified=NOW - 100)
+    assert names(inbox(tmp_path)) == {"a.jpg"}
+    box = inbox(tmp_path, recursive=True)
+    assert names(box) == {"a.jpg", "s/b.jpg", "s/t/c.jpg"}
+    assert box.look("s/t/c.jpg", NOW) is not None
+    assert box.look(".h/d.jpg", NOW) is None
+    assert inbox(tmp_path).look("s/b.jpg", NOW) is None
+
+
+def test_the_output_folders_inside_the_inbox_are_never_scanned(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"cats/a.jpg": b"x", "cats/deep/b.jpg": b"x", "s/cats/c.jpg": b"x"}, modified=NOW - 100)
+    box = inbox(tmp_path, recursive=True, excluded=frozenset({str(tmp_path / "cats")}))
+    assert names(box) == {"s/cats/c.jpg"}
+    assert box.look("cats/a.jpg", NOW) is None
+    assert box.look("cats/deep/b.jpg", NOW) is None
+
+
+def test_a_missing_inbox_is_said_in_a_sentence(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    root.mkdir()
+    (tmp_path / "other").mkdir()
+    box = inbox(root)
+    root.rmdir()
+    with pytest.raises(InboxGoneError, match="put it back"):
+        names(box)
+    with pytest.raises(InboxGoneError):
+        box.check()
+    (tmp_path / "other").rename(root)
+    with pytest.raises(InboxGoneError, match="another folder"):
+        box.check()
+
+
+def test_a_photo_is_not_opened_through_a_folder_that_became_a_link(tmp_path: Path) -> None:
+    make_tree(tmp_path / "in", {"s/a.jpg": b"inside"}, modified=NOW - 100)
+    make_tree(tmp_path / "secret", {"a.jpg": b"outside"}, modified=NOW - 100)
+    (found,) = inbox(tmp_path / "in", recursive=True).scan(NOW)
+    (tmp_path / "in/s").rename(tmp_path / "in/t")
+    (tmp_path / "in/s").symlink_to(tmp_path / "secret")
+    with pytest.raises(OSError):
+        open_file(found)
+
+
+def test_opening_a_fifo_does_not_wait_for_its_writer(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    os.close(open_file(Photo(tmp_path, "a.jpg", Identity(0, 0, 0, 0, 0), NOW)))

@@ -1,0 +1,214 @@
+"""The mover's promise: each photo exists whole, and nothing is overwritten."""
+
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import LONG_AGO, hashes, make_tree, read_tree
+
+from sorter import mover as mover_module
+from sorter.errors import StorageError
+from sorter.inbox import Inbox, Photo
+from sorter.mover import ChangedError, Mover, StayedError, numbered
+
+
+def found(root: Path) -> Photo:
+    (photo,) = Inbox(root, recursive=True, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)
+    return photo
+
+
+@pytest.fixture
+def other_file_system(tmp_path: Path) -> Iterator[Path]:
+    """A folder on another file system than tmp_path."""
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs /dev/shm on a file system of its own")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(params=["rename", "link", "across"])
+def output(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An output folder for each way to move. No file system here lacks renameat2's flag, so its absence is played."""
+    if request.param == "across":
+        folder: Path = request.getfixturevalue("other_file_system")
+        return folder
+    if request.param == "link":
+        monkeypatch.setattr(mover_module, "_rename_function", None)
+    return tmp_path / "out"
+
+
+def test_a_photo_moves_whole(tmp_path: Path, output: Path) -> None:
+    make_tree(tmp_path / "in", {"a.jpg": b"photo"})
+    assert Mover(output).move(found(tmp_path / "in"), "cats") == str(output / "cats/a.jpg")
+    assert read_tree(tmp_path / "in") == {}
+    assert read_tree(output) == {"cats/a.jpg": b"photo"}
+
+
+def test_a_name_that_is_taken_gets_a_number_and_both_are_kept(tmp_path: Path, output: Path) -> None:
+    make_tree(output, {"cats/a.jpg": b"first", "cats/a-1.jpg": b"second"})
+    make_tree(tmp_path / "in", {"a.jpg": b"third"})
+    Mover(output).move(found(tmp_path / "in"), "cats")
+    assert read_tree(output) == {"cats/a.jpg": b"first", "cats/a-1.jpg": b"second", "cats/a-2.jpg": b"third"}
+
+
+def test_time_mode_and_extended_attributes_survive(tmp_path: Path, output: Path) -> None:
+    path = make_tree(tmp_path / "in", {"a.jpg": b"photo"}) / "a.jpg"
+    path.chmod(0o640)
+    os.utime(path, ns=(1_500_000_000_123_456_789, 1_400_000_000_987_654_321))
+    try:
+        os.setxattr(path, "user.rating", b"5")
+    except OSError as error:
+        pytest.skip(f"this file system has no extended attributes ({error.strerror})")
+    moved = Path(Mover(output).move(found(tmp_path / "in"), "cats"))
+    status = moved.stat()
+    assert status.st_mtime_ns == 1_400_000_000_987_654_321
+    assert stat.S_IMODE(status.st_mode) == 0o640
+    try:
+        assert os.getxattr(moved, "user.rating") == b"5"
+    except OSError:
+        try:
+            os.setxattr(moved, "user.probe", b"1")
+        except OSError:
+            return  # the other file system holds none
+        raise
+
+
+def test_names_of_any_bytes_survive(tmp_path: Path, output: Path) -> None:
+    name = os.fsdecode("katze 🐈\n".encode() + b"\xff\xfe.jpg")
+    make_tree(tmp_path / "in", {name: b"photo"})
+    Mover(output).move(found(tmp_path / "in"), "cats")
+    assert read_tree(output) == {f"cats/{name}": b"photo"}
+
+
+def test_a_photo_that_changed_after_it_was_classified_stays(tmp_path: Path, output: Path) -> None:
+    make_tree(tmp_path / "in", {"a.jpg": b"photo"})
+    photo = found(tmp_path / "in")
+    make_tree(tmp_path / "in", {"a.jpg": b"other"}, modified=LONG_AGO + 1)
+    with pytest.raises(ChangedError, match="changed"):
+        Mover(output).move(photo, "cats")
+    assert read_tree(tmp_path / "in") == {"a.jpg": b"other"}
+    assert read_tree(output) == {}
+
+
+def test_a_photo_that_became_a_link_stays_and_so_does_what_it_points_to(tmp_path: Path, output: Path) -> None:
+    make_tree(tmp_path, {"in/a.jpg": b"photo", "secret/a.jpg": b"photo"})
+    photo = found(tmp_path / "in")
+    (tmp_path / "in/a.jpg").unlink()
+    (tmp_path / "in/a.jpg").symlink_to(tmp_path / "secret/a.jpg")
+    with pytest.raises(ChangedError):
+        Mover(output).move(photo, "cats")
+    assert (tmp_path / "in/a.jpg").is_symlink()
+    assert read_tree(tmp_path / "secret") == {"a.jpg": b"photo"}
+    assert read_tree(output) == {}
+
+
+def test_a_photo_that_is_gone_is_said_to_be(tmp_path: Path, output: Path) -> None:
+    make_tree(tmp_path / "in", {"s/a.jpg": b"photo"})
+    photo = found(tmp_path / "in")
+    (tmp_path / "in/s/a.jpg").unlink()
+    with pytest.raises(ChangedError, match="gone"):
+        Mover(output).move(photo, "cats")
+    (tmp_path / "in/s").rmdir()
+    with pytest.raises(ChangedError, match="gone"):
+        Mover(output).move(photo, "cats")
+
+
+def test_another_file_that_slips_in_during_the_move_goes_back(
+    tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tree(tmp_path, {"in/a.jpg": b"photo", "new": b"other photo"})
+    photo = found(tmp_path / "in")
+    check = mover_module._check
+
+    def swapped_after_the_check(*arguments: object) -> None:
+        check(*arguments)  # type: ignore[arg-type]
+        if (tmp_path / "new").exists():
+            os.link(tmp_path / "in/a.jpg", tmp_path / "kept")
+            (tmp_path / "new").replace(tmp_path / "in/a.jpg")
+
+    before = hashes(tmp_path)
+    monkeypatch.setattr(mover_module, "_check", swapped_after_the_check)
+    with pytest.raises(ChangedError):
+        Mover(output).move(photo, "cats")
+    assert (tmp_path / "in/a.jpg").read_bytes() == b"other photo"
+    assert set(before) <= set(hashes(tmp_path) + hashes(output))
+    assert not any(name.endswith(".sorter-part") for name in [*read_tree(output), *read_tree(tmp_path)])
+
+
+def test_a_copy_that_does_not_fit_leaves_the_photo_and_no_partial_file(
+    tmp_path: Path, other_file_system: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_descriptor: int, _data: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    make_tree(tmp_path / "in", {"a.jpg": b"photo"})
+    photo = found(tmp_path / "in")
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(StorageError, match="No space left"):
+        Mover(other_file_system).move(photo, "cats")
+    monkeypatch.undo()
+    assert read_tree(tmp_path / "in") == {"a.jpg": b"photo"}
+    assert read_tree(other_file_system) == {}
+
+
+def test_a_destination_folder_that_is_a_link_takes_no_photos(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"in/a.jpg": b"photo", "elsewhere/x": b"x"})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/cats").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StorageError):
+        Mover(tmp_path / "out").move(found(tmp_path / "in"), "cats")
+    assert read_tree(tmp_path) == {"in/a.jpg": b"photo", "elsewhere/x": b"x"}
+
+
+def test_a_file_system_without_any_safe_way_leaves_the_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_links(*_: object, **__: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    make_tree(tmp_path / "in", {"a.jpg": b"photo"})
+    monkeypatch.setattr(mover_module, "_rename_function", None)
+    monkeypatch.setattr(os, "link", no_links)
+    with pytest.raises(StayedError, match="--output"):
+        Mover(tmp_path / "out").move(found(tmp_path / "in"), "cats")
+    assert read_tree(tmp_path) == {"in/a.jpg": b"photo"}
+
+
+def test_numbers_keep_the_extension_and_the_limit_of_255_bytes() -> None:
+    assert numbered("a.jpg", 0) == "a.jpg"
+    assert numbered("a.jpg", 12) == "a-12.jpg"
+    long = "ä" * 125 + ".jpg"  # 254 bytes
+    assert numbered(long, 7).endswith("-7.jpg")
+    assert len(os.fsencode(numbered(long, 7))) <= 255
+
+
+def test_a_thousand_photos_of_one_name_are_all_kept(tmp_path: Path) -> None:
+    target = Mover(tmp_path / "out")
+    for number in range(1000):
+        make_tree(tmp_path / "in", {"a.jpg": str(number).encode()})
+        target.move(found(tmp_path / "in"), "cats")
+    assert sorted(read_tree(tmp_path / "out").values()) == sorted(str(n).encode() for n in range(1000))
+
+
+def test_the_folders_of_a_batch_are_synced_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def counted(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc to name descriptors")
+    monkeypatch.setattr(os, "fsync", counted)
+    target = Mover(tmp_path / "out")
+    for number in range(5):
+        make_tree(tmp_path / "in", {f"{number}.jpg": b"photo"})
+        target.move(found(tmp_path / "in"), "cats")
+    target.settle()
+    # The destinations first: a name may be on the disk twice, but never not at all.
+    assert sorted(synced[:2]) == [str(tmp_path / "out"), str(tmp_path / "out/cats")]
+    assert synced[2:] == [str(tmp_path / "in")]

@@ -1,0 +1,216 @@
+"""The way of a photo through all stages, with real decoders, real moves, and an engine that needs no torch."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, hashes, make_tree, photo, plain, read_tree
+
+from sorter.decoders import Decoded
+from sorter.errors import Reason, StorageError
+from sorter.inbox import Identity, Inbox, Photo
+from sorter.manifest import Manifest
+from sorter.mover import Mover
+from sorter.pipeline import Outcome, Pipeline, complete_after, decide
+from sorter.settings import Settings
+
+Sort = Callable[..., tuple[list[Outcome], RedGreenEngine]]
+
+
+@pytest.fixture
+def sort(tmp_path: Path, manifest: Manifest) -> Sort:
+    """Sort tmp_path/in with some settings and return what came out."""
+
+    def run(**values: object) -> tuple[list[Outcome], RedGreenEngine]:
+        engine = RedGreenEngine()
+        settings = Settings(inbox=tmp_path / "in", once=True, **{"batch_size": 8, **values})  # type: ignore[arg-type]
+        pipeline = Pipeline(engine, manifest, Mover(tmp_path / "out"), settings, workers=2)
+        box = Inbox(tmp_path / "in", recursive=True, excluded=frozenset(), settle_seconds=0)
+        outcomes: list[Outcome] = []
+        pipeline.backlog = True
+        try:
+            for found in box.scan(LONG_AGO + 10):
+                while not pipeline.submit(found):
+                    outcomes += pipeline.outcomes()
+            pipeline.backlog = False
+            deadline = time.monotonic() + 60
+            while pipeline.in_flight:
+                outcomes += pipeline.outcomes(timeout_seconds=0.1)
+                assert time.monotonic() < deadline
+        finally:
+            pipeline.backlog = False
+            pipeline.close()
+        return outcomes, engine
+
+    return run
+
+
+def test_photos_go_to_the_folder_of_their_class(tmp_path: Path, sort: Sort) -> None:
+    make_tree(tmp_path / "in", {"red.jpg": plain(RED), "green.png": plain(GREEN, kind="PNG")})
+    sort()
+    assert set(read_tree(tmp_path / "out")) == {"cats/red.jpg", "dogs/green.png"}
+    assert read_tree(tmp_path / "in") == {}
+
+
+def test_a_backlog_is_classified_in_full_batches(tmp_path: Path, sort: Sort) -> None:
+    make_tree(tmp_path / "in", {f"{n}.jpg": plain(RED, n) for n in range(50)})
+    _, engine = sort()
+    assert sum(engine.batches) == 50
+    assert engine.batches == [8] * 6 + [2]
+
+
+def test_a_photo_that_cannot_be_decoded_does_not_touch_its_batch(tmp_path: Path, sort: Sort) -> None:
+    files = {f"{n}.jpg": plain(RED, n) for n in range(10)}
+    make_tree(tmp_path / "in", {**files, "broken.jpg": plain(RED)[:100], "empty.jpg": b"", "note.txt": b"hello"})
+    before = hashes(tmp_path)
+    outcomes, _ = sort()
+    assert hashes(tmp_path) == before
+    assert set(read_tree(tmp_path / "out")) == {f"cats/{n}" for n in files} | {"failed/broken.jpg", "failed/empty.jpg"}
+    assert set(read_tree(tmp_path / "in")) == {"note.txt"}
+    assert [o.photo.name for o in outcomes if o.kind == "skipped"] == ["note.txt"]
+
+
+def test_every_photo_has_exactly_one_outcome(tmp_path: Path, sort: Sort) -> None:
+    make_tree(tmp_path / "in", {f"{n}.jpg": photo(n) for n in range(100)})
+    outcomes, _ = sort()
+    assert sorted(o.photo.name for o in outcomes) == sorted(f"{n}.jpg" for n in range(100))
+
+
+def test_unsure_photos_go_to_unsure_only_when_asked(tmp_path: Path, sort: Sort) -> None:
+    make_tree(tmp_path / "in", {"brown.jpg": plain((128, 124, 60)), "red.jpg": plain(RED)})
+    sort(min_confidence=0.9)
+    assert set(read_tree(tmp_path / "out")) == {"unsure/brown.jpg", "cats/red.jpg"}
+    make_tree(tmp_path / "in", {"brown.jpg": plain((128, 124, 60))})
+    sort()
+    assert "cats/brown.jpg" in read_tree(tmp_path / "out")
+
+
+def test_a_dry_run_changes_nothing_and_says_where_photos_would_go(tmp_path: Path, sort: Sort) -> None:
+    make_tree(tmp_path, {"in/red.jpg": plain(RED), "in/bad.jpg": b"x", "out/cats/red.jpg": b"an older one"})
+    before = read_tree(tmp_path)
+    outcomes, _ = sort(dry_run=True)
+    assert read_tree(tmp_path) == before
+    assert {o.destination for o in outcomes} == {
+        str(tmp_path / "out/cats/red-1.jpg"),
+        str(tmp_path / "out/failed/bad.jpg"),
+    }
+    assert not (tmp_path / "out/failed").exists()
+
+
+def test_a_photo_that_changes_while_it_is_classified_stays(tmp_path: Path, manifest: Manifest) -> None:
+    make_tree(tmp_path / "in", {"a.jpg": plain(RED)})
+    engine = RedGreenEngine()
+    engine.before_batch = lambda: make_tree(tmp_path / "in", {"a.jpg": plain(GREEN)}) and None
+    settings = Settings(inbox=tmp_path / "in", once=True)
+    pipeline = Pipeline(engine, manifest, Mover(tmp_path / "out"), settings, workers=1)
+    (found,) = Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)
+    assert pipeline.submit(found, timeout_seconds=10)
+    (outcome,) = pipeline.outcomes(timeout_seconds=30)
+    pipeline.close()
+    assert outcome.kind == "again"
+    assert read_tree(tmp_path) == {"in/a.jpg": plain(GREEN)}
+
+
+def test_closing_finishes_the_batch_in_hand_and_leaves_the_rest(tmp_path: Path, manifest: Manifest) -> None:
+    make_tree(tmp_path / "in", {f"{n}.jpg": plain(RED, n) for n in range(20)})
+    engine = RedGreenEngine()
+    classifying, go_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        classifying.set()
+        assert go_on.wait(30)
+
+    engine.before_batch = hold
+    settings = Settings(inbox=tmp_path / "in", once=True, batch_size=4)
+    pipeline = Pipeline(engine, manifest, Mover(tmp_path / "out"), settings, workers=1)
+    pipeline.backlog = True
+    for found in Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10):
+        if not pipeline.submit(found, timeout_seconds=1):
+            break
+    assert classifying.wait(30)
+    closing = threading.Thread(target=pipeline.close)
+    closing.start()
+    time.sleep(0.1)
+    go_on.set()
+    closing.join(30)
+    assert len(read_tree(tmp_path / "out")) == 4
+    assert len(read_tree(tmp_path / "in")) == 16
+
+
+def test_once_stops_when_the_output_takes_no_photos(tmp_path: Path, sort: Sort) -> None:
+    make_tree(tmp_path, {"in/a.jpg": plain(RED), "out/cats": b"a file is in the way"})
+    with pytest.raises(StorageError, match="cats"):
+        sort()
+    assert set(read_tree(tmp_path)) == {"in/a.jpg", "out/cats"}
+
+
+def test_the_daemon_waits_until_the_output_takes_photos_again(tmp_path: Path, manifest: Manifest) -> None:
+    make_tree(tmp_path, {"in/a.jpg": plain(RED), "out/cats": b"a file is in the way"})
+    settings = Settings(inbox=tmp_path / "in", once=False)
+    pipeline = Pipeline(RedGreenEngine(), manifest, Mover(tmp_path / "out"), settings, workers=1)
+    (found,) = Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)
+    assert pipeline.submit(found, timeout_seconds=10)
+    deadline = time.monotonic() + 30
+    while pipeline.blocked is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert "cats" in pipeline.blocked
+    assert set(read_tree(tmp_path)) == {"in/a.jpg", "out/cats"}
+    (tmp_path / "out/cats").unlink()
+    (outcome,) = pipeline.outcomes(timeout_seconds=30)
+    pipeline.close()
+    assert outcome.kind == "sorted"
+    assert pipeline.blocked is None
+    assert set(read_tree(tmp_path)) == {"out/cats/a.jpg"}
+
+
+def test_an_engine_that_fails_stops_the_pipeline_with_its_error(tmp_path: Path, manifest: Manifest) -> None:
+    make_tree(tmp_path / "in", {"a.jpg": plain(RED)})
+    engine = RedGreenEngine()
+
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    engine.before_batch = fail
+    pipeline = Pipeline(engine, manifest, Mover(tmp_path / "out"), Settings(inbox=tmp_path / "in"), workers=1)
+    (found,) = Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)
+    assert pipeline.submit(found, timeout_seconds=10)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        _drain(pipeline)
+    pipeline.close()
+    assert set(read_tree(tmp_path)) == {"in/a.jpg"}
+
+
+def _drain(pipeline: Pipeline) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        list(pipeline.outcomes(timeout_seconds=0.1))
+    raise AssertionError("the error never came")
+
+
+def decoded(reason: Reason, *, mtime: float, seen: float) -> Decoded:
+    identity = Identity(1, 2, 3, int(mtime * 1e9), 0)
+    return Decoded(Photo(Path("/in"), "a.jpg", identity, seen), "failed", reason=reason)
+
+
+def test_a_truncated_photo_counts_as_complete_a_minute_after_its_last_change() -> None:
+    assert complete_after(decoded(Reason.TRUNCATED, mtime=1000, seen=1002), now=1003) == 1060
+    assert complete_after(decoded(Reason.EMPTY, mtime=1000, seen=1002), now=1003) == 1060
+
+
+def test_a_truncated_photo_from_the_future_counts_from_when_it_was_first_seen() -> None:
+    assert complete_after(decoded(Reason.TRUNCATED, mtime=9999, seen=1002), now=1003) == 1062
+
+
+def test_what_is_broken_but_complete_fails_at_once() -> None:
+    assert complete_after(decoded(Reason.CORRUPT, mtime=1000, seen=1000), now=1000) == 0
+
+
+def test_the_likeliest_class_decides_and_a_threshold_is_met_exactly(manifest: Manifest) -> None:
+    any_photo = decoded(Reason.CORRUPT, mtime=0, seen=0)
+    assert decide(any_photo, [0.2, 0.8], manifest, 0.0, 1).folder == "dogs"
+    assert decide(any_photo, [0.75, 0.25], manifest, 0.75, 1).folder == "cats"
+    unsure = decide(any_photo, [0.7, 0.3], manifest, 0.75, 1)
+    assert (unsure.folder, unsure.label, unsure.confidence) == ("unsure", "cat", 0.7)
