@@ -1,5 +1,6 @@
 """What a person at a terminal sees: the progress bar while photos are sorted, and the summary after."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,15 +22,12 @@ class Bar:
     def advance(self, tally: Tally) -> None:
         """Show the photos that are done."""
         done = tally.folders.total() + tally.skipped + tally.left
-        self._progress.update(self._task, completed=done, speed=self._speed())
+        speed = done / max(time.monotonic() - tally.started, 0.001)
+        self._progress.update(self._task, completed=done, speed=f"{speed:.1f} photos/s")
 
     def waiting(self, files: int) -> None:
         """Show that nothing but files that are still changing is left."""
         self._progress.update(self._task, description=f"waiting for {files} still changing")
-
-    def _speed(self) -> str:
-        task = self._progress.tasks[0]
-        return f"{task.speed:.1f} photos/s" if task.speed else ""
 
 
 @contextmanager

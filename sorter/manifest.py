@@ -45,7 +45,7 @@ class Input(_Part):
 
     size: int = Field(ge=16, le=1024)
     crop: Literal["squash", "center"]
-    resize: int = Field(0, ge=0, le=2048)
+    resize: int = Field(default=0, ge=0, le=2048)
     interpolation: Literal["bilinear"] = "bilinear"
     mean: Channels
     std: Channels

@@ -102,7 +102,11 @@ def test_a_dry_run_changes_nothing_and_says_where_photos_would_go(tmp_path: Path
 def test_a_photo_that_changes_while_it_is_classified_stays(tmp_path: Path, manifest: Manifest) -> None:
     make_tree(tmp_path / "in", {"a.jpg": plain(RED)})
     engine = RedGreenEngine()
-    engine.before_batch = lambda: make_tree(tmp_path / "in", {"a.jpg": plain(GREEN)}) and None
+
+    def replace() -> None:
+        make_tree(tmp_path / "in", {"a.jpg": plain(GREEN)})
+
+    engine.before_batch = replace
     settings = Settings(inbox=tmp_path / "in", once=True)
     pipeline = Pipeline(engine, manifest, Mover(tmp_path / "out"), settings, workers=1)
     (found,) = Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)

@@ -1,0 +1,121 @@
+"""Pictures made as bytes: one of every format that is decoded, and headers that lie."""
+
+import io
+import struct
+import zlib
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, features
+
+Color = tuple[int, int, int]
+
+BRICK: Color = (200, 60, 30)
+HAS_AVIF = bool(features.check("avif"))
+
+# EXIF orientation -> what a camera held that way does to the upright picture before it stores it.
+_STORED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    """A picture as a file of one of Pillow's formats."""
+    buffer = io.BytesIO()
+    picture.copy().save(buffer, kind, **options)  # saving leaves marks on the object that the next format trips over
+    return buffer.getvalue()
+
+
+def plain(color: Color = BRICK, size: tuple[int, int] = (64, 48)) -> Image.Image:
+    """A picture of one colour."""
+    return Image.new("RGB", size, color)
+
+
+def smooth(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
+    """A picture with something in it, another one for each seed."""
+    noise = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def ramp() -> Image.Image:
+    """A 16-bit grey that goes from black on the left to half of white on the right."""
+    return Image.fromarray(np.tile(np.linspace(0, 32767, 64).astype(np.uint16), (48, 1)))
+
+
+def quarters() -> Image.Image:
+    """A wide picture with another colour in each corner, so that each way of turning it looks different."""
+    picture = Image.new("RGB", (96, 64))
+    for corner, color in {(0, 0): "red", (48, 0): "lime", (0, 32): "blue", (48, 32): "white"}.items():
+        picture.paste(color, (*corner, corner[0] + 48, corner[1] + 32))
+    return picture
+
+
+def turned(kind: str, orientation: int) -> bytes:
+    """`quarters` as a camera stores it that was held like that: pixels turned, and EXIF says how."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture = quarters()
+    stored = picture.transpose(_STORED[orientation]) if orientation in _STORED else picture
+    options: dict[str, dict[str, Any]] = {
+        "JPEG": {"quality": 95, "subsampling": 0},
+        "WEBP": {"lossless": True},
+        "AVIF": {"quality": 95},
+    }
+    return encoded(stored, kind, exif=exif, **options.get(kind, {}))
+
+
+def every_format() -> dict[str, tuple[bytes, Color]]:
+    """A file of each kind, and the colour that it shows on average. What has several frames goes on in blue."""
+    brick, grey, mid = plain(), Image.new("L", (64, 48), 130), (127, 127, 127)
+    half = brick.copy()
+    half.putalpha(128)
+    files: dict[str, tuple[bytes, Color]] = {
+        "jpeg-rgb": (encoded(brick, "JPEG", quality=95), BRICK),
+        "jpeg-cmyk": (encoded(brick.convert("CMYK"), "JPEG", quality=95), BRICK),
+        "jpeg-grey": (encoded(grey, "JPEG"), (130, 130, 130)),
+        "jpeg-progressive": (encoded(brick, "JPEG", quality=95, progressive=True), BRICK),
+        "jpeg-mpo": (encoded(brick, "MPO", quality=95, **_followed_by_blue()), BRICK),
+        "png-rgb": (encoded(brick, "PNG"), BRICK),
+        "png-palette": (encoded(brick.quantize(8), "PNG"), BRICK),
+        "png-grey-16": (encoded(ramp(), "PNG"), mid),
+        "png-alpha": (encoded(half, "PNG"), (227, 157, 142)),
+        "png-animated": (encoded(brick, "PNG", **_followed_by_blue()), BRICK),
+        "webp": (encoded(brick, "WEBP", quality=95), BRICK),
+        "webp-lossless": (encoded(brick, "WEBP", lossless=True), BRICK),
+        "gif": (encoded(brick, "GIF"), BRICK),
+        "gif-animated": (encoded(brick, "GIF", **_followed_by_blue()), BRICK),
+        "bmp": (encoded(brick, "BMP"), BRICK),
+        "tiff": (encoded(brick, "TIFF"), BRICK),
+        "tiff-lzw": (encoded(brick, "TIFF", compression="tiff_lzw"), BRICK),
+        "tiff-pages": (encoded(brick, "TIFF", **_followed_by_blue()), BRICK),
+    }
+    if HAS_AVIF:
+        files["avif"] = (encoded(brick, "AVIF", quality=95), BRICK)
+    return files
+
+
+def _followed_by_blue() -> dict[str, Any]:
+    return {"save_all": True, "append_images": [plain((0, 0, 255))]}
+
+
+def claiming(kind: str, width: int, height: int) -> bytes:
+    """A small file whose header says that it holds a picture of that size."""
+    content = bytearray(encoded(plain(), kind))
+    if kind == "PNG":
+        struct.pack_into(">II", content, 16, width, height)
+        struct.pack_into(">I", content, 29, zlib.crc32(content[12:29]))
+    elif kind == "JPEG":
+        struct.pack_into(">HH", content, content.index(b"\xff\xc0") + 5, height, width)
+    elif kind == "GIF":
+        struct.pack_into("<HH", content, 6, width, height)
+    elif kind == "BMP":
+        struct.pack_into("<ii", content, 18, width, height)
+    else:
+        raise NotImplementedError(kind)
+    return bytes(content)

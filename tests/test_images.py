@@ -1,0 +1,312 @@
+"""One photo, from an open descriptor to the pixels that the network wants."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import BRICK, HAS_AVIF, claiming, encoded, every_format, plain, quarters, ramp, smooth, turned
+from PIL import Image
+
+from sorter.errors import PhotoError, Reason
+from sorter.images import SIGNATURE_BYTES, Limits, Preprocessing, decode, has_signature
+
+FILES = every_format()
+SQUASH = Preprocessing(32)
+TIGHT = Limits(max_megapixels=0.002, max_jpeg_megapixels=0.004)
+
+HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(64)
+OTHERS = {
+    "text": b"Dear cat, thank you for the mouse that you left on the doormat this morning.",
+    "pdf": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<< /Type /Catalog >>\nendobj\n" + bytes(64),
+    "heic": HEIC,
+    "mp4": b"\0\0\0\x20ftypisom\0\0\x02\0isomiso2avc1mp41" + bytes(64),
+    "wave": b"RIFF\x24\x08\0\0WAVEfmt " + bytes(64),
+    "bmw": b"BMW prices went up again this year, says the dealer in our street, and cats do not care.",
+    "icon": b"\0\0\1\0\1\0\x10\x10" + bytes(64),
+    "two letters": b"BM",
+}
+
+
+def decoded(
+    folder: Path, content: bytes, preprocessing: Preprocessing = SQUASH, limits: Limits | None = None
+) -> Image.Image:
+    path = folder / "photo.jpg"
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        return decode(file.fileno(), preprocessing, limits or Limits())
+
+
+def reason(folder: Path, content: bytes, limits: Limits | None = None) -> Reason:
+    with pytest.raises(PhotoError) as caught:
+        decoded(folder, content, limits=limits)
+    return caught.value.reason
+
+
+def mean_color(picture: Image.Image) -> list[float]:
+    return [float(value) for value in np.asarray(picture, float).reshape(-1, 3).mean(0)]
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    """The mean distance of two pictures' values, 0 to 255."""
+    return float(np.abs(np.asarray(one, float) - np.asarray(other, float)).mean())
+
+
+# --- what comes out ---
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_becomes_rgb_of_the_wanted_size_in_its_own_colour(tmp_path: Path, name: str) -> None:
+    content, color = FILES[name]
+    picture = decoded(tmp_path, content)
+    assert (picture.mode, picture.size) == ("RGB", (32, 32))
+    assert mean_color(picture) == pytest.approx(color, abs=4)
+
+
+def test_a_png_with_alpha_is_laid_on_white(tmp_path: Path) -> None:
+    invisible = Image.new("RGBA", (64, 48), (*BRICK, 0))
+    assert mean_color(decoded(tmp_path, encoded(invisible, "PNG"))) == [255, 255, 255]
+
+
+def test_a_png_with_a_transparent_grey_is_laid_on_white(tmp_path: Path) -> None:
+    content = encoded(Image.new("L", (64, 48), 9), "PNG", transparency=9)
+    assert mean_color(decoded(tmp_path, content)) == [255, 255, 255]
+
+
+def test_a_png_with_a_transparent_colour_is_laid_on_white(tmp_path: Path) -> None:
+    content = encoded(plain(), "PNG", transparency=BRICK)
+    assert mean_color(decoded(tmp_path, content)) == [255, 255, 255]
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_a_16_bit_grey_uses_the_whole_range(tmp_path: Path, kind: str) -> None:
+    values = np.asarray(decoded(tmp_path, encoded(ramp(), kind), Preprocessing(64)))
+    assert (values.min(), values.max()) == (0, 255)
+
+
+def test_the_content_says_what_a_file_is_not_its_name(tmp_path: Path) -> None:
+    content = encoded(smooth(1), "PNG")
+    path = tmp_path / "really-a-png.jpg"
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        picture = decode(file.fileno(), SQUASH, Limits())
+    assert difference(picture, smooth(1).resize((32, 32), Image.Resampling.BILINEAR)) < 2
+
+
+def test_a_descriptor_is_read_from_its_start_wherever_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(encoded(plain(), "PNG"))
+    with path.open("rb") as file:
+        os.lseek(file.fileno(), 0, os.SEEK_END)
+        assert mean_color(decode(file.fileno(), SQUASH, Limits())) == pytest.approx(BRICK, abs=1)
+
+
+@pytest.mark.parametrize("content", [encoded(plain(), "PNG"), b"no photo"], ids=["photo", "no photo"])
+def test_a_descriptor_stays_open(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(content)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        decode(descriptor, SQUASH, Limits())
+    except PhotoError:
+        pass
+    finally:
+        os.close(descriptor)  # fails if it is closed already
+
+
+# --- size and crop ---
+
+
+def stripes() -> bytes:
+    """Twice as wide as high: a quarter red, half green, a quarter blue."""
+    picture = plain((0, 255, 0), (128, 64))
+    picture.paste((255, 0, 0), (0, 0, 32, 64))
+    picture.paste((0, 0, 255), (96, 0, 128, 64))
+    return encoded(picture, "PNG")
+
+
+def test_squash_keeps_the_whole_picture(tmp_path: Path) -> None:
+    picture = decoded(tmp_path, stripes(), Preprocessing(32, "squash"))
+    assert [picture.getpixel((x, 16)) for x in (2, 16, 29)] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+
+
+def test_a_center_crop_keeps_the_middle_in_its_own_proportions(tmp_path: Path) -> None:
+    picture = decoded(tmp_path, stripes(), Preprocessing(24, "center", 32))
+    assert np.array_equal(np.asarray(picture), np.asarray(plain((0, 255, 0), (24, 24))))
+
+
+def test_a_center_crop_cuts_off_what_the_resize_is_larger(tmp_path: Path) -> None:
+    framed = plain((255, 0, 0), (64, 64))
+    framed.paste((255, 255, 255), (8, 8, 56, 56))
+    content = encoded(framed, "PNG")
+    whole = decoded(tmp_path, content, Preprocessing(32, "center", 32))
+    inner = decoded(tmp_path, content, Preprocessing(24, "center", 40))
+    assert (whole.getpixel((0, 0)), inner.getpixel((0, 0))) == ((255, 0, 0), (255, 255, 255))
+
+
+@pytest.mark.parametrize(
+    "crop", [Preprocessing(32, "squash"), Preprocessing(32, "center", 36)], ids=["squash", "center"]
+)
+def test_a_picture_smaller_than_wanted_is_enlarged(tmp_path: Path, crop: Preprocessing) -> None:
+    picture = decoded(tmp_path, encoded(plain(size=(1, 3)), "PNG"), crop)
+    assert picture.size == (32, 32)
+    assert mean_color(picture) == list(BRICK)
+
+
+def test_a_large_jpeg_looks_like_the_same_picture_in_a_lossless_format(tmp_path: Path) -> None:
+    large = smooth(2, (1200, 900))
+    from_jpeg = decoded(tmp_path, encoded(large, "JPEG", quality=95))
+    assert difference(from_jpeg, decoded(tmp_path, encoded(large, "PNG"))) < 2
+
+
+# --- EXIF ---
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "TIFF", *(["AVIF"] if HAS_AVIF else [])])
+def test_every_exif_orientation_comes_out_upright(tmp_path: Path, kind: str, orientation: int) -> None:
+    upright = decoded(tmp_path, encoded(quarters(), "PNG"))
+    assert difference(decoded(tmp_path, turned(kind, orientation)), upright) < 3
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_exif_orientation_comes_out_upright_from_a_center_crop(tmp_path: Path, orientation: int) -> None:
+    crop = Preprocessing(24, "center", 32)
+    upright = decoded(tmp_path, encoded(quarters(), "PNG"), crop)
+    assert difference(decoded(tmp_path, turned("PNG", orientation), crop), upright) < 3
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_an_orientation_that_does_not_exist_is_passed_over(tmp_path: Path, orientation: int) -> None:
+    upright = decoded(tmp_path, encoded(quarters(), "PNG"))
+    assert difference(decoded(tmp_path, turned("PNG", orientation)), upright) == 0
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # as in the decoder processes: Pillow warns of what it skips
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage!", b"Exif\0\0II*\0", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"?"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_does_not_matter(tmp_path: Path, kind: str, exif: bytes) -> None:
+    whole = decoded(tmp_path, encoded(quarters(), kind))
+    assert difference(decoded(tmp_path, encoded(quarters(), kind, exif=exif)), whole) == 0
+
+
+# --- what cannot be read ---
+
+
+def test_a_file_without_bytes_is_empty(tmp_path: Path) -> None:
+    assert reason(tmp_path, b"") is Reason.EMPTY
+
+
+HALVES = {
+    "jpeg": encoded(smooth(3), "JPEG"),
+    "jpeg-progressive": encoded(smooth(3), "JPEG", progressive=True),
+    "png": encoded(smooth(3), "PNG"),
+    "gif": encoded(smooth(3), "GIF"),
+    "bmp": encoded(smooth(3), "BMP"),
+    "tiff": encoded(smooth(3), "TIFF"),
+    "webp": encoded(smooth(3), "WEBP"),
+    **({"avif": encoded(smooth(3), "AVIF")} if HAS_AVIF else {}),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_a_file_that_ends_in_its_middle_is_truncated(tmp_path: Path, name: str) -> None:
+    assert reason(tmp_path, HALVES[name][: len(HALVES[name]) // 2]) is Reason.TRUNCATED
+
+
+BROKEN = {
+    "png with a wrong checksum": encoded(plain(), "PNG").replace(b"IHDR\0\0\0\x40", b"IHDR\0\0\0\x41"),
+    "png without a header": encoded(plain(), "PNG")[:8] + bytes(64),
+    "bmp of an impossible depth": encoded(plain(), "BMP")[:28] + b"\x30\x75" + encoded(plain(), "BMP")[30:],
+    "gif without a width": claiming("GIF", 0, 0)[:13] + b";",
+    "jpeg of noise": b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(range(1, 200)),
+    "webp of noise": b"RIFF\x64\0\0\0WEBPVP8 \x58\0\0\0" + bytes(range(1, 89)),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_is_a_picture_but_makes_no_sense_is_corrupt(tmp_path: Path, name: str) -> None:
+    assert reason(tmp_path, BROKEN[name]) is Reason.CORRUPT
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_file_of_something_else_is_not_a_photo(tmp_path: Path, name: str) -> None:
+    assert reason(tmp_path, OTHERS[name]) is Reason.NOT_A_PHOTO
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_a_picture_over_its_limit_has_too_many_pixels(tmp_path: Path, kind: str) -> None:
+    assert reason(tmp_path, encoded(plain(size=(60, 50)), kind), TIGHT) is Reason.TOO_MANY_PIXELS
+
+
+def test_a_jpeg_may_be_larger_than_other_pictures(tmp_path: Path) -> None:
+    content = encoded(plain(size=(60, 50)), "JPEG")
+    assert decoded(tmp_path, content, limits=TIGHT).size == (32, 32)
+
+
+def test_a_jpeg_over_its_own_limit_has_too_many_pixels(tmp_path: Path) -> None:
+    assert reason(tmp_path, encoded(plain(size=(100, 50)), "JPEG"), TIGHT) is Reason.TOO_MANY_PIXELS
+
+
+def test_a_picture_of_exactly_the_limit_is_decoded(tmp_path: Path) -> None:
+    content = encoded(plain(size=(50, 40)), "PNG")
+    assert decoded(tmp_path, content, limits=TIGHT).size == (32, 32)
+
+
+@pytest.mark.parametrize("size", [(11_000, 10_000), (20_000, 15_000), (60_000, 60_000)], ids=str)
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP"])
+def test_a_small_file_that_claims_to_be_huge_has_too_many_pixels(
+    tmp_path: Path, kind: str, size: tuple[int, int]
+) -> None:
+    assert reason(tmp_path, claiming(kind, *size)) is Reason.TOO_MANY_PIXELS
+
+
+@pytest.mark.parametrize("size", [(20_000, 15_000), (60_000, 60_000)], ids=str)
+def test_a_small_jpeg_that_claims_to_be_huge_has_too_many_pixels(tmp_path: Path, size: tuple[int, int]) -> None:
+    assert reason(tmp_path, claiming("JPEG", *size)) is Reason.TOO_MANY_PIXELS
+
+
+def test_a_failing_disk_is_not_a_failing_photo(tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(encoded(plain(), "PNG"))
+    descriptor = os.open(path, os.O_WRONLY)  # reading from it fails in the kernel, as from a broken disk
+    try:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            decode(descriptor, SQUASH, Limits())
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.shared
+@pytest.mark.filterwarnings("ignore::UserWarning")  # as in the decoder processes: Pillow warns of what it skips
+def test_every_file_broken_in_the_wild_gives_a_picture_or_a_reason(shared: Path) -> None:
+    files = sorted(path for path in (shared / "bad").iterdir() if path.is_file())
+    before = {path.name: path.read_bytes() for path in files}
+    outcomes: dict[str, object] = {}
+    for path in files:
+        with path.open("rb") as file:
+            try:
+                picture = decode(file.fileno(), SQUASH, Limits())
+                outcomes[path.name] = (picture.mode, picture.size)
+            except PhotoError as error:
+                outcomes[path.name] = type(error.reason)
+    assert outcomes
+    assert {name: outcome for name, outcome in outcomes.items() if outcome not in (("RGB", (32, 32)), Reason)} == {}
+    assert {path.name: path.read_bytes() for path in files} == before
+
+
+# --- signatures ---
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_first_bytes_of_every_format_are_recognised(name: str) -> None:
+    assert has_signature(FILES[name][0][:SIGNATURE_BYTES])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_first_bytes_of_something_else_are_not_recognised(name: str) -> None:
+    assert not has_signature(OTHERS[name][:SIGNATURE_BYTES])
+
+
+def test_no_bytes_are_no_signature() -> None:
+    assert not has_signature(b"")

@@ -1,0 +1,242 @@
+"""The torch networks and the engine that runs them, on the model that ships."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import safetensors.torch
+import torch
+from pictures import smooth
+from torch import nn
+
+from sorter import manifest, network
+from sorter.engines import Engine, open_engine
+from sorter.engines.torch_engine import choose_device
+from sorter.errors import ConfigurationError, ModelError
+from sorter.manifest import WEIGHTS, Manifest
+from sorter.settings import SHIPPED_MODEL
+
+NOISE = 0.02
+"""How far probabilities may move from bf16 alone, whose numbers have 8 bits."""
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Manifest:
+    return manifest.read(SHIPPED_MODEL)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(SHIPPED_MODEL / WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def engine(shipped: Manifest) -> Engine:
+    return open_engine(SHIPPED_MODEL, shipped, "cpu")
+
+
+def photos(count: int, size: int) -> npt.NDArray[np.uint8]:
+    """Different pictures, uint8 (N, S, S, 3)."""
+    return np.stack([np.asarray(smooth(seed, (size, size))) for seed in range(count)])
+
+
+def refusal(folder: Path, model: Manifest, weights: Mapping[str, torch.Tensor]) -> str:
+    """The one sentence that weights are refused with."""
+    (folder / WEIGHTS).write_bytes(network.half(weights))
+    with pytest.raises(ModelError) as caught:
+        network.load(folder, model)
+    (folder / WEIGHTS).unlink()  # 47 MB that pytest would keep
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+# --- building ---
+
+
+def test_without_hidden_layers_the_head_is_linear() -> None:
+    weights = network.build("resnet50", (), 3).state_dict()
+    assert {name: tuple(v.shape) for name, v in weights.items() if name.startswith("fc.")} == {
+        "fc.weight": (3, 2048),
+        "fc.bias": (3,),
+    }
+
+
+def test_hidden_head_sizes_appear_in_the_state_dict() -> None:
+    weights = network.build("resnet50", (16, 8), 3).state_dict()
+    assert {name: tuple(v.shape) for name, v in weights.items() if name.startswith("fc.") and "weight" in name} == {
+        "fc.0.weight": (16, 2048),
+        "fc.2.weight": (8, 16),
+        "fc.4.weight": (3, 8),
+    }
+
+
+def test_an_unknown_architecture_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match="unknown architecture perceptron: this sorter knows resnet50"):
+        network.build("perceptron", (), 2)
+
+
+# --- weights ---
+
+
+def test_half_keeps_every_number_as_far_as_fp16_goes() -> None:
+    weights = {"weight": torch.tensor([[1.0, -0.1], [3e-5, 60000.0]]), "batches": torch.tensor(2**40)}
+    back = safetensors.torch.load(network.half(weights))
+    assert back["weight"].dtype is torch.float16
+    assert torch.equal(back["weight"], weights["weight"].half())
+    assert torch.equal(back["batches"], weights["batches"])
+
+
+def test_half_takes_weights_that_do_not_lie_one_after_the_other() -> None:
+    turned = torch.arange(6.0).view(2, 3).t()
+    assert torch.equal(safetensors.torch.load(network.half({"weight": turned}))["weight"].float(), turned)
+
+
+def test_the_shipped_weights_survive_being_written_again(tmp_path: Path, shipped: Manifest) -> None:
+    loaded = network.load(SHIPPED_MODEL, shipped).state_dict()
+    (tmp_path / WEIGHTS).write_bytes(network.half(loaded))
+    again = network.load(tmp_path, shipped).state_dict()
+    (tmp_path / WEIGHTS).unlink()
+    assert [name for name in loaded if not torch.equal(loaded[name], again[name])] == []
+
+
+def test_a_loaded_network_is_fp32_and_in_evaluation_mode(shipped: Manifest) -> None:
+    loaded = network.load(SHIPPED_MODEL, shipped)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert not any(module.training for module in loaded.modules())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_finite_numbers_are_refused_by_name(
+    tmp_path: Path, shipped: Manifest, state: dict[str, torch.Tensor], value: float
+) -> None:
+    broken = state["fc.bias"].clone()
+    broken[1] = value
+    sentence = refusal(tmp_path, shipped, {**state, "fc.bias": broken})
+    assert "not finite" in sentence
+    assert "fc.bias" in sentence
+
+
+def test_weights_for_another_number_of_classes_are_refused(
+    tmp_path: Path, shipped: Manifest, state: dict[str, torch.Tensor]
+) -> None:
+    three = {**state, "fc.weight": torch.zeros(3, 2048), "fc.bias": torch.zeros(3)}
+    assert "do not fit resnet50" in refusal(tmp_path, shipped, three)
+
+
+def test_weights_of_which_some_are_missing_are_refused(
+    tmp_path: Path, shipped: Manifest, state: dict[str, torch.Tensor]
+) -> None:
+    assert "do not fit resnet50" in refusal(tmp_path, shipped, {"fc.bias": state["fc.bias"]})
+
+
+def test_weights_for_another_head_are_refused(
+    tmp_path: Path, shipped: Manifest, state: dict[str, torch.Tensor]
+) -> None:
+    hidden = shipped.model_copy(update={"head_hidden": (8,)})
+    assert "do not fit resnet50" in refusal(tmp_path, hidden, {"fc.bias": state["fc.bias"]})
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\xff" * 64])
+def test_a_file_that_holds_no_weights_is_refused(tmp_path: Path, shipped: Manifest, content: bytes) -> None:
+    (tmp_path / WEIGHTS).write_bytes(content)
+    with pytest.raises(ModelError, match="do not fit"):
+        network.load(tmp_path, shipped)
+
+
+# --- folding ---
+
+
+def test_folding_leaves_the_outputs(shipped: Manifest) -> None:
+    loaded = network.load(SHIPPED_MODEL, shipped)
+    images = torch.from_numpy(photos(2, 96)).permute(0, 3, 1, 2).float() / 128 - 1
+    with torch.inference_mode():
+        before = loaded(images)
+        after = network.fold_batch_norm(loaded)(images)
+    torch.testing.assert_close(after, before, rtol=1e-3, atol=1e-3)
+
+
+def test_folding_leaves_no_batch_norm() -> None:
+    folded = network.fold_batch_norm(network.build("resnet50", (), 2).eval())
+    assert [name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)] == []
+
+
+# --- the engine ---
+
+
+def test_answers_are_float32_with_a_row_for_each_photo(engine: Engine, shipped: Manifest) -> None:
+    answers = engine.classify(photos(3, shipped.input.size))
+    assert (answers.dtype, answers.shape) == (np.dtype(np.float32), (3, len(shipped.classes)))
+
+
+def test_each_answer_adds_up_to_one(engine: Engine, shipped: Manifest) -> None:
+    answers = engine.classify(photos(5, shipped.input.size))
+    assert answers.min() >= 0
+    assert answers.sum(1) == pytest.approx(1, abs=1e-6)
+
+
+def test_the_engine_answers_what_the_network_does(engine: Engine, shipped: Manifest) -> None:
+    pixels = photos(4, shipped.input.size)
+    scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (shipped.input.mean, shipped.input.std))
+    with torch.inference_mode():
+        logits = network.load(SHIPPED_MODEL, shipped)((scaled - mean) / std)
+        wanted = (logits / shipped.temperature).softmax(1).numpy()
+    assert np.abs(engine.classify(pixels) - wanted).max() < NOISE
+
+
+def test_a_photos_answer_does_not_depend_on_its_companions(engine: Engine, shipped: Manifest) -> None:
+    pixels = photos(6, shipped.input.size)
+    together = engine.classify(pixels)
+    alone = np.concatenate([engine.classify(pixels[i : i + 1]) for i in range(6)])
+    assert np.abs(together - alone).max() < NOISE
+    assert np.ptp(alone[:, 0]) > 5 * NOISE  # the pictures differ by more than what is tolerated
+
+
+def test_the_same_photos_get_the_same_answer_again(engine: Engine, shipped: Manifest) -> None:
+    pixels = photos(3, shipped.input.size)
+    assert np.array_equal(engine.classify(pixels), engine.classify(pixels))
+
+
+def test_a_model_whose_answers_are_no_numbers_is_refused(shipped: Manifest) -> None:
+    zero = shipped.model_copy(update={"input": shipped.input.model_copy(update={"std": (0.0, 0.0, 0.0)})})
+    with pytest.raises(ModelError, match="something else than probabilities"):
+        open_engine(SHIPPED_MODEL, zero, "cpu")
+
+
+# --- devices ---
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "cuda:128", "cuda:255", "cuda:999", "cuda:00", "toaster"])
+def test_a_device_that_does_not_exist_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"^--device {name}: [^\n]+$"):
+        choose_device(name)
+
+
+def test_without_an_apple_gpu_mps_is_refused() -> None:
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine has an Apple GPU")
+    with pytest.raises(ConfigurationError, match=r"^--device mps: "):
+        choose_device("mps")
+
+
+def test_without_a_cuda_gpu_cuda_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA GPU")
+    with pytest.raises(ConfigurationError, match=r"^--device cuda: "):
+        choose_device("cuda")
+
+
+def test_auto_finds_a_device_on_every_machine() -> None:
+    has_gpu = torch.cuda.is_available() or torch.backends.mps.is_available()
+    assert (choose_device("auto").type == "cpu") is not has_gpu
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_cuda_gpu_answers_what_the_processor_does(engine: Engine, shipped: Manifest) -> None:
+    pixels = photos(6, shipped.input.size)
+    gpu = open_engine(SHIPPED_MODEL, shipped, "cuda")
+    assert gpu.precision == "fp16"
+    assert np.abs(gpu.classify(pixels) - engine.classify(pixels)).max() < NOISE

@@ -1,0 +1,298 @@
+"""`sorter run` as people run it: real processes, the model that ships, real inotify, real signals."""
+
+import contextlib
+import csv
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import RED, Running, hashes, make_tree, photo, plain, read_tree
+
+from sorter.settings import SHIPPED_MODEL
+
+Start = Callable[..., Running]
+
+
+def test_once_sorts_what_is_there_and_every_log_line_is_json(tmp_path: Path, start: Start) -> None:
+    names = [f"{n}.jpg" for n in range(40)] + ["emoji 🐈.jpg", "new\nline.JPG", os.fsdecode(b"caf\xe9.jpg"), "png.jpg"]
+    make_tree(tmp_path / "in", {name: photo(n) for n, name in enumerate(names)})
+    make_tree(tmp_path / "in", {"png.jpg": photo(99, kind="PNG"), "broken.jpg": photo(5)[:200], "notes.txt": b"hello"})
+    make_tree(tmp_path / "in", {"half.jpg.part": photo(7), ".hidden.jpg": photo(8), "sub/deep.jpg": photo(9)})
+    before = hashes(tmp_path / "in")
+    running = start("run", "--once", "--inbox", tmp_path / "in")
+    code, out = running.finish()
+    assert code == 3, running.errors.read_text()
+    assert hashes(tmp_path / "in") == before
+    tree = read_tree(tmp_path / "in")
+    moved = {os.path.basename(name) for name in tree if name.startswith(("cats/", "dogs/"))}
+    assert moved == set(names)
+    assert {n for n in tree if not n.startswith(("cats/", "dogs/"))} == {
+        "failed/broken.jpg",
+        "notes.txt",
+        "half.jpg.part",
+        ".hidden.jpg",
+        "sub/deep.jpg",
+    }
+    events = running.events()
+    assert events[0]["event"] == "service.started"
+    assert {"device", "precision", "batch_size", "model", "accuracy"} <= set(events[0])
+    for event in events:
+        assert {"event", "level", "timestamp"} <= set(event)
+        assert event["timestamp"].endswith("Z")
+    (first, *_), kinds = running.events("photo.sorted"), [e["event"] for e in events]
+    wanted = {"path", "destination", "label", "confidence", "run", "model", "bytes", "decode_ms", "batch_size"}
+    assert wanted <= set(first)
+    assert kinds.count("photo.sorted") == len(names)
+    assert kinds.count("photo.skipped") == 1
+    (failed,) = running.events("photo.failed")
+    assert (failed["reason"], bool(failed["detail"])) == ("truncated", True)
+    (finished,) = running.events("run.finished")
+    assert sum(finished["folders"].values()) == len(names) + 1
+    assert f"{len(names)} photos sorted" in out
+    assert "failed/" in out
+
+
+def test_an_empty_inbox_is_success(tmp_path: Path, start: Start) -> None:
+    (tmp_path / "in").mkdir()
+    code, out = start("run", "--once", "--inbox", tmp_path / "in").finish()
+    assert code == 0
+    assert out.startswith("0 photos sorted")
+    assert os.listdir(tmp_path / "in") == []
+
+
+def test_a_daemon_sorts_the_backlog_and_whatever_is_dropped_and_ends_with_0(tmp_path: Path, start: Start) -> None:
+    inbox = make_tree(tmp_path / "in", {"backlog.jpg": photo(0)})
+    make_tree(tmp_path / "elsewhere", {"moved.jpg": photo(1), "copied.jpg": photo(2), "folder/a.jpg": photo(3)})
+    make_tree(tmp_path / "elsewhere", {"folder/deep/b.jpg": photo(4)})
+    before = hashes(tmp_path)
+    running = start("run", "--inbox", inbox, "--recursive", "--settle-seconds", "0.5")
+    running.wait_for_event("photo.sorted")
+    os.rename(tmp_path / "elsewhere/moved.jpg", inbox / "moved.jpg")
+    shutil.copy(tmp_path / "elsewhere/copied.jpg", inbox / "copied.jpg")
+    os.rename(tmp_path / "elsewhere/folder", inbox / "folder")
+    with (inbox / "slow.jpg").open("wb", buffering=0) as slow:
+        content = photo(5, size=(1200, 900))
+        for start_byte in range(0, len(content), len(content) // 10):
+            slow.write(content[start_byte : start_byte + len(content) // 10])
+            time.sleep(0.2)
+    (inbox / "download.jpg.part").write_bytes(photo(6))
+    time.sleep(1)
+    assert (inbox / "download.jpg.part").exists()
+    os.rename(inbox / "download.jpg.part", inbox / "download.jpg")
+    running.wait_for_event("photo.sorted", 7, seconds=30)
+    running.process.send_signal(signal.SIGTERM)
+    code, _ = running.finish()
+    assert code == 0, running.errors.read_text()
+    assert running.events("photo.failed") == []
+    (tmp_path / "elsewhere/copied.jpg").unlink()
+    moved = read_tree(inbox)
+    assert {os.path.basename(name) for name in moved if name.startswith(("cats/", "dogs/"))} == {
+        "backlog.jpg",
+        "moved.jpg",
+        "copied.jpg",
+        "a.jpg",
+        "b.jpg",
+        "slow.jpg",
+        "download.jpg",
+    }
+    assert set(before) <= set(hashes(tmp_path))
+    assert [e["event"] for e in running.events()][-2:] == ["service.stopping", "run.finished"]
+
+
+def test_a_second_signal_ends_it_at_once_with_every_photo_whole(tmp_path: Path, start: Start) -> None:
+    make_tree(tmp_path / "in", {f"{n}.jpg": photo(n) for n in range(600)})
+    before = hashes(tmp_path / "in")
+    running = start("run", "--inbox", tmp_path / "in")
+    running.wait_for_event("photo.sorted", 32)
+    running.process.send_signal(signal.SIGINT)
+    running.process.send_signal(signal.SIGTERM)
+    code, _ = running.finish(seconds=20)
+    assert code in (0, 130, 143)
+    assert hashes(tmp_path / "in") == before
+    assert 0 < len(read_tree(tmp_path / "in")) <= 600
+
+
+def test_a_killed_sort_loses_nothing_and_the_next_one_goes_on(tmp_path: Path, start: Start) -> None:
+    make_tree(tmp_path / "in", {f"{n}.jpg": photo(n) for n in range(300)})
+    before = hashes(tmp_path / "in")
+    running = start("run", "--once", "--inbox", tmp_path / "in")
+    running.wait_for_event("photo.sorted", 32)
+    running.process.kill()
+    running.finish()
+    assert hashes(tmp_path / "in") == before
+    code, _ = start("run", "--once", "--inbox", tmp_path / "in").finish()
+    assert code == 0
+    assert hashes(tmp_path / "in") == before
+    assert all(name.startswith(("cats/", "dogs/")) for name in read_tree(tmp_path / "in"))
+
+
+def test_inbox_and_output_may_be_on_different_file_systems(tmp_path: Path, start: Start) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs /dev/shm on a file system of its own")
+    inbox = memory / f"sorter-test-{os.getpid()}"
+    try:
+        make_tree(inbox, {f"{n}.jpg": photo(n) for n in range(20)})
+        before = hashes(inbox)
+        code, _ = start("run", "--once", "--inbox", inbox, "--output", tmp_path / "out").finish()
+        assert code == 0
+        assert read_tree(inbox) == {}
+        assert hashes(tmp_path / "out") == before
+    finally:
+        shutil.rmtree(inbox)
+
+
+def test_special_files_are_neither_opened_nor_moved(tmp_path: Path, start: Start) -> None:
+    make_tree(tmp_path, {"in/a.jpg": photo(1), "outside.jpg": photo(2), "folder/b.jpg": photo(3)})
+    os.mkfifo(tmp_path / "in/fifo.jpg")
+    (tmp_path / "in/link.jpg").symlink_to(tmp_path / "outside.jpg")
+    (tmp_path / "in/folder").symlink_to(tmp_path / "folder")
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(tmp_path / "in"):
+        server.bind("socket.jpg")
+    code, _ = start("run", "--once", "--recursive", "--inbox", tmp_path / "in").finish()
+    assert code == 0
+    assert {p.name for p in (tmp_path / "in").iterdir()} - {"cats", "dogs"} == {
+        "fifo.jpg",
+        "link.jpg",
+        "folder",
+        "socket.jpg",
+    }
+    kept = {name for name in read_tree(tmp_path) if not name.startswith("log-")}
+    assert kept in ({"outside.jpg", "folder/b.jpg", f"in/{folder}/a.jpg"} for folder in ("cats", "dogs"))
+
+
+def test_a_file_that_keeps_changing_is_left_and_named(tmp_path: Path, start: Start) -> None:
+    inbox = make_tree(tmp_path / "in", {"a.jpg": photo(1)})
+    running = start("run", "--once", "--inbox", inbox, "--settle-timeout-seconds", "2")
+    with (inbox / "growing.jpg").open("wb", buffering=0) as growing:
+        deadline = time.monotonic() + 60
+        while running.process.poll() is None:
+            growing.write(b"x")
+            time.sleep(0.05)
+            assert time.monotonic() < deadline
+    code, out = running.finish()
+    assert code == 3
+    (left,) = running.events("photo.left")
+    assert left["path"] == str(inbox / "growing.jpg")
+    assert "changing" in left["reason"]
+    assert "left in the inbox" in out
+
+
+def test_an_inbox_that_vanishes_ends_once_with_1(tmp_path: Path, start: Start) -> None:
+    inbox = make_tree(tmp_path / "in", {f"{n}.jpg": photo(n) for n in range(300)})
+    running = start("run", "--once", "--inbox", inbox, "--output", tmp_path / "out")
+    running.wait_for_event("photo.sorted", 1)
+    os.rename(inbox, tmp_path / "away")
+    code, _ = running.finish()
+    assert code == 1
+    assert "put it back" in running.events("run.failed")[0]["detail"]
+    assert len(read_tree(tmp_path / "away")) + len(read_tree(tmp_path / "out")) == 300
+
+
+def test_a_daemon_waits_for_an_inbox_that_vanishes(tmp_path: Path, start: Start) -> None:
+    inbox = tmp_path / "in"
+    inbox.mkdir()
+    running = start("run", "--inbox", inbox, "--settle-seconds", "0.2")
+    running.wait_for_event("service.started")
+    time.sleep(1)
+    inbox.rename(tmp_path / "away")
+    running.wait_for_event("watcher.waiting", seconds=20)
+    make_tree(inbox, {"a.jpg": photo(1)})
+    running.wait_for_event("watcher.restarted", seconds=20)
+    running.wait_for_event("photo.sorted", seconds=20)
+    running.process.send_signal(signal.SIGTERM)
+    assert running.finish()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--inbox", "missing"], "there is no inbox"),
+        (["--inbox", "file"], "is not a folder"),
+        (["--inbox", "in", "--output", "file"], "is not a folder"),
+        (["--inbox", "in", "--model", "in"], "no model"),
+        (["--inbox", "in", "--batch-size", "0"], "--batch-size"),
+        (["--inbox", "in", "--device", "cuda:99"], "CUDA"),
+        (["--inbox", "in", "--output", "linked"], "symbolic link"),
+        (["--inbox", "linked/cats", "--output", "linked"], "photos are sorted into"),
+    ],
+)
+def test_what_is_wrong_at_the_start_is_one_json_line_and_exit_code_2(
+    arguments: list[str], sentence: str, tmp_path: Path
+) -> None:
+    make_tree(tmp_path, {"in/a.jpg": photo(1), "file": b"x", "real/x": b"x"})
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/cats").symlink_to(tmp_path / "real")
+    before = read_tree(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "sorter", "run", "--once", *arguments], cwd=tmp_path, capture_output=True, check=False
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.decode().splitlines()
+    assert sentence in json.loads(line)["detail"]
+    assert read_tree(tmp_path) == before
+
+
+def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    inbox = make_tree(tmp_path / "in", {"a.jpg": photo(1)})
+    inbox.chmod(0o555)
+    try:
+        command = [sys.executable, "-m", "sorter", "run", "--once", "--inbox", str(inbox)]
+        done = subprocess.run(command, capture_output=True, check=False)
+        assert done.returncode == 2
+        assert b"permission" in done.stderr
+    finally:
+        inbox.chmod(0o755)
+
+
+def test_an_own_model_sorts_into_its_own_folders(tmp_path: Path, start: Start) -> None:
+    model = shutil.copytree(SHIPPED_MODEL, tmp_path / "model")
+    text = (model / "manifest.json").read_text()
+    (model / "manifest.json").write_text(text.replace('"cats"', '"katzen"').replace('"dogs"', '"hunde"'))
+    inbox = make_tree(tmp_path / "in", {"a.jpg": plain(RED)})
+    code, _ = start("run", "--once", "--inbox", inbox, "--model", model).finish()
+    assert code == 0
+    assert set(read_tree(inbox)) <= {"katzen/a.jpg", "hunde/a.jpg"}
+
+
+@pytest.mark.shared
+def test_the_shipped_model_sorts_real_photos_as_well_as_its_manifest_says(
+    shared: Path, tmp_path: Path, start: Start
+) -> None:
+    inbox = tmp_path / "in"
+    shutil.copytree(shared / "photos", inbox)
+    code, out = start("run", "--once", "--inbox", inbox).finish()
+    assert code == 0
+    with (shared / "photos/labels.csv").open() as rows:
+        labels = {row["name"]: row["label"] + "s" for row in csv.DictReader(rows)}
+    right = sum((inbox / folder / name).exists() for name, folder in labels.items())
+    stated = json.loads((SHIPPED_MODEL / "manifest.json").read_text())["evaluations"][0]
+    assert abs(right - stated["right"]) <= 3, "arithmetic differs a little between processors"
+    assert sorted(p.name for p in inbox.iterdir()) == ["cats", "dogs", "labels.csv"]
+    assert "500 photos sorted" in out
+
+
+@pytest.mark.shared
+def test_every_broken_file_is_sorted_or_failed_with_a_reason(shared: Path, tmp_path: Path, start: Start) -> None:
+    inbox = tmp_path / "in"
+    shutil.copytree(shared / "bad", inbox)
+    make_tree(inbox, read_tree(inbox))
+    before = hashes(inbox)
+    running = start("run", "--once", "--inbox", inbox)
+    code, _ = running.finish()
+    assert code == 3
+    assert hashes(inbox) == before
+    assert {os.path.dirname(name) for name in read_tree(inbox)} <= {"cats", "dogs", "failed"}
+    failed = running.events("photo.failed")
+    assert len(failed) == len([n for n in read_tree(inbox) if n.startswith("failed/")]) > 0
+    assert all(event["reason"] and event["detail"] for event in failed)
