@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -13,7 +14,6 @@ from uuid import uuid4
 
 import structlog
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 import sorter
 from sorter import console, logs, manifest, preflight, settings
@@ -29,7 +29,7 @@ exit codes:
   2  configuration, model or usage is wrong; nothing was touched
   3  done, but some photos went to failed/ or were left in the inbox
 """
-_DESCRIPTION = "Sorts the photos in a folder into cats/ and dogs/ with a ResNet50, and never overwrites or deletes one."
+_DESCRIPTION = "Sorts photos into cats/ and dogs/ with a ResNet50, and never overwrites or deletes one."
 _CONFIG_HELP = "TOML file with any of these settings, its keys named like the flags with _ for - (also SORTER_CONFIG)"
 
 
@@ -42,7 +42,7 @@ class _Parser(argparse.ArgumentParser):
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=min(100, int(os.environ.get("COLUMNS", "100"))))
+        super().__init__(prog, max_help_position=34, width=min(98, shutil.get_terminal_size((98, 24)).columns - 2))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,7 +93,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _help(field: FieldInfo) -> str:
     text = str(field.description).replace("%", "%%")
-    if field.default in (None, PydanticUndefined, False) or "(default" in text:
+    if field.default is None or field.default is False or "(default" in text:
         return text
     default = f"{field.default:g}" if isinstance(field.default, float) else field.default
     return f"{text} (default: {default})"

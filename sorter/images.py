@@ -8,6 +8,7 @@ Runs inside the decoder processes (`decoders.py`), so it imports neither torch n
 """
 
 import io
+import math
 import struct
 import warnings
 import zlib
@@ -160,12 +161,12 @@ def _check_size(image: Image.Image, limits: Limits) -> None:
 
 
 def _shrink(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
-    orientation = _orientation(image)
     short = preprocessing.size if preprocessing.crop == "squash" else preprocessing.resize
     if image.format in ("JPEG", "MPO"):
         # libjpeg scales while it decodes; twice the size asked for leaves the resize something to average.
         image.draft(None, (2 * short, 2 * short))
     image.load()
+    orientation = _orientation(image)  # after loading: Pillow turns TIFFs itself, and then says so
     flat = _without_depth(image)
     width, height = flat.size
     if preprocessing.crop == "squash":
@@ -194,15 +195,22 @@ def _orientation(image: Image.Image) -> int:
 
 def _without_depth(image: Image.Image) -> Image.Image:
     """Bring any of Pillow's modes to RGB or RGBA with 8 bits a channel."""
-    if image.mode in ("RGB", "RGBA"):
-        return image
-    if image.mode[0] in "IF":  # 16-bit greys, 32-bit integers, floats: stretched to the range that is there
-        deep = image.convert("F")
-        low, high = deep.getextrema()
-        scale = 255 / ((high - low) or 1)  # type: ignore[operator]
-        return deep.point(lambda value: value * scale - low * scale).convert("L").convert("RGB")  # type: ignore[operator]
     transparent = image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info
+    if image.mode == "RGBA" or (image.mode == "RGB" and not transparent):
+        return image
+    if image.mode[0] in "IF":  # 16-bit greys, 32-bit integers, floats
+        deep = image.convert("F")
+        low, high = _range(deep)
+        return deep.point(lambda value: (value - low) * (255 / (high - low))).convert("L").convert("RGB")
     return image.convert("RGBA" if transparent else "RGB")
+
+
+def _range(deep: Image.Image) -> tuple[float, float]:
+    """What counts as black and as white: the narrowest usual range that holds the picture, else the picture's own."""
+    low, high = (float(value) for value in deep.getextrema())  # type: ignore[arg-type]
+    if not math.isfinite(high - low):
+        raise PhotoError(Reason.CORRUPT, "its pixels are not finite numbers")
+    return next(((0.0, white) for white in (1.0, 255.0, 65535.0) if low >= 0 and high <= white), (low, high))
 
 
 def _reason(error: Exception, file: _Tracked) -> Exception:
@@ -212,14 +220,34 @@ def _reason(error: Exception, file: _Tracked) -> Exception:
     said = str(error) or type(error).__name__
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return PhotoError(Reason.TOO_MANY_PIXELS, said)
-    if isinstance(error, UnidentifiedImageError):
-        file.seek(0)
-        head = file.read(SIGNATURE_BYTES)
-        if not head:
-            return PhotoError(Reason.EMPTY, "the file has no bytes")
-        if has_signature(head):
-            return PhotoError(Reason.CORRUPT, "the header cannot be read")
+    file.seek(0)
+    head = file.read(SIGNATURE_BYTES)
+    if not head:
+        return PhotoError(Reason.EMPTY, "the file has no bytes")
+    if not has_signature(head):
         return PhotoError(Reason.NOT_A_PHOTO, "its name says photo, its content does not")
-    if isinstance(error, (EOFError, zlib.error)) or "truncated" in said.lower():
+    if _ends_early(file, head) or isinstance(error, (EOFError, zlib.error)) or "truncated" in said.lower():
         return PhotoError(Reason.TRUNCATED, said)
+    if isinstance(error, UnidentifiedImageError):
+        return PhotoError(Reason.CORRUPT, "the header cannot be read")
     return PhotoError(Reason.CORRUPT, said)
+
+
+def _ends_early(file: _Tracked, head: bytes) -> bool:
+    """Tell whether a container announces more bytes than there are; not every decoder says so."""
+    size = file.seek(0, io.SEEK_END)
+    if head[:4] == b"RIFF":
+        return bool(struct.unpack_from("<I", head.ljust(8, b"\0"), 4)[0] + 8 > size)
+    if head[:2] in (b"II", b"MM"):  # TIFF: where its directory is, usually at the end
+        return bool(struct.unpack_from("<I" if head[:1] == b"I" else ">I", head.ljust(8, b"\0"), 4)[0] >= size)
+    if head[4:8] != b"ftyp":
+        return False
+    position = 0
+    while position < size:
+        file.seek(position)
+        box = file.read(8).ljust(8, b"\0")
+        length = struct.unpack_from(">I", box)[0]
+        if length < 8:  # 0: to the end of the file; 1: a 64-bit length, which no photo has
+            return False
+        position += length
+    return position > size

@@ -71,7 +71,7 @@ class Evaluation(_Part):
 class Manifest(_Part):
     """A model folder's description; field by field what stands in `manifest.json`."""
 
-    format_version: int
+    format_version: int = Field(ge=1)
     name: str = Field(min_length=1)
     architecture: str
     head_hidden: tuple[int, ...] = ()
@@ -132,7 +132,7 @@ def read(folder: Path) -> Manifest:
 
 
 def _verify(folder: Path, name: str, digest: str) -> None:
-    if "/" in name or name.startswith("."):
+    if "/" in name or "\0" in name or name.startswith("."):
         raise ModelError(f"the model in {folder} names a file outside itself ({name}): do not use it")
     try:
         found = digest_of(folder / name)

@@ -137,13 +137,13 @@ def load(flags: Mapping[str, Any]) -> Settings:
         ConfigurationError: an unknown key or variable, a wrong type, an impossible value, an unreadable file.
     """
     given = {field: value for field, value in flags.items() if field != "config"}
-    config = flags.get("config", os.environ.get(ENVIRONMENT_PREFIX + "CONFIG"))
     variables = {
         name.upper().removeprefix(ENVIRONMENT_PREFIX).lower(): name
         for name in os.environ
         if name.upper().startswith(ENVIRONMENT_PREFIX)
     }
-    variables.pop("config", None)
+    named = variables.pop("config", None)
+    config = flags.get("config", os.environ[named] if named else None)
     # pydantic-settings passes over variables that it does not know, and over a file that is not there.
     if unknown := sorted(name for field, name in variables.items() if field not in Settings.model_fields):
         raise ConfigurationError(

@@ -83,7 +83,7 @@ def every_format() -> dict[str, tuple[bytes, Color]]:
         "jpeg-mpo": (encoded(brick, "MPO", quality=95, **_followed_by_blue()), BRICK),
         "png-rgb": (encoded(brick, "PNG"), BRICK),
         "png-palette": (encoded(brick.quantize(8), "PNG"), BRICK),
-        "png-grey-16": (encoded(ramp(), "PNG"), mid),
+        "png-grey-16": (encoded(ramp(), "PNG"), (63, 63, 63)),
         "png-alpha": (encoded(half, "PNG"), (227, 157, 142)),
         "png-animated": (encoded(brick, "PNG", **_followed_by_blue()), BRICK),
         "webp": (encoded(brick, "WEBP", quality=95), BRICK),

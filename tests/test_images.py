@@ -79,9 +79,9 @@ def test_a_png_with_a_transparent_colour_is_laid_on_white(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_a_16_bit_grey_uses_the_whole_range(tmp_path: Path, kind: str) -> None:
+def test_a_16_bit_grey_keeps_its_brightness(tmp_path: Path, kind: str) -> None:
     values = np.asarray(decoded(tmp_path, encoded(ramp(), kind), Preprocessing(64)))
-    assert (values.min(), values.max()) == (0, 255)
+    assert (values.min(), values.max()) == (0, 127)
 
 
 def test_the_content_says_what_a_file_is_not_its_name(tmp_path: Path) -> None:
@@ -310,3 +310,13 @@ def test_the_first_bytes_of_something_else_are_not_recognised(name: str) -> None
 
 def test_no_bytes_are_no_signature() -> None:
     assert not has_signature(b"")
+
+
+def test_a_float_tiff_without_finite_numbers_is_corrupt(tmp_path: Path) -> None:
+    values = np.full((8, 8), np.nan, np.float32)
+    assert reason(tmp_path, encoded(Image.fromarray(values), "TIFF")) is Reason.CORRUPT
+
+
+def test_a_plain_16_bit_grey_is_not_black(tmp_path: Path) -> None:
+    values = np.full((8, 8), 32768, np.uint16)
+    assert mean_color(decoded(tmp_path, encoded(Image.fromarray(values), "PNG"))) == [127, 127, 127]

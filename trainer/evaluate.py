@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from sorter.engines import Engine
-from sorter.errors import ConfigurationError
+from sorter.errors import ConfigurationError, PhotoError
 from sorter.images import EXTENSIONS, Limits, Preprocessing, decode
 from sorter.manifest import Class, Evaluation
 
@@ -46,7 +46,13 @@ def labelled_photos(data: Path, classes: Sequence[Class]) -> list[Sample]:
     table = data / "labels.csv"
     if table.is_file():
         with table.open(newline="", encoding="utf-8") as rows:
-            samples = [Sample(data / row["name"], index[row["label"].lower()]) for row in csv.DictReader(rows)]
+            try:
+                samples = [Sample(data / row["name"], index[row["label"].lower()]) for row in csv.DictReader(rows)]
+            except (KeyError, AttributeError):
+                labels = " or ".join(c.label for c in classes)
+                raise ConfigurationError(
+                    f"{table} is not understood: it needs the columns name and label, and labels {labels}"
+                ) from None
     else:
         samples = [
             Sample(path, index[path.parent.name.lower()])
@@ -70,7 +76,7 @@ def probabilities(
         float32 (`BATCH`, C) at a time; `joined` makes one array of them.
 
     Raises:
-        PhotoError: one of them cannot be decoded.
+        ConfigurationError: one of them cannot be decoded.
     """
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(samples), BATCH):
@@ -85,8 +91,11 @@ def joined(batches: Iterable[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32
 
 
 def _decode(path: Path, preprocessing: Preprocessing) -> Image.Image:
-    with path.open("rb") as file:
-        return decode(file.fileno(), preprocessing, Limits())
+    try:
+        with path.open("rb") as file:
+            return decode(file.fileno(), preprocessing, Limits())
+    except (PhotoError, OSError) as error:
+        raise ConfigurationError(f"{path} cannot be decoded ({error}): take it out of the data") from None
 
 
 def judge(

@@ -70,8 +70,12 @@ def choose_device(name: str) -> torch.device:
     has_mps = torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigurationError(f"--device {name}: PyTorch knows no such device; use --device auto") from None
+    # The number from the name: torch keeps its index in 8 bits, and 256 becomes 0.
+    if device.type == "cuda" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ConfigurationError(
             f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices here; use --device cpu, or "
             "install the NVIDIA driver and a CUDA build of PyTorch"
