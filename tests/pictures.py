@@ -72,7 +72,7 @@ def turned(kind: str, orientation: int) -> bytes:
 
 def every_format() -> dict[str, tuple[bytes, Color]]:
     """A file of each kind, and the colour that it shows on average. What has several frames goes on in blue."""
-    brick, grey, mid = plain(), Image.new("L", (64, 48), 130), (127, 127, 127)
+    brick, grey = plain(), Image.new("L", (64, 48), 130)
     half = brick.copy()
     half.putalpha(128)
     files: dict[str, tuple[bytes, Color]] = {
