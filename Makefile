@@ -42,10 +42,12 @@ clean: ## remove the virtual environments; photos and the model stay
 # The stamps stand for "this pyproject.toml is installed": a newer one makes them stale.
 $(VENV)/.installed: pyproject.toml
 	@.ci/venv "$(VENV)" "$(NEEDED_MB)"
+	@echo "Installing into $(VENV), once; PyTorch is large."
 	@$(BIN)/python -m pip install --quiet --editable . || { echo "The installation failed; pip says why above. Mend that and run make again." >&2; exit 1; }
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml
 	@.ci/venv "$(VENV)" "$(NEEDED_MB)"
+	@echo "Installing into $(VENV), once; PyTorch is large."
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]' || { echo "The installation failed; pip says why above. Mend that and run make again." >&2; exit 1; }
 	@touch $(VENV)/.installed $@

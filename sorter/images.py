@@ -15,31 +15,11 @@ import zlib
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
-from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError, features
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from sorter.errors import PhotoError, Reason
 
 SIGNATURE_BYTES = 64
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", *(("AVIF",) if features.check("avif") else ()))
-EXTENSIONS = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".mpo",
-        ".png",
-        ".apng",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".dib",
-        ".tif",
-        ".tiff",
-        ".avif",
-    ],
-)
-
 # EXIF orientation -> the transposition that puts the picture upright (CIPA DC-008, 4.6.4.A).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -53,6 +33,19 @@ _UPRIGHT = {
 _BMP_HEADER_SIZES = (12, 16, 40, 52, 56, 64, 108, 124)
 
 Image.init()  # registers AVIF and MPO, which the usual few formats leave out
+_EXTENSIONS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "DIB": (),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif",),  # Pillow has it from 11.3 on
+}
+FORMATS = tuple(name for name in _EXTENSIONS if name in Image.OPEN)
+EXTENSIONS = frozenset(extension for name in FORMATS for extension in _EXTENSIONS[name])
+
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # True would hide files that are only half there
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
@@ -91,7 +84,7 @@ def has_signature(head: bytes) -> bool:
         return head[8:12] == b"WEBP"
     if head[4:8] == b"ftyp":
         # `mif1` is the container of HEIC too: the compatible brands say which it is.
-        return b"avif" in head[8:] or b"avis" in head[8:]
+        return "AVIF" in FORMATS and (b"avif" in head[8:] or b"avis" in head[8:])
     # Two letters are no signature; with a header size that exists they are.
     return head[:2] == b"BM" and len(head) >= 18 and struct.unpack_from("<I", head, 14)[0] in _BMP_HEADER_SIZES
 

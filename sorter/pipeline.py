@@ -239,7 +239,8 @@ class Pipeline:
                 # In a backlog only the end of the photos that are on their way dispatches early.
                 decoded = self._decoded.get(timeout=0.005 if self._decoding or self.backlog else 0)
             except queue.Empty:
-                on_their_way = self.backlog or (self._decoding > 0 and time.monotonic() < deadline)
+                patient = self._settings.once or time.monotonic() < deadline
+                on_their_way = self.backlog or (self._decoding > 0 and patient)
                 if on_their_way and not self._stopping.is_set():
                     continue
                 break

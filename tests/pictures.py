@@ -11,7 +11,7 @@ from PIL import ExifTags, Image, features
 Color = tuple[int, int, int]
 
 BRICK: Color = (200, 60, 30)
-HAS_AVIF = bool(features.check("avif"))
+HAS_AVIF = "avif" in features.get_supported()
 
 # EXIF orientation -> what a camera held that way does to the upright picture before it stores it.
 _STORED = {
