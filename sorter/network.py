@@ -15,7 +15,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.fx.experimental.optimization import fuse
 
 from sorter.errors import ModelError
 from sorter.manifest import WEIGHTS, Manifest
@@ -40,8 +40,26 @@ def _import_torchvision() -> "ModuleType":
             torch.library.define(missing[1], "(Tensor _) -> Tensor")
 
 
-# torchvision's name of the part that ends in the classes.
-_HEAD_NAMES = {"resnet50": "fc"}
+# Where each architecture's classes come out: torchvision's name of the last layer. SqueezeNet's is a convolution, with
+# the pooling behind it, so its whole classifier is replaced.
+_HEAD_NAMES = {
+    "alexnet": "classifier.6",
+    "vgg16": "classifier.6",
+    "resnet18": "fc",
+    "resnet34": "fc",
+    "resnet50": "fc",
+    "resnet101": "fc",
+    "squeezenet1_1": "classifier",
+    "densenet121": "classifier",
+    "inception_v3": "fc",
+    "googlenet": "fc",
+    "shufflenet_v2_x1_0": "fc",
+    "mobilenet_v2": "classifier.1",
+    "resnext50_32x4d": "fc",
+    "wide_resnet50_2": "fc",
+    "mnasnet1_0": "classifier.1",
+}
+_SQUEEZENET_WIDTH = 512
 ARCHITECTURES = tuple(_HEAD_NAMES)
 
 
@@ -50,7 +68,7 @@ def build(architecture: str, head_hidden: Sequence[int], classes: int) -> nn.Mod
 
     Args:
         architecture: one of `ARCHITECTURES`.
-        head_hidden: widths of the hidden layers between the pooled features and the classes; none makes it linear.
+        head_hidden: widths of the hidden layers between the backbone's features and the classes; none makes it linear.
         classes: how many.
 
     Returns:
@@ -61,11 +79,28 @@ def build(architecture: str, head_hidden: Sequence[int], classes: int) -> nn.Mod
     """
     if architecture not in _HEAD_NAMES:
         raise ModelError(f"unknown architecture {architecture}: this sorter knows {', '.join(ARCHITECTURES)}")
-    network: nn.Module = getattr(_import_torchvision().models, architecture)(weights=None)
-    name = _HEAD_NAMES[architecture]
-    width = network.get_submodule(name).in_features
-    setattr(network, name, _head([int(width), *head_hidden], classes))  # type: ignore[arg-type]
+    # The auxiliary classifiers of the Inception family help only training from nothing.
+    options = {"aux_logits": False, "init_weights": True} if architecture in ("inception_v3", "googlenet") else {}
+    network: nn.Module = getattr(_import_torchvision().models, architecture)(weights=None, **options)
+    name = head_name(architecture)
+    if architecture == "squeezenet1_1":
+        head = _head([_SQUEEZENET_WIDTH, *head_hidden], classes)
+        replace(network, name, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head))
+    else:
+        width = int(network.get_submodule(name).in_features)  # type: ignore[arg-type]
+        replace(network, name, _head([width, *head_hidden], classes))
     return network
+
+
+def replace(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module in the place that a dotted name says."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(network.get_submodule(parent), leaf, module)
+
+
+def head_name(architecture: str) -> str:
+    """The name of the part that `build` put there, which a state dict's head keys begin with."""
+    return _HEAD_NAMES[architecture]
 
 
 def _head(widths: Sequence[int], classes: int) -> nn.Module:
@@ -104,19 +139,6 @@ def half(state: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """Fold each batch-norm that follows a convolution into it: the same function with a third of the memory traffic.
-
-    Works on residual networks, whose blocks name a convolution and its batch-norm `convK` and `bnK`, and put the
-    shortcut's pair into a `Sequential`.
-    """
-    for module in network.modules():
-        children = dict(module.named_children())
-        for name, norm in children.items():
-            if not isinstance(norm, nn.BatchNorm2d):
-                continue
-            before = str(int(name) - 1) if name.isdigit() else name.replace("bn", "conv")
-            convolution = children.get(before)
-            if isinstance(convolution, nn.Conv2d):
-                setattr(module, before, fuse_conv_bn_eval(convolution, norm))
-                setattr(module, name, nn.Identity())
-    return network
+    """Fold each batch-norm that follows a convolution into it: the same function with a third of the memory traffic."""
+    folded: nn.Module = fuse(network)
+    return folded
