@@ -74,7 +74,7 @@ def test_hidden_head_sizes_appear_in_the_state_dict() -> None:
 
 
 def test_an_unknown_architecture_is_refused_by_name() -> None:
-    with pytest.raises(ModelError, match="unknown architecture perceptron: this sorter knows .*resnet50"):
+    with pytest.raises(ModelError, match=r"unknown architecture perceptron: this sorter knows .*resnet50"):
         network.build("perceptron", (), 2)
 
 
