@@ -20,6 +20,9 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from sorter.errors import PhotoError, Reason
 
 SIGNATURE_BYTES = 64
+# What the last bytes of a whole file hold; a few stray bytes may follow.
+_ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
+
 # EXIF orientation -> the transposition that puts the picture upright (CIPA DC-008, 4.6.4.A).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -227,8 +230,12 @@ def _reason(error: Exception, file: _Tracked) -> Exception:
 
 
 def _ends_early(file: _Tracked, head: bytes) -> bool:
-    """Tell whether a container announces more bytes than there are; not every decoder says so."""
+    """Tell whether a file ends before its format says that it does; not every decoder says so."""
     size = file.seek(0, io.SEEK_END)
+    for signature, end in _ENDS.items():
+        if head.startswith(signature):
+            file.seek(max(0, size - 64))
+            return end not in file.read(64)
     if head[:4] == b"RIFF":
         return bool(struct.unpack_from("<I", head.ljust(8, b"\0"), 4)[0] + 8 > size)
     if head[:2] in (b"II", b"MM"):  # TIFF: where its directory is, usually at the end

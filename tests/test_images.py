@@ -216,10 +216,10 @@ def test_a_file_that_ends_in_its_middle_is_truncated(tmp_path: Path, name: str) 
 
 BROKEN = {
     "png with a wrong checksum": encoded(plain(), "PNG").replace(b"IHDR\0\0\0\x40", b"IHDR\0\0\0\x41"),
-    "png without a header": encoded(plain(), "PNG")[:8] + bytes(64),
+    "png without a header": encoded(plain(), "PNG")[:8] + bytes(64) + b"IEND\xaeB`\x82",
     "bmp of an impossible depth": encoded(plain(), "BMP")[:28] + b"\x30\x75" + encoded(plain(), "BMP")[30:],
     "gif without a width": claiming("GIF", 0, 0)[:13] + b";",
-    "jpeg of noise": b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(range(1, 200)),
+    "jpeg of noise": b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(range(1, 200)) + b"\xff\xd9",
     "webp of noise": b"RIFF\x64\0\0\0WEBPVP8 \x58\0\0\0" + bytes(range(1, 89)),
 }
 

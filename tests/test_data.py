@@ -1,0 +1,203 @@
+"""Datasets as they lie on people's disks."""
+
+import io
+import os
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_tree
+from PIL import Image
+
+from sorter.errors import ConfigurationError
+from trainer import data, inspection
+from trainer.data import Dataset, Sample
+
+
+def picture(seed: int, *, brightness: float = 1.0, quality: int = 95) -> bytes:
+    """A picture of its own look for each seed; the other arguments make near copies."""
+    noise = np.random.default_rng(seed).integers(0, 255, (6, 6, 3)).astype(np.uint8)
+    image = Image.fromarray(noise).resize((90, 90), Image.Resampling.BICUBIC).point(lambda v: v * brightness)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def cats_and_dogs(pattern: str, count: int = 20, first: int = 0) -> dict[str, bytes]:
+    """Files `pattern.format(kind="cat", n=0)` and so on, each another picture."""
+    return {
+        pattern.format(kind=kind, n=n, Kind=kind.capitalize()): picture(1000 * side + n + first)
+        for side, kind in enumerate(("cat", "dog"))
+        for n in range(count)
+    }
+
+
+def load(root: Path, cache: Path, calibration: tuple[Sample, ...] = (), seed: int = 0) -> Dataset:
+    found = data.find(root, cache)
+    inspected = inspection.inspect_all([s.path for s in found.samples], cache, 1, lambda results, _count: results)
+    return data.divide(found, inspected, calibration, seed)
+
+
+def labels(dataset: Dataset) -> set[str]:
+    return {c.folder for c in dataset.classes}
+
+
+def all_samples(dataset: Dataset) -> list[Sample]:
+    return [*dataset.training, *dataset.validation, *dataset.calibration, *dataset.test]
+
+
+def named_right(dataset: Dataset) -> bool:
+    """The label of each photo is the one in its name or folder."""
+    words = [c.label for c in dataset.classes]
+    return all(words[s.label] in str(s.path.relative_to(s.path.parents[1])).lower() for s in all_samples(dataset))
+
+
+def test_kaggles_cat_and_dog_is_recognised(tmp_path: Path) -> None:
+    make_tree(tmp_path / "d", cats_and_dogs("training_set/training_set/{kind}s/{kind}.{n}.jpg"))
+    make_tree(tmp_path / "d", cats_and_dogs("test_set/test_set/{kind}s/{kind}.{n}.jpg", 5, first=500))
+    make_tree(tmp_path / "d", {"training_set/training_set/cats/_DS_Store": b"x"})
+    dataset = load(tmp_path / "d", tmp_path / "c")
+    assert dataset.layout == "cat-and-dog"
+    assert labels(dataset) == {"cats", "dogs"}
+    assert (len(dataset.test), len(all_samples(dataset))) == (10, 50)
+    assert named_right(dataset)
+
+
+def test_a_zip_of_it_is_unpacked_once_and_gives_the_same_parts(tmp_path: Path) -> None:
+    files = cats_and_dogs("training_set/training_set/{kind}s/{kind}.{n}.jpg")
+    make_tree(tmp_path / "d", files)
+    with zipfile.ZipFile(tmp_path / "cat-and-dog.zip", "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    names = [[s.path.name for s in load(tmp_path / source, tmp_path / "c").training] for source in ("d",)]
+    names.append([s.path.name for s in load(tmp_path / "cat-and-dog.zip", tmp_path / "c").training])
+    assert names[0] == names[1]
+    before = os.stat(next((tmp_path / "c/unpacked").iterdir())).st_mtime_ns
+    load(tmp_path / "cat-and-dog.zip", tmp_path / "c")
+    assert os.stat(next((tmp_path / "c/unpacked").iterdir())).st_mtime_ns == before
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_competitions_flat_layout_is_recognised_packed_or_not(packed: bool, tmp_path: Path) -> None:
+    files = cats_and_dogs("train/{kind}.{n}.jpg")
+    make_tree(tmp_path / "d", {"test1/1.jpg": picture(7777)})
+    if packed:
+        with zipfile.ZipFile(tmp_path / "d/train.zip", "w") as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+    else:
+        make_tree(tmp_path / "d", files)
+    dataset = load(tmp_path / "d", tmp_path / "c")
+    assert dataset.layout == "dogs-vs-cats"
+    assert labels(dataset) == {"cats", "dogs"}
+    assert len(all_samples(dataset)) == 40
+    assert named_right(dataset)
+
+
+def test_microsofts_pet_images_are_recognised_and_its_broken_files_listed(tmp_path: Path) -> None:
+    make_tree(tmp_path / "d/PetImages", cats_and_dogs("{Kind}/{n}.jpg"))
+    make_tree(tmp_path / "d/PetImages", {"Cat/666.jpg": b"", "Dog/11702.jpg": picture(3)[:90], "Cat/Thumbs.db": b"x"})
+    make_tree(tmp_path / "d", {"readme[1].txt": b"hello"})
+    dataset = load(tmp_path / "d", tmp_path / "c")
+    assert dataset.layout == "pet-images"
+    assert labels(dataset) == {"cats", "dogs"}
+    assert {path.name: reason.split(":")[0] for path, reason in dataset.unreadable} == {
+        "666.jpg": "empty",
+        "11702.jpg": "truncated",
+    }
+
+
+def test_an_image_folder_of_any_classes_keeps_their_names(tmp_path: Path) -> None:
+    for part, count in (("train", 20), ("val", 4), ("test", 5)):
+        for index, name in enumerate(("ant", "bee", "wasp")):
+            first = {"train": 0, "val": 100, "test": 200}[part] + 1000 * index
+            make_tree(tmp_path / "d", {f"{part}/{name}/{n}.png": picture(first + n) for n in range(count)})
+    dataset = load(tmp_path / "d", tmp_path / "c")
+    assert [(c.label, c.folder) for c in dataset.classes] == [("ant", "ant"), ("bee", "bee"), ("wasp", "wasp")]
+    assert (len(dataset.validation), len(dataset.test)) == (12, 15)
+
+
+def test_parts_are_disjoint_stratified_and_the_same_for_the_same_seed(tmp_path: Path) -> None:
+    make_tree(tmp_path / "d", cats_and_dogs("{kind}s/{n}.jpg", 50))
+    one, same, other = (load(tmp_path / "d", tmp_path / "c", seed=seed) for seed in (1, 1, 2))
+    assert one == same
+    assert one.validation != other.validation
+    paths = [s.path for s in all_samples(one)]
+    assert len(paths) == len(set(paths)) == 100
+    for part in (one.validation, one.calibration, one.test):
+        assert [sum(s.label == label for s in part) for label in (0, 1)] == [5, 5]
+
+
+def test_copies_of_test_photos_are_taken_out_of_training_and_listed(tmp_path: Path) -> None:
+    make_tree(tmp_path / "d", cats_and_dogs("train/{kind}s/{n}.jpg"))
+    make_tree(tmp_path / "d", cats_and_dogs("test/{kind}s/{n}.jpg", 5, first=500))
+    make_tree(tmp_path / "d", {"train/cats/copy.jpg": picture(500)})
+    make_tree(tmp_path / "d", {"train/cats/near.jpg": picture(501, brightness=0.97, quality=70)})
+    dataset = load(tmp_path / "d", tmp_path / "c")
+    assert {(d.path.name, d.of.name, d.kind) for d in dataset.duplicates} >= {
+        ("copy.jpg", "0.jpg", "exact"),
+        ("near.jpg", "1.jpg", "near"),
+    }
+    assert not {"copy.jpg", "near.jpg"} & {s.path.name for s in all_samples(dataset)}
+
+
+def test_a_content_under_two_labels_is_refused(tmp_path: Path) -> None:
+    make_tree(tmp_path / "d", cats_and_dogs("{kind}s/{n}.jpg"))
+    make_tree(tmp_path / "d", {"cats/same.jpg": picture(9), "dogs/same.jpg": picture(9)})
+    with pytest.raises(ConfigurationError, match="under two labels"):
+        load(tmp_path / "d", tmp_path / "c")
+
+
+def test_one_such_pair_among_very_many_is_left_out_and_listed(tmp_path: Path) -> None:
+    make_tree(tmp_path / "d", cats_and_dogs("{kind}s/{n}.jpg", 110))
+    make_tree(tmp_path / "d", {"cats/same.jpg": picture(9999), "dogs/same.jpg": picture(9999)})
+    dataset = load(tmp_path / "d", tmp_path / "c")
+    assert [{one.name, other.name} for one, other in dataset.contradictions] == [{"same.jpg"}]
+    assert "same.jpg" not in {s.path.name for s in all_samples(dataset)}
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({}, "no layout"),
+        ({"notes.txt": b"x"}, "no layout"),
+        ({"cats/a.jpg": picture(1)}, "one class only"),
+        ({"cats/a.jpg": b"", "dogs/b.jpg": b""}, "no readable photo"),
+    ],
+)
+def test_a_dataset_that_cannot_be_learnt_from_is_refused(
+    files: dict[str, bytes], sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "d").mkdir()
+    make_tree(tmp_path / "d", files)
+    with pytest.raises(ConfigurationError, match=sentence):
+        load(tmp_path / "d", tmp_path / "c")
+
+
+def test_a_missing_folder_and_a_broken_zip_are_said_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="--data"):
+        data.find(tmp_path / "missing", tmp_path / "c")
+    (tmp_path / "broken.zip").write_bytes(b"PK no zip")
+    with pytest.raises(ConfigurationError, match="download it again"):
+        data.find(tmp_path / "broken.zip", tmp_path / "c")
+
+
+def test_a_file_is_inspected_once_until_it_changes(tmp_path: Path) -> None:
+    make_tree(tmp_path / "d", {"a.jpg": picture(1), "b.jpg": picture(2)})
+    paths = [tmp_path / "d/a.jpg", tmp_path / "d/b.jpg"]
+    counts: list[int] = []
+
+    def track(results: Iterable[inspection.Inspection], count: int) -> Iterable[inspection.Inspection]:
+        counts.append(count)
+        return results
+
+    def run() -> dict[Path, inspection.Inspection]:
+        return inspection.inspect_all(paths, tmp_path / "c", 1, track)
+
+    first = run()
+    assert run() == first
+    make_tree(tmp_path / "d", {"a.jpg": picture(3)})
+    assert run()[paths[0]] != first[paths[0]]
+    assert counts == [2, 1]
