@@ -66,6 +66,26 @@ class Evaluation(_Part):
     accuracy: Probability
     accuracy_interval_95: tuple[Probability, Probability]
     log_loss: float = Field(ge=0)
+    calibration_error: Probability | None = None
+    confusion: tuple[tuple[int, ...], ...] = ()
+
+
+class Coverage(_Part):
+    """What share of the photos can be sorted without a person at some rate of errors.
+
+    Photos whose confidence reaches the threshold are wrong at most at that rate, at a 95 % upper confidence bound.
+    """
+
+    error_rate: Probability
+    threshold: Probability
+    coverage: Probability
+
+
+class Int8(_Part):
+    """How often the 8-bit network and the 32-bit one agree, on photos that neither was fitted on."""
+
+    photos: int = Field(gt=0)
+    agreement: Probability
 
 
 class Manifest(_Part):
@@ -79,6 +99,8 @@ class Manifest(_Part):
     input: Input
     temperature: float = Field(gt=0)
     evaluations: tuple[Evaluation, ...] = ()
+    risk_coverage: tuple[Coverage, ...] = ()
+    int8: Int8 | None = None
     training: Mapping[str, str | int | float] = {}
     files: Mapping[str, str]
 
@@ -150,8 +172,8 @@ def digest_of(path: Path) -> str:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
-def write(folder: Path, manifest: Manifest, weights: bytes, card: str) -> Manifest:
-    """Write a model folder: weights, model card, and last the manifest with their digests.
+def write(folder: Path, manifest: Manifest, files: Mapping[str, bytes], card: str) -> Manifest:
+    """Write a model folder: its files, model card, and last the manifest with their digests.
 
     Each file is written beside its name and renamed, so that an older model in the folder stays whole until the new
     one is complete.
@@ -159,16 +181,17 @@ def write(folder: Path, manifest: Manifest, weights: bytes, card: str) -> Manife
     Args:
         folder: made where it is missing.
         manifest: its `files` are replaced by the digests of what is written.
-        weights: a safetensors file.
+        files: by name; `weights.safetensors` at least.
         card: Markdown.
 
     Returns:
         The manifest as written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS, weights)
+    for name, content in files.items():
+        _replace(folder / name, content)
     _replace(folder / "README.md", card.encode())
-    written = manifest.model_copy(update={"files": {WEIGHTS: digest_of(folder / WEIGHTS)}})
+    written = manifest.model_copy(update={"files": {name: digest_of(folder / name) for name in sorted(files)}})
     _replace(folder / MANIFEST, (written.model_dump_json(indent=2) + "\n").encode())
     return written
 

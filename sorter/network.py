@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-def _import_torchvision() -> "ModuleType":
-    """Import torchvision, also one that was built for CUDA beside a torch that was not.
+def torchvision_models() -> "ModuleType":
+    """Import torchvision's models, also of a torchvision that was built for CUDA beside a torch that was not.
 
     Such a torchvision cannot load its own operators and then fails to describe them, one after the other. The networks
     use none of them: it is enough that they are declared.
     """
     while True:
         try:
-            return importlib.import_module("torchvision")
+            return importlib.import_module("torchvision.models")
         except RuntimeError as error:
             missing = re.fullmatch(r"operator (torchvision::\w+) does not exist", str(error))
             if missing is None:
@@ -81,7 +81,7 @@ def build(architecture: str, head_hidden: Sequence[int], classes: int) -> nn.Mod
         raise ModelError(f"unknown architecture {architecture}: this sorter knows {', '.join(ARCHITECTURES)}")
     # The auxiliary classifiers of the Inception family help only training from nothing.
     options = {"aux_logits": False, "init_weights": True} if architecture in ("inception_v3", "googlenet") else {}
-    network: nn.Module = getattr(_import_torchvision().models, architecture)(weights=None, **options)
+    network: nn.Module = getattr(torchvision_models(), architecture)(weights=None, **options)
     name = head_name(architecture)
     if architecture == "squeezenet1_1":
         head = _head([_SQUEEZENET_WIDTH, *head_hidden], classes)
@@ -142,3 +142,31 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
     """Fold each batch-norm that follows a convolution into it: the same function with a third of the memory traffic."""
     folded: nn.Module = fuse(network)
     return folded
+
+
+class Classifier(nn.Module):
+    """A network with its preprocessing in the graph: pixels in, logits out.
+
+    Args:
+        network: from normalised float (N, 3, S, S) to logits (N, C), or to whatever else comes out of it.
+        mean, std: of pixels from 0 to 1, by channel.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.network = network
+        mean_, std_ = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
+        # (pixel / 255 - mean) / std as one multiplication and one addition.
+        self.register_buffer("scale", 1 / (255 * std_))
+        self.register_buffer("shift", -mean_ / std_)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, S, S, 3) to float32 (N, C)."""
+        image = pixels.permute(0, 3, 1, 2)  # (N, 3, S, S), channels-last without a copy
+        normalised = image.float() * self.scale + self.shift
+        dtype = next(self.network.parameters()).dtype
+        logits: torch.Tensor = self.network(normalised.to(dtype)).float()  # (N, C)
+        return logits

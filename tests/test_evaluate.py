@@ -15,7 +15,8 @@ from sorter.errors import ConfigurationError
 from sorter.manifest import Class
 from sorter.settings import SHIPPED_MODEL
 from trainer.cli import main
-from trainer.evaluate import Sample, judge, labelled_photos, mistakes, wilson
+from trainer.data import Sample
+from trainer.evaluate import fit_temperature, judge, labelled_photos, mistakes, risk_coverage, softmax, wilson
 
 CLASSES = (Class(label="cat", folder="cats"), Class(label="dog", folder="dogs"))
 NOWHERE = Path("photo.jpg")
@@ -137,7 +138,46 @@ def test_a_certain_mistake_costs_much_but_not_everything() -> None:
 
 
 def test_the_most_confident_mistake_comes_first() -> None:
-    assert [(path.name, round(p, 4)) for path, p in mistakes(ANSWERS, SAMPLES)] == [("3.jpg", 0.7), ("2.jpg", 0.6)]
+    found = [(sample.path.name, called, round(p, 4)) for sample, called, p in mistakes(ANSWERS, SAMPLES)]
+    assert found == [("3.jpg", 1 - SAMPLES[3].label, 0.7), ("2.jpg", 1 - SAMPLES[2].label, 0.6)]
+
+
+# --- calibration and thresholds ---
+
+
+def uncertain(count: int, sharpness: float) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels drawn from them: calibrated after division by the sharpness."""
+    draw = np.random.default_rng(0)
+    true = draw.normal(0, 3, count)
+    labels = (draw.random(count) < 1 / (1 + np.exp(-true))).astype(np.intp)
+    return np.stack([np.zeros(count), true * sharpness], 1).astype(np.float32), labels
+
+
+@pytest.mark.parametrize("sharpness", [0.4, 1.0, 3.0])
+def test_the_temperature_undoes_a_network_that_is_too_sure_or_too_modest(sharpness: float) -> None:
+    logits, labels = uncertain(20_000, sharpness)
+    assert fit_temperature(logits, labels) == pytest.approx(sharpness, rel=0.05)
+
+
+def test_the_thresholds_keep_their_rates_on_photos_they_were_not_chosen_on() -> None:
+    logits, labels = uncertain(40_000, 1.0)
+    answers = softmax(logits, 1.0)
+    table = risk_coverage(answers[:20_000], labels[:20_000])
+    assert {entry.error_rate for entry in table} >= {0.01, 0.02, 0.05}
+    fresh, theirs = answers[20_000:], labels[20_000:]
+    for entry in table:
+        taken = fresh.max(1) >= entry.threshold
+        assert (fresh.argmax(1) != theirs)[taken].mean() <= entry.error_rate
+        assert taken.mean() == pytest.approx(entry.coverage, abs=0.02)
+    coverages = [entry.coverage for entry in table]
+    assert coverages == sorted(coverages)
+
+
+def test_rates_that_the_photos_cannot_support_are_absent() -> None:
+    logits, labels = uncertain(100, 1.0)
+    sure = np.stack([np.zeros(100), np.where(labels == 1, 9.0, -9.0)], 1).astype(np.float32)
+    assert [entry.error_rate for entry in risk_coverage(softmax(sure, 1.0), labels)] == [0.05]
+    assert risk_coverage(softmax(logits[:20], 1.0), labels[:20]) == ()
 
 
 # --- the command ---

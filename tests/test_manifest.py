@@ -16,7 +16,7 @@ from sorter.settings import SHIPPED_MODEL
 @pytest.fixture
 def folder(tmp_path: Path, manifest: Manifest) -> Path:
     """A model folder that `read` accepts."""
-    write(tmp_path / "model", manifest, bytes(range(256)), "# A model\n")
+    write(tmp_path / "model", manifest, {WEIGHTS: bytes(range(256))}, "# A model\n")
     return tmp_path / "model"
 
 
@@ -46,7 +46,7 @@ def test_what_was_written_is_what_is_read(tmp_path: Path, manifest: Manifest) ->
     full = manifest.model_copy(
         update={"head_hidden": (8,), "evaluations": (evaluation,), "training": {"epochs": 3, "by": "hand"}}
     )
-    written = write(tmp_path, full, b"weights", "card")
+    written = write(tmp_path, full, {WEIGHTS: b"weights"}, "card")
     assert read(tmp_path) == written == full.model_copy(update={"files": written.files})
 
 
@@ -57,7 +57,7 @@ def test_a_model_folder_holds_the_manifest_the_weights_and_the_card(folder: Path
 
 
 def test_a_second_model_replaces_the_first(folder: Path, manifest: Manifest) -> None:
-    write(folder, manifest.model_copy(update={"name": "second"}), b"other weights", "card")
+    write(folder, manifest.model_copy(update={"name": "second"}), {WEIGHTS: b"other weights"}, "card")
     assert read(folder).name == "second"
     assert (folder / WEIGHTS).read_bytes() == b"other weights"
 

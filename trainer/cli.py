@@ -60,6 +60,6 @@ def _evaluate(options: argparse.Namespace) -> ExitCode:
     low, high = result.accuracy_interval_95
     print(f"{result.right} of {result.photos} right: {result.accuracy:.2%} ({low:.2%} to {high:.2%})")
     print(f"log-loss {result.log_loss:.4f}")
-    for path, confidence in list(evaluate.mistakes(answers, samples))[:10]:
-        print(f"  wrong with {confidence:.1%}: {path}")
+    for sample, called, confidence in list(evaluate.mistakes(answers, samples))[:10]:
+        print(f"  called {model.classes[called].label} with {confidence:.1%}: {sample.path}")
     return ExitCode.DONE

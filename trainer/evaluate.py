@@ -1,34 +1,30 @@
 """How good a model is, on photos that fitting never saw.
 
-In: a model folder and labelled photos. Out: an `Evaluation`, measured through the sorter's own decoder and engine.
+In: what a model answers to labelled photos. Out: figures for the manifest and the report. Nothing here chooses anything
+on the test part: temperature and thresholds come from the calibration part.
 """
 
 import csv
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from sorter.engines import Engine
-from sorter.errors import ConfigurationError, PhotoError
-from sorter.images import EXTENSIONS, Limits, Preprocessing, decode
-from sorter.manifest import Class, Evaluation
+from sorter.errors import ConfigurationError
+from sorter.images import EXTENSIONS, Preprocessing
+from sorter.manifest import Class, Coverage, Evaluation
+from trainer.data import Sample
+from trainer.pixels import decoded
 
 BATCH = 50
+ERROR_RATES = (0.005, 0.01, 0.02, 0.05)
 
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A photo and the index of its class in the manifest."""
-
-    path: Path
-    label: int
+Floats = npt.NDArray[np.float32]
 
 
 def labelled_photos(data: Path, classes: Sequence[Class]) -> list[Sample]:
@@ -36,23 +32,16 @@ def labelled_photos(data: Path, classes: Sequence[Class]) -> list[Sample]:
 
     Args:
         data: a folder with one subfolder for each class, named by its label or its folder, at any depth; or one with
-            `labels.csv` (columns `name` and `label`) beside loose photos.
+            `labels.csv` (columns `name` and `label`) beside loose photos; or such a CSV itself.
         classes: the model's.
 
     Raises:
         ConfigurationError: there is no labelled photo.
     """
     index = {name.lower(): i for i, c in enumerate(classes) for name in (c.label, c.folder)}
-    table = data / "labels.csv"
+    table = data if data.suffix.lower() == ".csv" else data / "labels.csv"
     if table.is_file():
-        with table.open(newline="", encoding="utf-8") as rows:
-            try:
-                samples = [Sample(data / row["name"], index[row["label"].lower()]) for row in csv.DictReader(rows)]
-            except (KeyError, AttributeError):
-                labels = " or ".join(c.label for c in classes)
-                raise ConfigurationError(
-                    f"{table} is not understood: it needs the columns name and label, and labels {labels}"
-                ) from None
+        samples = _from_table(table, index)
     else:
         samples = [
             Sample(path, index[path.parent.name.lower()])
@@ -67,9 +56,17 @@ def labelled_photos(data: Path, classes: Sequence[Class]) -> list[Sample]:
     return samples
 
 
-def probabilities(
-    engine: Engine, samples: Sequence[Sample], preprocessing: Preprocessing
-) -> Iterator[npt.NDArray[np.float32]]:
+def _from_table(table: Path, index: dict[str, int]) -> list[Sample]:
+    with table.open(newline="", encoding="utf-8-sig") as rows:
+        try:
+            return [Sample(table.parent / row["name"], index[row["label"].lower()]) for row in csv.DictReader(rows)]
+        except (KeyError, AttributeError):
+            raise ConfigurationError(
+                f"{table} is not understood: it needs the columns name and label, and labels {' or '.join(index)}"
+            ) from None
+
+
+def probabilities(engine: Engine, samples: Sequence[Sample], preprocessing: Preprocessing) -> Iterator[Floats]:
     """Classify photos through the sorter's decoder and engine.
 
     Yields:
@@ -81,27 +78,61 @@ def probabilities(
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(samples), BATCH):
             batch = samples[start : start + BATCH]
-            pictures = pool.map(lambda sample: np.asarray(_decode(sample.path, preprocessing)), batch)
+            pictures = pool.map(lambda sample: decoded(sample.path, preprocessing), batch)
             yield engine.classify(np.stack(list(pictures)))  # (N, S, S, 3) -> (N, C)
 
 
-def joined(batches: Iterable[npt.NDArray[np.float32]]) -> npt.NDArray[np.float32]:
+def joined(batches: Iterable[Floats]) -> Floats:
     """All batches as one array, float32 (N, C)."""
     return np.concatenate(list(batches))
 
 
-def _decode(path: Path, preprocessing: Preprocessing) -> Image.Image:
-    try:
-        with path.open("rb") as file:
-            return decode(file.fileno(), preprocessing, Limits())
-    except (PhotoError, OSError) as error:
-        raise ConfigurationError(f"{path} cannot be decoded ({error}): take it out of the data") from None
+def labels_of(samples: Sequence[Sample]) -> npt.NDArray[np.intp]:
+    """The labels as an array, (N,)."""
+    return np.array([sample.label for sample in samples], np.intp)
 
 
-def judge(
-    answers: npt.NDArray[np.float32], samples: Sequence[Sample], *, data: str, role: Literal["calibration", "test"]
-) -> Evaluation:
-    """Accuracy with its interval, and log-loss.
+def softmax(logits: Floats, temperature: float) -> Floats:
+    """Probabilities, float32 (N, C)."""
+    scaled = logits.astype(np.float64) / temperature
+    powers = np.exp(scaled - scaled.max(1, keepdims=True))
+    answers: Floats = (powers / powers.sum(1, keepdims=True)).astype(np.float32)
+    return answers
+
+
+def log_loss(answers: Floats, labels: npt.NDArray[np.intp]) -> float:
+    """Mean negative logarithm of the right class's probability, natural units."""
+    return float(-np.log(answers[np.arange(len(labels)), labels].astype(np.float64).clip(1e-7)).mean())
+
+
+def fit_temperature(logits: Floats, labels: npt.NDArray[np.intp]) -> float:
+    """The temperature with the least log-loss (Guo et al. 2017, arXiv:1706.04599).
+
+    Args:
+        logits: of photos that fitting never saw, (N, C).
+        labels: theirs, (N,).
+    """
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(
+        lambda log_t: log_loss(softmax(logits, math.exp(log_t)), labels), bounds=(-4, 4), method="bounded"
+    )
+    return round(math.exp(float(found.x)), 4)
+
+
+def calibration_error(answers: Floats, labels: npt.NDArray[np.intp]) -> float:
+    """Expected calibration error over 15 bins of confidence, 0 to 1 (Guo et al. 2017)."""
+    import torch
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    error = multiclass_calibration_error(
+        torch.from_numpy(answers), torch.from_numpy(labels), num_classes=answers.shape[1], n_bins=15
+    )
+    return round(float(error), 4)
+
+
+def judge(answers: Floats, samples: Sequence[Sample], *, data: str, role: Literal["calibration", "test"]) -> Evaluation:
+    """Accuracy with its interval, log-loss and confusion.
 
     Args:
         answers: probabilities (N, C).
@@ -109,9 +140,10 @@ def judge(
         data: what the photos are, for the manifest's reader.
         role: whether anything was chosen on them.
     """
-    labels = np.array([sample.label for sample in samples])
+    labels = labels_of(samples)
     right = int((answers.argmax(1) == labels).sum())
-    of_label = answers[np.arange(len(labels)), labels].clip(1e-7)
+    confusion = np.zeros((answers.shape[1], answers.shape[1]), int)
+    np.add.at(confusion, (labels, answers.argmax(1)), 1)
     return Evaluation(
         data=data,
         role=role,
@@ -119,8 +151,41 @@ def judge(
         right=right,
         accuracy=round(right / len(labels), 4),
         accuracy_interval_95=wilson(right, len(labels)),
-        log_loss=round(float(-np.log(of_label).mean()), 4),
+        log_loss=round(log_loss(answers, labels), 4),
+        calibration_error=calibration_error(answers, labels),
+        confusion=tuple(tuple(row) for row in confusion.tolist()),
     )
+
+
+def risk_coverage(answers: Floats, labels: npt.NDArray[np.intp]) -> tuple[Coverage, ...]:
+    """The share of photos that can be sorted automatically at some error rates, and the threshold of each.
+
+    The largest share, in steps of 1 % from the most confident down, among which the 95 % upper bound of the error rate
+    (Clopper and Pearson 1934, doi:10.1093/biomet/26.4.404) stays within the rate. The bound is that of each share by
+    itself, as in selective classification (Geifman and El-Yaniv 2017, arXiv:1705.08500).
+
+    Args:
+        answers: calibrated probabilities (N, C) of photos that fitting never saw.
+        labels: theirs.
+
+    Returns:
+        One entry for each rate that the photos support; few photos support no low rate.
+    """
+    from scipy.stats import beta
+
+    order = np.argsort(-answers.max(1), kind="stable")
+    confidence = answers.max(1)[order]
+    wrong = (answers.argmax(1) != labels)[order].cumsum()
+    table = []
+    for rate in ERROR_RATES:
+        for percent in range(100, 0, -1):
+            taken = math.ceil(len(labels) * percent / 100)
+            errors = int(wrong[taken - 1])
+            if errors < taken and beta.ppf(0.95, errors + 1, taken - errors) <= rate:
+                threshold, coverage = float(confidence[taken - 1]), taken / len(labels)
+                table.append(Coverage(error_rate=rate, threshold=round(threshold, 4), coverage=round(coverage, 4)))
+                break
+    return tuple(table)
 
 
 def wilson(right: int, of: int, z: float = 1.959964) -> tuple[float, float]:
@@ -128,11 +193,11 @@ def wilson(right: int, of: int, z: float = 1.959964) -> tuple[float, float]:
     share, squared = right / of, z * z / of
     middle = (share + squared / 2) / (1 + squared)
     reach = z / (1 + squared) * math.sqrt(share * (1 - share) / of + squared / (4 * of))
-    return round(middle - reach, 4), round(middle + reach, 4)
+    return round(max(0.0, middle - reach), 4), round(min(1.0, middle + reach), 4)
 
 
-def mistakes(answers: npt.NDArray[np.float32], samples: Sequence[Sample]) -> Iterator[tuple[Path, float]]:
-    """The photos that were called something else, most confident first, with that confidence."""
+def mistakes(answers: Floats, samples: Sequence[Sample]) -> Iterator[tuple[Sample, int, float]]:
+    """The photos that were called something else, most confident first: sample, what it was called, how surely."""
     wrong = [i for i, sample in enumerate(samples) if answers[i].argmax() != sample.label]
     for i in sorted(wrong, key=lambda i: -answers[i].max()):
-        yield samples[i].path, float(answers[i].max())
+        yield samples[i], int(answers[i].argmax()), float(answers[i].max())

@@ -34,13 +34,8 @@ class TorchEngine:
         if self._device.type == "cpu":
             torch.set_num_threads(available_cpus())
         folded = network.fold_batch_norm(network.load(folder, manifest))
-        self._network = folded.to(self._device, self._dtype).to(memory_format=torch.channels_last)
-        channels = (1, 3, 1, 1)
-        mean = torch.tensor(manifest.input.mean).view(channels)
-        std = torch.tensor(manifest.input.std).view(channels)
-        # (pixel / 255 - mean) / std as one multiplication and one addition.
-        self._scale = (1 / (255 * std)).to(self._device)
-        self._shift = (-mean / std).to(self._device)
+        resident = folded.to(self._device, self._dtype).to(memory_format=torch.channels_last)
+        self._classifier = network.Classifier(resident, manifest.input.mean, manifest.input.std).to(self._device)
         self._temperature = manifest.temperature
 
     @torch.inference_mode()
@@ -50,9 +45,8 @@ class TorchEngine:
         if self._device.type == "cuda":
             batch = batch.pin_memory()
         batch = batch.to(self._device, non_blocking=True)
-        image = batch.permute(0, 3, 1, 2)  # (N, 3, S, S), channels-last without a copy
-        logits = self._network((image * self._scale + self._shift).to(self._dtype))  # (N, C)
-        probabilities: npt.NDArray[np.float32] = (logits.float() / self._temperature).softmax(1).cpu().numpy()
+        logits = self._classifier(batch)  # (N, C)
+        probabilities: npt.NDArray[np.float32] = (logits / self._temperature).softmax(1).cpu().numpy()
         return probabilities
 
 

@@ -1,0 +1,22 @@
+"""One photo of a dataset to the pixels that the network sees, through the sorter's own decoder."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from sorter.errors import ConfigurationError, PhotoError
+from sorter.images import Limits, Preprocessing, decode
+
+
+def decoded(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Decode a photo, uint8 (S, S, 3).
+
+    Raises:
+        ConfigurationError: it cannot be decoded.
+    """
+    try:
+        with path.open("rb") as file:
+            return np.asarray(decode(file.fileno(), preprocessing, Limits()))
+    except (PhotoError, OSError) as error:
+        raise ConfigurationError(f"{path} cannot be decoded ({error}): take it out of the data") from None
