@@ -3,7 +3,6 @@
 import argparse
 import os
 import shutil
-import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -108,11 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = settings.load(flags)
         log_format, log_level = chosen.log_format, chosen.log_level
         return int(action(chosen))
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except Exception as error:
-        if not isinstance(error, SorterError) and not structlog.is_configured():
-            raise
         # Standard error is a log from the first line on where a program reads it.
         if command == "run" and logs.is_json(log_format) and not structlog.is_configured():
             logs.configure("json", "info")
@@ -121,11 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _say(error: Exception, *, with_traceback: bool) -> None:
+    detail = str(error) if isinstance(error, SorterError) else f"{type(error).__name__}: {error}"
     if structlog.is_configured():
-        detail = str(error) if isinstance(error, SorterError) else f"{type(error).__name__}: {error}"
         structlog.get_logger().error("run.failed", detail=detail, exc_info=error if with_traceback else None)
     else:
-        sys.stderr.write("".join(f"sorter: {line}\n" for line in str(error).splitlines()))
+        sys.stderr.write("".join(f"sorter: {line}\n" for line in detail.splitlines()))
 
 
 def _run(chosen: Settings) -> ExitCode:
@@ -135,10 +130,13 @@ def _run(chosen: Settings) -> ExitCode:
     log = structlog.get_logger()
 
     # Heavy from here on: everything that can be wrong without them has been said.
-    from sorter.engines import open_engine
     from sorter.pipeline import Pipeline
-    from sorter.service import Service
+    from sorter.service import Service, Stop
     from sorter.watcher import Watcher
+
+    stop = Stop(idle_code=ExitCode.INCOMPLETE if chosen.once else ExitCode.DONE)
+    stop.listen()
+    from sorter.engines import open_engine
 
     inbox = Inbox(
         chosen.inbox,
@@ -162,19 +160,25 @@ def _run(chosen: Settings) -> ExitCode:
         **({"dry_run": True} if chosen.dry_run else {}),
     )
     mover = Mover(chosen.output_folder)
+    stop.moving = mover.lock
     with ExitStack() as stack:
         progress: dict[str, Any] = {}
         if chosen.once and chosen.log_format != "json" and stream.isatty():
-            shown = stack.enter_context(console.bar(stream, _count(chosen.inbox)))
+            total = None if chosen.recursive else _count(chosen.inbox)
+            shown = stack.enter_context(console.bar(stream, total))
             progress = {"on_outcome": shown.advance, "on_waiting": shown.waiting}
         pipeline = Pipeline(engine, model, mover, chosen, workers=_workers())
         stack.callback(pipeline.close)
         fields = {"run": run, "model": model.name} | ({"dry_run": True} if chosen.dry_run else {})
-        service = Service(chosen, inbox, pipeline, mover, log_fields=fields, **progress)
+        service = Service(chosen, inbox, pipeline, stop, log_fields=fields, **progress)
         tally = service.run_once() if chosen.once else service.run(Watcher(inbox.root, recursive=chosen.recursive))
-    if chosen.once:
-        print(console.summary(tally, preflight.destinations(model), dry_run=chosen.dry_run))
-    return tally.exit_code if chosen.once else ExitCode.DONE
+    if not chosen.once:
+        return ExitCode.DONE
+    try:
+        print(console.summary(tally, preflight.destinations(model), dry_run=chosen.dry_run), flush=True)
+    except OSError:  # a summary that nobody can read changes nothing about the photos
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return tally.exit_code
 
 
 def _workers() -> int:

@@ -31,8 +31,8 @@ class Bar:
 
 
 @contextmanager
-def bar(stream: LogStream, total: int) -> Iterator[Bar]:
-    """Show a bar for about `total` files."""
+def bar(stream: LogStream, total: int | None) -> Iterator[Bar]:
+    """Show a bar for about `total` files, None where nobody counted them."""
     console = Console(file=stream, force_terminal=True)  # type: ignore[arg-type]
     columns = (
         SpinnerColumn(),

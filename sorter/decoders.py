@@ -24,7 +24,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sorter import images
@@ -162,10 +162,14 @@ class Decoders:
             return Decoded(photo, "left", detail=f"cannot be opened now: {error.strerror}")
         try:
             status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or Identity.of(status) != photo.identity:
+            opened = Identity.of(status)
+            if not stat.S_ISREG(status.st_mode) or not opened.is_same_file(photo.identity):
                 return Decoded(photo, "gone", detail="changed since it was settled")
+            photo = replace(photo, identity=opened)
             head = os.pread(descriptor, images.SIGNATURE_BYTES, 0)
             extension = os.path.splitext(photo.name)[1].lower()
+            if extension in images.RAW_EXTENSIONS:
+                return Decoded(photo, "skipped", detail="a camera's raw file")
             if not images.has_signature(head) and extension not in images.EXTENSIONS:
                 return Decoded(photo, "skipped", detail="not a photo")
             if status.st_size > self._max_bytes:

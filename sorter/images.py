@@ -23,6 +23,9 @@ SIGNATURE_BYTES = 64
 # What the last bytes of a whole file hold; a few stray bytes may follow.
 _ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
 
+# Most are TIFFs by their signature; what Pillow finds in them is a thumbnail or noise.
+RAW_EXTENSIONS = frozenset((".arw", ".cr2", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw"))
+
 # EXIF orientation -> the transposition that puts the picture upright (CIPA DC-008, 4.6.4.A).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

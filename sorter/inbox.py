@@ -138,7 +138,7 @@ class Inbox:
     Args:
         root: the folder.
         recursive: look into subfolders too; never through symbolic links.
-        excluded: folders that photos are sorted into, absolute.
+        excluded: folders that photos are sorted into, absolute and without symbolic links.
         settle_seconds: how long a file has to stay unchanged.
     """
 
@@ -146,6 +146,7 @@ class Inbox:
         self.root = root.absolute()
         self.recursive = recursive
         self.settle_seconds = settle_seconds
+        self._real_root = os.path.realpath(root)
         self._excluded = excluded
         status = root.stat()
         self._folder = (status.st_dev, status.st_ino)
@@ -207,10 +208,11 @@ class Inbox:
     def enters(self, folder: str) -> bool:
         """Tell whether a subfolder is one that photos are taken from."""
         hidden = any(part.startswith(".") for part in folder.split("/"))
-        return not hidden and os.path.join(self.root, folder) not in self._excluded
+        return not hidden and os.path.join(self._real_root, folder) not in self._excluded
 
     def _look(self, name: str, entry: "os.DirEntry[str]", now: float) -> Photo | None:
         if is_temporary(entry.name) or not entry.is_file(follow_symlinks=False):
+            self._changing.pop(name, None)
             return None
         try:
             return self._settle(name, entry.stat(follow_symlinks=False), now)
@@ -232,7 +234,10 @@ class Inbox:
         except OSError:
             self._changing.pop(name, None)
             return None
-        return self._settle(name, status, now) if stat.S_ISREG(status.st_mode) else None
+        if not stat.S_ISREG(status.st_mode):
+            self._changing.pop(name, None)
+            return None
+        return self._settle(name, status, now)
 
     def look_again(self, now: float) -> Iterator[Photo]:
         """Look at every file that was not settled yet, and yield those that are now."""

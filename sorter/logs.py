@@ -100,7 +100,11 @@ def configure(log_format: LogFormat, log_level: LogLevel) -> LogStream:
     Returns:
         The stream behind the log, for a progress bar to draw on.
     """
-    stream = LogStream(os.dup(2))
+    try:
+        descriptor = os.dup(2)
+    except OSError:  # standard error is closed
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+    stream = LogStream(descriptor)
     processors: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -132,9 +136,11 @@ def _capture_descriptor_2() -> None:
     log = structlog.get_logger()
 
     def forward() -> None:
+        grave = False
         with os.fdopen(read_end, encoding="utf-8", errors="backslashreplace") as lines:
             for line in lines:
+                grave = grave or line.startswith(("Traceback", "Fatal Python error"))
                 if text := line.strip():
-                    log.debug("native.output", text=text)
+                    (log.error if grave else log.debug)("native.output", text=text)
 
     threading.Thread(target=forward, name="native-output", daemon=True).start()

@@ -30,13 +30,14 @@ from sorter.errors import StorageError
 from sorter.inbox import Identity, Photo, open_file, open_folder
 
 PARTIAL_SUFFIX = ".sorter-part"
-"""Ends every hidden name made here; a file that carries it is one of our own unfinished copies."""
+"""Ends every hidden name made here: an unfinished copy in a destination, in the inbox a photo that was copied."""
 
 _RENAME_NOREPLACE = 1
 _COPY_BYTES = 1 << 20
 
 # The file system cannot do what was asked; the photo is untouched and nothing else is wrong.
-_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EMLINK)
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+_NO_LINKS = (*_UNSUPPORTED, errno.EPERM, errno.EMLINK)
 # Nothing can be moved until somebody makes room or mends the disk.
 _STORAGE = (
     errno.ENOSPC,
@@ -73,13 +74,19 @@ class Mover:
         """Held while one photo moves: whoever holds it can end the process with nothing half moved."""
         self._touched: set[tuple[Path, str]] = set()
         self._next_number: dict[tuple[str, str], int] = {}
+        self._linked: set[tuple[int, int]] = set()  # device and inode of moved files that have other names too
+        self._promised: set[str] = set()  # destinations that a dry run has named
+        self._folder: tuple[int, int] | None = None  # the output's own device and inode, once it was used
 
     def destination(self, photo: Photo, folder: str) -> str:
         """Where `move` would put a photo; changes nothing."""
         base = os.path.basename(photo.name)
         number = 0
-        while os.path.lexists(path := os.path.join(self.output, folder, numbered(base, number))):
+        while (path := os.path.join(self.output, folder, numbered(base, number))) in self._promised or os.path.lexists(
+            path
+        ):
             number += 1
+        self._promised.add(path)
         return path
 
     def move(self, photo: Photo, folder: str) -> str:
@@ -93,7 +100,8 @@ class Mover:
         with self.lock:
             try:
                 with _opened(photo.root, source_folder) as source:
-                    _check(source, base, photo.identity)
+                    self._check(source, base, photo.identity)
+                    _check_removable(source, base)
                     with self._target(folder) as target:
                         try:
                             name = self._place(photo, source, target, base, folder)
@@ -115,8 +123,15 @@ class Mover:
     def _target(self, folder: str) -> Iterator[int]:
         """The descriptor of a destination folder, made where it is missing."""
         try:
+            if self._folder is None:
+                self.output.mkdir(parents=True, exist_ok=True)
+            status = self.output.stat()
+            if self._folder not in (None, (status.st_dev, status.st_ino)):
+                # A disk that was unmounted leaves an empty folder behind: nothing belongs there.
+                raise OSError(errno.ENODEV, "it is not the folder any more that it was at the start")
+            self._folder = (status.st_dev, status.st_ino)
             if not os.path.lexists(self.output / folder):
-                (self.output / folder).mkdir(parents=True, exist_ok=True)
+                (self.output / folder).mkdir(exist_ok=True)
                 self._touched.add((self.output, ""))
             descriptor = open_folder(self.output, folder)
         except OSError as error:
@@ -166,11 +181,13 @@ class Mover:
                 if error.errno not in _UNSUPPORTED:
                     raise
                 return self._link_across(photo, source, target, base, folder)
-            arrived = Identity.of(os.stat(name, dir_fd=target, follow_symlinks=False))
-            if not arrived.is_same_file(photo.identity):
+            arrived = os.stat(name, dir_fd=target, follow_symlinks=False)
+            if not Identity.of(arrived).is_same_file(photo.identity):
                 # Somebody put another file under the name between the look and the rename: it goes back.
                 _give_back(target, name, source, base)
                 raise ChangedError("changed while it was moved")
+            if arrived.st_nlink > 1:
+                self._linked.add((arrived.st_dev, arrived.st_ino))
             return name
         raise AssertionError("names never run out")
 
@@ -181,7 +198,7 @@ class Mover:
             except FileExistsError:
                 continue
             except OSError as error:
-                if error.errno in _UNSUPPORTED:
+                if error.errno in _NO_LINKS:
                     raise StayedError(
                         "its file system can neither rename without replacing nor make hard links: "
                         "sort into a folder on another file system with --output"
@@ -191,7 +208,7 @@ class Mover:
                 os.unlink(name, dir_fd=target)  # a second name of a file that keeps its first
                 raise ChangedError("changed while it was moved")
             os.fsync(target)
-            _take_away(source, base, photo.identity)
+            self._finish(source, base, photo.identity, target, name, photo.identity)
             return name
         raise AssertionError("names never run out")
 
@@ -206,9 +223,10 @@ class Mover:
             try:
                 _copy(original, copy, status)
                 os.fsync(copy)
+                copied = Identity.of(os.fstat(copy))
             finally:
                 os.close(copy)
-            _check(source, base, photo.identity)
+            self._check(source, base, photo.identity)
             name = self._publish(target, partial, base, folder)
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
@@ -217,8 +235,31 @@ class Mover:
         finally:
             os.close(original)
         os.fsync(target)
-        _take_away(source, base, photo.identity)
+        self._finish(source, base, photo.identity, target, name, copied)
         return name
+
+    def _finish(self, source: int, base: str, identity: Identity, target: int, name: str, published: Identity) -> None:
+        """Take the old name away; where that is refused, take back the new one, so that none has two for good."""
+        try:
+            _take_away(source, base, identity)
+        except OSError as error:
+            here = Identity.of(os.stat(base, dir_fd=source, follow_symlinks=False))
+            there = Identity.of(os.stat(name, dir_fd=target, follow_symlinks=False))
+            if here.is_same_file(identity) and there.is_same_file(published):
+                os.unlink(name, dir_fd=target)
+            raise StayedError(f"may not be taken out of its folder ({error.strerror})") from error
+
+    def _check(self, folder: int, base: str, identity: Identity) -> None:
+        """Make sure that a name still is the file that was classified."""
+        try:
+            status = os.stat(base, dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:
+            raise ChangedError("is gone") from None
+        found = Identity.of(status)
+        # Moving one of a file's hard links changes the status of the others.
+        by_us = found.is_same_file(identity) and (found.device, found.inode) in self._linked
+        if not stat.S_ISREG(status.st_mode) or (found != identity and not by_us):
+            raise ChangedError("changed after it was classified")
 
     def _publish(self, target: int, partial: str, base: str, folder: str) -> str:
         """Give our own finished copy its name, without replacing anything."""
@@ -252,6 +293,8 @@ def numbered(base: str, number: int) -> str:
         return base
     stem, extension = os.path.splitext(base)
     tail = os.fsencode(f"-{number}{extension}")
+    if len(tail) > 254:  # an extension that long is none
+        stem, tail = base, os.fsencode(f"-{number}")
     return os.fsdecode(os.fsencode(stem)[: 255 - len(tail)] + tail)
 
 
@@ -264,13 +307,14 @@ def _opened(root: Path, relative: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _check(folder: int, base: str, identity: Identity) -> None:
-    try:
-        status = os.stat(base, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        raise ChangedError("is gone") from None
-    if not stat.S_ISREG(status.st_mode) or Identity.of(status) != identity:
-        raise ChangedError("changed after it was classified")
+def _check_removable(folder: int, base: str) -> None:
+    """Refuse before anything is copied what could not be taken out of its folder afterwards."""
+    status = os.fstat(folder)
+    allowed = os.access(".", os.W_OK | os.X_OK, dir_fd=folder, effective_ids=os.access in os.supports_effective_ids)
+    if allowed and status.st_mode & stat.S_ISVTX and os.geteuid() not in (0, status.st_uid):
+        allowed = os.stat(base, dir_fd=folder, follow_symlinks=False).st_uid == os.geteuid()
+    if not allowed:
+        raise StayedError("may not be taken out of its folder: give the sorter's user permission to change the folder")
 
 
 def _hidden_name() -> str:
@@ -321,7 +365,7 @@ def _give_back(target: int, name: str, source: int, base: str) -> None:
 
 def _copy(original: int, copy: int, status: os.stat_result) -> None:
     offset = 0
-    while block := os.pread(original, _COPY_BYTES, offset):
+    while block := _read(original, offset):
         view = memoryview(block)
         while view:
             view = view[os.write(copy, view) :]
@@ -338,6 +382,13 @@ def _copy(original: int, copy: int, status: os.stat_result) -> None:
                     os.setxattr(copy, attribute, os.getxattr(original, attribute))
     os.fchmod(copy, stat.S_IMODE(status.st_mode))
     os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _read(original: int, offset: int) -> bytes:
+    try:
+        return os.pread(original, _COPY_BYTES, offset)
+    except OSError as error:  # the source's disk, not the destination's
+        raise StayedError(f"cannot be read ({error.strerror})") from error
 
 
 def _load_rename() -> "ctypes._NamedFuncPointer | None":

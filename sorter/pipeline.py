@@ -167,7 +167,6 @@ class Pipeline:
         Raises:
             SorterError: a stage could not go on; nothing is half moved.
         """
-        self._raise_error()
         try:
             outcome = self._outcomes.get(timeout=timeout_seconds) if timeout_seconds else self._outcomes.get_nowait()
             while True:
@@ -266,11 +265,17 @@ class Pipeline:
     def _move(self) -> None:
         """Move what is decided, a batch and its fsyncs at a time."""
         while (batch := self._decided.get()) is not None:
-            outcomes = [self._act(item) if isinstance(item, Decision) else item for item in batch]
-            if not self._settings.dry_run:
-                self._mover.settle()
-            for outcome in outcomes:
-                self._outcomes.put(outcome)
+            outcomes: list[Outcome] = []
+            try:
+                for item in batch:
+                    outcomes.append(self._act(item) if isinstance(item, Decision) else item)
+            finally:
+                # What was moved is told, also when the next one could not be.
+                try:
+                    self._mover.settle()
+                finally:
+                    for outcome in outcomes:
+                        self._outcomes.put(outcome)
 
     def _act(self, decision: Decision) -> Outcome:
         photo = decision.decoded.photo

@@ -17,8 +17,8 @@ def destinations(manifest: Manifest) -> list[str]:
 
 
 def excluded(settings: Settings, manifest: Manifest) -> frozenset[str]:
-    """Absolute paths that are never scanned for photos."""
-    output = settings.output_folder.absolute()
+    """Paths that are never scanned for photos, absolute and without symbolic links."""
+    output = os.path.realpath(settings.output_folder)
     return frozenset(os.path.join(output, folder) for folder in destinations(manifest))
 
 
@@ -28,6 +28,15 @@ def check_folders(settings: Settings, manifest: Manifest) -> None:
     Raises:
         ConfigurationError: one sentence that says which folder is wrong and what to do.
     """
+    try:
+        _check_folders(settings, manifest)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{error.filename} cannot be looked at ({error.strerror}): give this user permission to, or name another"
+        ) from None
+
+
+def _check_folders(settings: Settings, manifest: Manifest) -> None:
     inbox = settings.inbox
     if not inbox.exists():
         raise ConfigurationError(f"there is no inbox {inbox}: create it, or name another folder with --inbox")

@@ -10,7 +10,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -19,7 +18,6 @@ import structlog
 
 from sorter.errors import ExitCode, InboxGoneError
 from sorter.inbox import Identity, Inbox, Photo
-from sorter.mover import Mover
 from sorter.pipeline import FAILED, Outcome, Pipeline
 from sorter.settings import Settings
 from sorter.watcher import Watcher
@@ -42,6 +40,38 @@ class _Retry:
     identity: Identity
     seen: float
     due: float
+
+
+class Stop:
+    """SIGTERM and SIGINT: the first asks for an end after the batch in hand, a second ends the process at once.
+
+    Args:
+        idle_code: the exit code while there is nothing in hand yet.
+    """
+
+    def __init__(self, idle_code: int) -> None:
+        self.requested = threading.Event()
+        self.wake: Callable[[], None] = lambda: None
+        """Ends the loop's sleep."""
+        self.moving: threading.Lock | None = None
+        """Held while one photo moves; None while nothing can be in hand."""
+        self._idle_code = idle_code
+
+    def listen(self) -> None:
+        """Take the signals, for the rest of the process."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.moving is None:
+            os._exit(self._idle_code)
+        if self.requested.is_set():
+            # One photo's move is let through, so that nothing is half moved; a copy that takes longer leaves a hidden
+            # partial file and the photo where it was.
+            self.moving.acquire(timeout=2)
+            os._exit(128 + number)
+        self.requested.set()
+        self.wake()
 
 
 @dataclass
@@ -67,7 +97,7 @@ class Tally:
     @property
     def photos_per_second(self) -> float:
         """Over the whole time."""
-        return self.folders.total() / self.seconds if self.seconds else 0.0
+        return self.photos / self.seconds if self.seconds else 0.0
 
     @property
     def exit_code(self) -> ExitCode:
@@ -80,6 +110,7 @@ class Service:
     """Feeds settled photos to the pipeline and accounts for what comes out.
 
     Args:
+        stop: says when to end.
         on_outcome: called after each photo, for a progress bar.
         on_waiting: called with the number of files that are being waited for.
     """
@@ -89,23 +120,21 @@ class Service:
         settings: Settings,
         inbox: Inbox,
         pipeline: Pipeline,
-        mover: Mover,
+        stop: Stop,
         *,
         log_fields: dict[str, Any],
         on_outcome: Callable[[Tally], None] = lambda _: None,
         on_waiting: Callable[[int], None] = lambda _: None,
     ) -> None:
-        self._settings, self._inbox, self._pipeline, self._mover = settings, inbox, pipeline, mover
+        self._settings, self._inbox, self._pipeline, self._stop = settings, inbox, pipeline, stop
         self._log_fields, self._on_outcome, self._on_waiting = log_fields, on_outcome, on_waiting
         self.tally = Tally()
-        self._stop = threading.Event()
         self._submitted: set[str] = set()  # names whose outcome is still to come
         self._retry: dict[str, _Retry] = {}  # names that want another look
         self._left: dict[str, Photo] = {}  # what could not be read or moved; tried again at each rescan
         self._skipped: set[int] = set()  # hashes of the versions of files that need nothing more
         self._met: set[int] = set()  # those of them that the rescan in progress has met
         self._blocked: str | None = None
-        self._wake: Callable[[], None] = lambda: None
 
     # --- the two ways to run -------------------------------------------------------------------------------------
 
@@ -113,12 +142,15 @@ class Service:
         """Sort what is there, wait for what is still changing, and end.
 
         Raises:
-            InboxGoneError: the inbox vanished meanwhile.
+            SorterError: it could not go on, because the disk is full or the inbox vanished.
         """
-        with self._signals():
+        try:
             self._backlog()
-            deadline = time.monotonic() + self._settings.settle_timeout_seconds
-            while not self._stop.is_set() and (self._inbox.changing or self._submitted or self._retry):
+            moved, deadline = -1, 0.0
+            while not self._stop.requested.is_set() and (self._inbox.changing or self._submitted or self._retry):
+                if self.tally.folders.total() != moved:  # only waiting counts, not working
+                    moved = self.tally.folders.total()
+                    deadline = time.monotonic() + self._settings.settle_timeout_seconds
                 self._feed(self._inbox.look_again(time.time()))
                 self._feed(self._due())
                 self._account(timeout_seconds=0.1)
@@ -127,20 +159,26 @@ class Service:
                         break
                     if waiting := {*self._inbox.changing, *self._retry}:
                         self._on_waiting(len(waiting))
-                    self._stop.wait(0.1)
-            self.tally.interrupted = self._stop.is_set()
+                    self._stop.requested.wait(0.1)
+            self.tally.interrupted = self._stop.requested.is_set()
             for name in {*self._inbox.changing, *self._retry}:
                 self._leave(Photo(self._inbox.root, name, _UNKNOWN, 0.0), "is still changing")
             self._inbox.check()
-            return self._finish()
+        finally:
+            self._finish()
+        return self.tally
 
     def run(self, watcher: Watcher) -> Tally:
-        """Sort the backlog, then what is dropped, until SIGTERM or SIGINT."""
-        self._wake = watcher.wake
-        with self._signals():
-            watcher.start()
+        """Sort the backlog, then what is dropped, until SIGTERM or SIGINT.
+
+        Raises:
+            SorterError: it could not go on.
+        """
+        self._stop.wake = watcher.wake
+        watcher.start()
+        try:
             next_rescan = 0.0
-            while not self._stop.is_set():
+            while not self._stop.requested.is_set():
                 watcher.supervise(time.monotonic())
                 if time.monotonic() >= next_rescan or watcher.take_rescan():
                     self._rescan()
@@ -156,8 +194,10 @@ class Service:
                 else:
                     watcher.wait(self._idle_seconds(next_rescan))
             log.info("service.stopping")
+        finally:
             watcher.stop()
-            return self._finish()
+            self._finish()
+        return self.tally
 
     # --- feeding -------------------------------------------------------------------------------------------------
 
@@ -181,7 +221,7 @@ class Service:
 
     def _feed(self, photos: Iterable[Photo]) -> None:
         for photo in photos:
-            if self._stop.is_set():
+            if self._stop.requested.is_set():
                 return
             if photo.name in self._submitted or self._is_skipped(photo):
                 continue
@@ -193,7 +233,7 @@ class Service:
             while not self._pipeline.submit(photo):
                 self._account()
                 self._report_blocked()
-                if self._stop.is_set():
+                if self._stop.requested.is_set():
                     return
             self._submitted.add(photo.name)
             self._account()
@@ -288,42 +328,22 @@ class Service:
             else:
                 log.error("storage.waiting", detail=self._blocked)
 
-    def _finish(self) -> Tally:
+    def _finish(self) -> None:
+        """End the stages, account for what they still did, and say what the run did, however it ended."""
         self._pipeline.close()
-        self._account()
-        self.tally.seconds = time.monotonic() - self.tally.started
-        log.info(
-            "run.finished",
-            **self._log_fields,
-            folders=dict(self.tally.folders),
-            skipped=self.tally.skipped,
-            left=self.tally.left,
-            seconds=round(self.tally.seconds, 3),
-            photos_per_second=round(self.tally.photos_per_second, 1),
-        )
-        return self.tally
-
-    # --- signals -------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGTERM or SIGINT ends the loop, a second ends the process."""
-
-        def handle(number: int, _frame: FrameType | None) -> None:
-            if self._stop.is_set():
-                # One photo's move is let through, so that nothing is half moved; a copy that takes longer leaves a
-                # hidden partial file and the photo where it was.
-                self._mover.lock.acquire(timeout=2)
-                os._exit(128 + number)
-            self._stop.set()
-            self._wake()
-
-        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            yield
+            self._account()
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self.tally.seconds = time.monotonic() - self.tally.started
+            log.info(
+                "run.finished",
+                **self._log_fields,
+                folders=dict(self.tally.folders),
+                skipped=self.tally.skipped,
+                left=self.tally.left,
+                seconds=round(self.tally.seconds, 3),
+                photos_per_second=round(self.tally.photos_per_second, 1),
+            )
 
 
 def _version(photo: Photo) -> int:

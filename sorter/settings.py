@@ -31,7 +31,11 @@ def _not_empty(value: Any) -> Any:
     return value
 
 
-Folder = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(Path.expanduser)]
+def _expanded(path: Path) -> Path:
+    return Path(os.path.expanduser(path))
+
+
+Folder = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_expanded)]
 
 
 def _field(default: Any, description: str, *, group: str, metavar: str = "", **constraints: Any) -> Any:
@@ -99,7 +103,7 @@ class Settings(BaseSettings):
     max_jpeg_megapixels: float = _field(
         250.0, "the same for JPEG, which is decoded scaled down", group="Limits", metavar="MP", gt=0, le=4000
     )
-    max_megabytes: float = _field(500.0, "larger files fail as too-large", group="Limits", metavar="MB", gt=0)
+    max_megabytes: float = _field(500.0, "larger files fail as too-large", group="Limits", metavar="MB", gt=0, le=1e6)
     decode_timeout_seconds: float = _field(
         20.0, "a picture that takes longer fails as decoder-timeout", group="Limits", metavar="S", gt=0, le=3600
     )
@@ -149,7 +153,7 @@ def load(flags: Mapping[str, Any]) -> Settings:
         raise ConfigurationError(
             f"unknown environment variable {', '.join(unknown)}: unset it, or see sorter run --help for the settings"
         )
-    if config is not None and not (config := Path(config).expanduser()).is_file():
+    if config is not None and not os.path.isfile(config := _expanded(Path(config))):
         raise ConfigurationError(f"there is no configuration file {config}: check the path given with --config")
 
     class Loaded(Settings):

@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -123,16 +123,16 @@ def test_another_file_that_slips_in_during_the_move_goes_back(
 ) -> None:
     make_tree(tmp_path, {"in/a.jpg": b"photo", "new": b"other photo"})
     photo = found(tmp_path / "in")
-    check = mover_module._check
+    check = mover_module._check_removable
 
-    def swapped_after_the_check(*arguments: object) -> None:
-        check(*arguments)  # type: ignore[arg-type]
+    def swapped_after_the_check(folder: int, base: str) -> None:
+        check(folder, base)
         if (tmp_path / "new").exists():
             os.link(tmp_path / "in/a.jpg", tmp_path / "kept")
             (tmp_path / "new").replace(tmp_path / "in/a.jpg")
 
     before = hashes(tmp_path)
-    monkeypatch.setattr(mover_module, "_check", swapped_after_the_check)
+    monkeypatch.setattr(mover_module, "_check_removable", swapped_after_the_check)
     with pytest.raises(ChangedError):
         Mover(output).move(photo, "cats")
     assert (tmp_path / "in/a.jpg").read_bytes() == b"other photo"
@@ -177,12 +177,112 @@ def test_a_file_system_without_any_safe_way_leaves_the_photo(tmp_path: Path, mon
     assert read_tree(tmp_path) == {"in/a.jpg": b"photo"}
 
 
+def as_nobody(action: Callable[[], None]) -> None:
+    """Run something as a user without privileges: in a child that gives them up, where the tests run as root."""
+    if os.geteuid() != 0:
+        action()
+        return
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.fixture
+def open_to_all(tmp_path: Path) -> Iterator[Path]:
+    """A folder that any user reaches, unlike tmp_path."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("mode", [0o555, 0o1777])
+@pytest.mark.parametrize("across", [False, True])
+def test_a_photo_that_cannot_be_taken_out_of_its_folder_is_not_copied_either(
+    mode: int, across: bool, open_to_all: Path, request: pytest.FixtureRequest
+) -> None:
+    if mode == 0o1777 and os.geteuid() != 0:
+        pytest.skip("needs a second user to own the photo")
+    output: Path = request.getfixturevalue("other_file_system") if across else open_to_all / "out"
+    output.mkdir(exist_ok=True)
+    output.chmod(0o777)
+    inbox = make_tree(open_to_all / "in", {"a.jpg": b"photo"})
+    (inbox / "a.jpg").chmod(0o666)
+    inbox.chmod(mode)
+
+    def refused() -> None:
+        target = Mover(output)
+        for _ in range(2):
+            with pytest.raises(StayedError, match="taken out of its folder"):
+                target.move(found(inbox), "cats")
+
+    as_nobody(refused)
+    inbox.chmod(0o755)
+    assert read_tree(inbox) == {"a.jpg": b"photo"}
+    assert read_tree(output) == {}
+
+
+def test_a_refusal_after_the_copy_takes_the_copy_back(
+    tmp_path: Path, other_file_system: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(_folder: int, _base: str, _identity: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    make_tree(tmp_path / "in", {"a.jpg": b"photo"})
+    monkeypatch.setattr(mover_module, "_take_away", read_only)
+    with pytest.raises(StayedError, match="Read-only"):
+        Mover(other_file_system).move(found(tmp_path / "in"), "cats")
+    assert read_tree(tmp_path / "in") == {"a.jpg": b"photo"}
+    assert read_tree(other_file_system) == {}
+
+
+def test_hard_links_of_one_photo_all_move(tmp_path: Path) -> None:
+    inbox = make_tree(tmp_path / "in", {"0.jpg": b"photo"})
+    for number in range(1, 20):
+        os.link(inbox / "0.jpg", inbox / f"{number}.jpg")
+    photos = list(Inbox(inbox, recursive=False, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10))
+    target = Mover(tmp_path / "out")
+    for photo in photos:
+        target.move(photo, "cats")
+    assert len(read_tree(tmp_path / "out")) == 20
+
+
+def test_an_output_that_became_another_folder_takes_no_photos(tmp_path: Path) -> None:
+    make_tree(tmp_path / "in", {"a.jpg": b"photo"})
+    target = Mover(tmp_path / "out")
+    target.move(found(tmp_path / "in"), "cats")
+    make_tree(tmp_path / "in", {"b.jpg": b"photo"})
+    (tmp_path / "out").rename(tmp_path / "unmounted")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(StorageError, match="not the folder any more"):
+        target.move(found(tmp_path / "in"), "cats")
+    assert read_tree(tmp_path / "in") == {"b.jpg": b"photo"}
+    assert read_tree(tmp_path / "out") == {}
+
+
+def test_a_dry_run_promises_no_destination_twice(tmp_path: Path) -> None:
+    make_tree(tmp_path / "in", {"a.jpg": b"photo"})
+    target = Mover(tmp_path / "out")
+    photo = found(tmp_path / "in")
+    assert target.destination(photo, "cats") == str(tmp_path / "out/cats/a.jpg")
+    assert target.destination(photo, "cats") == str(tmp_path / "out/cats/a-1.jpg")
+
+
 def test_numbers_keep_the_extension_and_the_limit_of_255_bytes() -> None:
     assert numbered("a.jpg", 0) == "a.jpg"
     assert numbered("a.jpg", 12) == "a-12.jpg"
     long = "ä" * 125 + ".jpg"  # 254 bytes
     assert numbered(long, 7).endswith("-7.jpg")
     assert len(os.fsencode(numbered(long, 7))) <= 255
+    assert len(os.fsencode(numbered("a." + "x" * 252, 7))) <= 255
 
 
 def test_a_thousand_photos_of_one_name_are_all_kept(tmp_path: Path) -> None:

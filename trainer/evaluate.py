@@ -201,3 +201,27 @@ def mistakes(answers: Floats, samples: Sequence[Sample]) -> Iterator[tuple[Sampl
     wrong = [i for i, sample in enumerate(samples) if answers[i].argmax() != sample.label]
     for i in sorted(wrong, key=lambda i: -answers[i].max()):
         yield samples[i], int(answers[i].argmax()), float(answers[i].max())
+
+
+def unlabelled_photos(data: Path) -> list[Sample]:
+    """The photos of a folder, by the number in their names where they have one; their labels mean nothing.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    paths = [path for path in data.rglob("*") if path.suffix.lower() in EXTENSIONS] if data.is_dir() else []
+    if not paths:
+        raise ConfigurationError(f"{data} has no photos: name the folder with --data")
+    numbered = sorted(
+        paths, key=lambda path: (not path.stem.isdigit(), int(path.stem) if path.stem.isdigit() else 0, path)
+    )
+    return [Sample(path, 0) for path in numbered]
+
+
+def write_submission(path: Path, samples: Sequence[Sample], answers: Floats, clip: float) -> None:
+    """Write `id,label` rows, the label being the second class's probability, kept `clip` away from 0 and 1."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["id", "label"])
+        for sample, probability in zip(samples, answers[:, 1].clip(clip, 1 - clip).tolist(), strict=True):
+            table.writerow([sample.path.stem, f"{probability:.6f}"])

@@ -83,7 +83,7 @@ def _choose_precision(device: torch.device) -> torch.dtype:
     if device.type in ("cuda", "mps"):
         return torch.float16
     # Emulated bf16 is slower than fp32: only where the processor multiplies it itself.
-    with_bf16 = torch.backends.mkldnn.is_available() and _multiplies_bf16()  # type: ignore[no-untyped-call]
+    with_bf16 = torch.backends.mkldnn.is_available() and _multiplies_bf16()
     return torch.bfloat16 if with_bf16 else torch.float32
 
 

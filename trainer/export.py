@@ -1,0 +1,85 @@
+"""The model folder: fp16 weights, manifest, model card, and the 8-bit network for CPUs.
+
+In: a fitted network and its figures. Out: a folder that `sorter run --model` takes.
+
+The 8-bit network is calibrated on training photos and has to agree with the 32-bit one on the calibration part;
+otherwise it is left out, and the sorter uses the weights.
+"""
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import openvino
+from torch import nn
+
+from sorter import manifest as manifest_module
+from sorter import network
+from sorter.manifest import WEIGHTS, Int8, Manifest
+from trainer.data import Sample
+from trainer.features import Floats, answers, batches, convert
+
+INT8_PHOTOS = 300
+"""Training photos that the 8-bit ranges are taken from."""
+LEAST_AGREEMENT = 0.99
+
+OPENVINO_FILES = ("openvino.xml", "openvino.bin")
+
+
+def export(
+    folder: Path,
+    fitted: nn.Module,
+    manifest: Manifest,
+    training: Sequence[Sample],
+    calibration: Sequence[Sample],
+    calibration_logits: Floats,
+    card: str,
+) -> Manifest:
+    """Write a model folder.
+
+    Args:
+        folder: made where it is missing.
+        fitted: from normalised float (N, 3, S, S) to logits (N, C).
+        manifest: everything but `int8` and `files`.
+        training: photos for the ranges of the 8-bit network.
+        calibration: photos that judge it.
+        calibration_logits: the 32-bit network's answers to them, float32 (N, C).
+        card: Markdown; `{int8}` in it becomes a sentence on the 8-bit network.
+
+    Returns:
+        The manifest as written.
+    """
+    files = {WEIGHTS: network.half(fitted.state_dict())}
+    seen = manifest.input
+    converted = convert(fitted, seen.mean, seen.std, seen.size)
+    quantised = _quantise(converted, training, manifest)
+    mine = answers(quantised, calibration, seen.preprocessing, mirrored=False, track=lambda batch, _: batch)
+    agreement = float((mine.argmax(1) == calibration_logits.argmax(1)).mean())
+    int8 = Int8(photos=len(calibration), agreement=round(agreement, 4))
+    if agreement >= LEAST_AGREEMENT:
+        files |= _saved(quantised)
+    said = f"it agrees with the 32-bit network on {agreement:.1%} of {len(calibration)} calibration photos"
+    if agreement < LEAST_AGREEMENT:
+        said = f"left out: {said}, and {LEAST_AGREEMENT:.0%} are needed"
+    complete = manifest.model_copy(update={"int8": int8})
+    return manifest_module.write(folder, complete, files, card.replace("{int8}", said))
+
+
+def _quantise(model: openvino.Model, training: Sequence[Sample], manifest: Manifest) -> openvino.Model:
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    step = max(1, len(training) // INT8_PHOTOS)
+    chosen = training[::step][:INT8_PHOTOS]
+    pixels = [photo[None] for batch in batches(chosen, manifest.input.preprocessing) for photo in batch]
+    quantised: openvino.Model = nncf.quantize(
+        model, nncf.Dataset(pixels), preset=nncf.QuantizationPreset.MIXED, subset_size=len(pixels)
+    )
+    return quantised
+
+
+def _saved(model: openvino.Model) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        openvino.save_model(model, Path(folder) / OPENVINO_FILES[0])
+        return {name: (Path(folder) / name).read_bytes() for name in OPENVINO_FILES}
