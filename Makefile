@@ -9,7 +9,7 @@ NEEDED_MB := 7000
 export INBOX PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help sort test check format lowest clean
+.PHONY: help sort test long check format lowest clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -20,6 +20,9 @@ sort: $(VENV)/.installed ## sort the photos in INBOX (default ./inbox) into INBO
 
 test: $(VENV)/.installed-dev ## run every test
 	@$(BIN)/python -m pytest
+
+long: $(VENV)/.installed-dev ## run the tests that take minutes
+	@$(BIN)/python -m pytest -m long
 
 check: $(VENV)/.installed-dev ## ruff, ruff format, mypy --strict
 	@$(BIN)/ruff check .

@@ -7,6 +7,7 @@ imports torch; the parts of the sorter that need no network do without it.
 import importlib
 import itertools
 import re
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +120,9 @@ def load(folder: Path, manifest: Manifest) -> nn.Module:
     """
     network = build(manifest.architecture, manifest.head_hidden, len(manifest.classes))
     try:
-        state = safetensors.torch.load_file(folder / WEIGHTS)
+        state = OrderedDict(safetensors.torch.load_file(folder / WEIGHTS))
+        # MNASNet asks its state dict for the version of its layout, which safetensors does not keep.
+        state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
         network.load_state_dict(state)
     except (safetensors.SafetensorError, RuntimeError, OSError) as error:
         said = str(error).strip().splitlines()[0]
