@@ -48,7 +48,13 @@ def test_every_reason_and_exit_code_is_in_the_readme() -> None:
 
 def test_every_flag_in_the_readme_is_a_setting() -> None:
     known = {"--" + name.replace("_", "-") for name in Settings.model_fields} | {"--config", "--help", "--data"}
+    known |= _trainer_options()
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+
+
+def _trainer_options() -> set[str]:
+    fit = trainer_cli.build_parser().parse_args(["fit", "--data", "d", "--output", "o"])
+    return {"--" + name.replace("_", "-") for name in vars(fit)}
 
 
 def test_every_test_named_in_the_readme_exists() -> None:
