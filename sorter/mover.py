@@ -10,34 +10,37 @@ names, and nothing that was there before is overwritten or deleted.
 - Another file system: copy to a hidden partial name with mode, times and extended attributes, fsync, publish without
   replacing, fsync the folder, then the old name is taken away.
 
-A name is taken away in two steps, because no call unlinks "this name if it still is this file": it is renamed to a
-hidden name nobody else knows, looked at, and unlinked only if it is the file that was moved; otherwise put back.
 `shutil.move` and `os.rename` overwrite or half-copy, so they have no place here.
 """
 
 import contextlib
-import ctypes
 import errno
+import itertools
 import os
-import secrets
 import stat
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from sorter.atomic import (
+    UNSUPPORTED,
+    ChangedError,
+    StayedError,
+    check_removable,
+    copy_contents,
+    first_free,
+    give_back,
+    hidden_name,
+    numbered,
+    publish,
+    rename_noreplace,
+    take_away,
+)
 from sorter.errors import StorageError
 from sorter.inbox import Identity, Photo, open_file, open_folder
 
-PARTIAL_SUFFIX = ".sorter-part"
-"""Ends every hidden name made here: an unfinished copy in a destination, in the inbox a photo that was copied."""
-
-_RENAME_NOREPLACE = 1
-_COPY_BYTES = 1 << 20
-
-# The file system cannot do what was asked; the photo is untouched and nothing else is wrong.
-_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-_NO_LINKS = (*_UNSUPPORTED, errno.EPERM, errno.EMLINK)
+# What a hard link is refused with where there are none, or no more.
+_NO_LINKS = (*UNSUPPORTED, errno.EPERM, errno.EMLINK)
 # Nothing can be moved until somebody makes room or mends the disk.
 _STORAGE = (
     errno.ENOSPC,
@@ -51,14 +54,6 @@ _STORAGE = (
     errno.ENFILE,
     errno.ENOMEM,
 )
-
-
-class StayedError(Exception):
-    """The photo was not moved, for a reason of its own: its owner forbids it, its file system has no safe way."""
-
-
-class ChangedError(StayedError):
-    """The photo is not the file any more that was classified; a later look will tell what it is now."""
 
 
 class Mover:
@@ -81,11 +76,8 @@ class Mover:
     def destination(self, photo: Photo, folder: str) -> str:
         """Where `move` would put a photo; changes nothing."""
         base = os.path.basename(photo.name)
-        number = 0
-        while (path := os.path.join(self.output, folder, numbered(base, number))) in self._promised or os.path.lexists(
-            path
-        ):
-            number += 1
+        paths = (os.path.join(self.output, folder, numbered(base, number)) for number in itertools.count())
+        path = next(path for path in paths if path not in self._promised and not os.path.lexists(path))
         self._promised.add(path)
         return path
 
@@ -101,7 +93,7 @@ class Mover:
             try:
                 with _opened(photo.root, source_folder) as source:
                     self._check(source, base, photo.identity)
-                    _check_removable(source, base)
+                    check_removable(source, base)
                     with self._target(folder) as target:
                         try:
                             name = self._place(photo, source, target, base, folder)
@@ -170,64 +162,61 @@ class Mover:
         """Put the file under the first free of `name.jpg`, `name-1.jpg`, `name-2.jpg` …; return that name."""
         if os.fstat(source).st_dev != os.fstat(target).st_dev:
             return self._copy_across(photo, source, target, base, folder)
-        for name in self._free_names(base, folder):
-            try:
-                _rename_noreplace(source, base, target, name)
-            except FileExistsError:
-                continue
-            except OSError as error:
-                if error.errno == errno.EXDEV:  # two bind mounts of one file system
-                    return self._copy_across(photo, source, target, base, folder)
-                if error.errno not in _UNSUPPORTED:
-                    raise
-                return self._link_across(photo, source, target, base, folder)
-            arrived = os.stat(name, dir_fd=target, follow_symlinks=False)
-            if not Identity.of(arrived).is_same_file(photo.identity):
-                # Somebody put another file under the name between the look and the rename: it goes back.
-                _give_back(target, name, source, base)
-                raise ChangedError("changed while it was moved")
-            if arrived.st_nlink > 1:
-                self._linked.add((arrived.st_dev, arrived.st_ino))
-            return name
-        raise AssertionError("names never run out")
+        try:
+            names = self._free_names(base, folder)
+            name = first_free(names, lambda free: rename_noreplace(source, base, target, free))
+        except OSError as error:
+            if error.errno == errno.EXDEV:  # two bind mounts of one file system
+                return self._copy_across(photo, source, target, base, folder)
+            if error.errno not in UNSUPPORTED:
+                raise
+            return self._link_across(photo, source, target, base, folder)
+        arrived = os.stat(name, dir_fd=target, follow_symlinks=False)
+        if not Identity.of(arrived).is_same_file(photo.identity):
+            # Somebody put another file under the name between the look and the rename: it goes back.
+            give_back(target, name, source, base)
+            raise ChangedError("changed while it was moved")
+        self._note_links(arrived)
+        return name
 
     def _link_across(self, photo: Photo, source: int, target: int, base: str, folder: str) -> str:
-        for name in self._free_names(base, folder):
-            try:
-                os.link(base, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
-            except FileExistsError:
-                continue
-            except OSError as error:
-                if error.errno in _NO_LINKS:
-                    raise StayedError(
-                        "its file system can neither rename without replacing nor make hard links: "
-                        "sort into a folder on another file system with --output"
-                    ) from error
-                raise
-            if not Identity.of(os.stat(name, dir_fd=target, follow_symlinks=False)).is_same_file(photo.identity):
-                os.unlink(name, dir_fd=target)  # a second name of a file that keeps its first
-                raise ChangedError("changed while it was moved")
-            os.fsync(target)
-            self._finish(source, base, photo.identity, target, name, photo.identity)
-            return name
-        raise AssertionError("names never run out")
+        def link(free: str) -> None:
+            os.link(base, free, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
+
+        try:
+            name = first_free(self._free_names(base, folder), link)
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                raise StayedError(
+                    "its file system can neither rename without replacing nor make hard links: sort into a folder on "
+                    "another file system with --output"
+                ) from error
+            raise
+        arrived = os.stat(name, dir_fd=target, follow_symlinks=False)
+        if not Identity.of(arrived).is_same_file(photo.identity):
+            os.unlink(name, dir_fd=target)  # a second name of a file that keeps its first
+            raise ChangedError("changed while it was moved")
+        self._note_links(arrived)
+        os.fsync(target)
+        self._finish(source, base, photo.identity, target, name, photo.identity)
+        return name
 
     def _copy_across(self, photo: Photo, source: int, target: int, base: str, folder: str) -> str:
-        partial = _hidden_name()
+        partial = hidden_name()
         original = open_file(photo)
         try:
             status = os.fstat(original)
-            if Identity.of(status) != photo.identity:
+            if not Identity.of(status).is_same_file(photo.identity):
                 raise ChangedError("changed while it was moved")
             copy = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
             try:
-                _copy(original, copy, status)
+                copy_contents(original, copy, status)
                 os.fsync(copy)
                 copied = Identity.of(os.fstat(copy))
             finally:
                 os.close(copy)
             self._check(source, base, photo.identity)
-            name = self._publish(target, partial, base, folder)
+            name = publish(target, partial, target, lambda: self._free_names(base, folder))
         except BaseException:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(partial, dir_fd=target)
@@ -235,13 +224,19 @@ class Mover:
         finally:
             os.close(original)
         os.fsync(target)
+        self._note_links(status)
         self._finish(source, base, photo.identity, target, name, copied)
         return name
+
+    def _note_links(self, status: os.stat_result) -> None:
+        """Remember a file that has other names: moving one of them changes the status of all."""
+        if status.st_nlink > 1:
+            self._linked.add((status.st_dev, status.st_ino))
 
     def _finish(self, source: int, base: str, identity: Identity, target: int, name: str, published: Identity) -> None:
         """Take the old name away; where that is refused, take back the new one, so that none has two for good."""
         try:
-            _take_away(source, base, identity)
+            take_away(source, base, identity)
         except OSError as error:
             here = Identity.of(os.stat(base, dir_fd=source, follow_symlinks=False))
             there = Identity.of(os.stat(name, dir_fd=target, follow_symlinks=False))
@@ -256,28 +251,10 @@ class Mover:
         except FileNotFoundError:
             raise ChangedError("is gone") from None
         found = Identity.of(status)
-        # Moving one of a file's hard links changes the status of the others.
+        # The status of a file with several names changes when one of them moves.
         by_us = found.is_same_file(identity) and (found.device, found.inode) in self._linked
         if not stat.S_ISREG(status.st_mode) or (found != identity and not by_us):
             raise ChangedError("changed after it was classified")
-
-    def _publish(self, target: int, partial: str, base: str, folder: str) -> str:
-        """Give our own finished copy its name, without replacing anything."""
-        for name in self._free_names(base, folder):
-            try:
-                _rename_noreplace(target, partial, target, name)
-            except FileExistsError:
-                continue
-            except OSError as error:
-                if error.errno not in _UNSUPPORTED:
-                    raise
-                try:
-                    os.link(partial, name, src_dir_fd=target, dst_dir_fd=target, follow_symlinks=False)
-                except FileExistsError:
-                    continue
-                os.unlink(partial, dir_fd=target)
-            return name
-        raise AssertionError("names never run out")
 
     def _free_names(self, base: str, folder: str) -> Iterator[str]:
         """`name.jpg`, `name-1.jpg` … without end, going on where the last photo of that name found room."""
@@ -287,17 +264,6 @@ class Mover:
             yield numbered(base, number)
 
 
-def numbered(base: str, number: int) -> str:
-    """`a.jpg` and 2 make `a-2.jpg`, cut so that the name stays within the 255 bytes that file systems allow."""
-    if not number:
-        return base
-    stem, extension = os.path.splitext(base)
-    tail = os.fsencode(f"-{number}{extension}")
-    if len(tail) > 254:  # an extension that long is none
-        stem, tail = base, os.fsencode(f"-{number}")
-    return os.fsdecode(os.fsencode(stem)[: 255 - len(tail)] + tail)
-
-
 @contextlib.contextmanager
 def _opened(root: Path, relative: str) -> Iterator[int]:
     descriptor = open_folder(root, relative)
@@ -305,115 +271,3 @@ def _opened(root: Path, relative: str) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _check_removable(folder: int, base: str) -> None:
-    """Refuse before anything is copied what could not be taken out of its folder afterwards."""
-    status = os.fstat(folder)
-    allowed = os.access(".", os.W_OK | os.X_OK, dir_fd=folder, effective_ids=os.access in os.supports_effective_ids)
-    if allowed and status.st_mode & stat.S_ISVTX and os.geteuid() not in (0, status.st_uid):
-        allowed = os.stat(base, dir_fd=folder, follow_symlinks=False).st_uid == os.geteuid()
-    if not allowed:
-        raise StayedError("may not be taken out of its folder: give the sorter's user permission to change the folder")
-
-
-def _hidden_name() -> str:
-    return f".{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
-
-
-def _take_away(folder: int, base: str, identity: Identity) -> None:
-    """Unlink a name if it still is this file; the file is known to exist, durably, under another name."""
-    hidden = _hidden_name()
-    try:
-        _rename_away(folder, base, hidden)
-    except FileNotFoundError:
-        return
-    if Identity.of(os.stat(hidden, dir_fd=folder, follow_symlinks=False)).is_same_file(identity):
-        os.unlink(hidden, dir_fd=folder)
-        return
-    _give_back(folder, hidden, folder, base)
-    raise ChangedError("changed while it was moved: both versions are kept")
-
-
-def _rename_away(folder: int, base: str, hidden: str) -> None:
-    try:
-        _rename_noreplace(folder, base, folder, hidden)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
-        # 64 random bits: there is nothing of that name to replace.
-        os.rename(base, hidden, src_dir_fd=folder, dst_dir_fd=folder)
-
-
-def _give_back(target: int, name: str, source: int, base: str) -> None:
-    """Put somebody else's file back where it was, under a free name if its own was taken meanwhile."""
-    for number in range(1000):
-        try:
-            _rename_noreplace(target, name, source, numbered(base, number))
-        except FileExistsError:
-            continue
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-            try:
-                os.link(name, numbered(base, number), src_dir_fd=target, dst_dir_fd=source, follow_symlinks=False)
-            except FileExistsError:
-                continue
-            os.unlink(name, dir_fd=target)
-        return
-
-
-def _copy(original: int, copy: int, status: os.stat_result) -> None:
-    offset = 0
-    while block := _read(original, offset):
-        view = memoryview(block)
-        while view:
-            view = view[os.write(copy, view) :]
-        offset += len(block)
-    if offset != status.st_size:
-        raise ChangedError("changed while it was moved")
-    # Owner first: changing it clears mode bits. Only root may, and a copy of one's own is right without.
-    with contextlib.suppress(PermissionError):
-        os.fchown(copy, status.st_uid, status.st_gid)
-    if hasattr(os, "listxattr"):
-        with contextlib.suppress(OSError):  # the other file system may have no extended attributes
-            for attribute in os.listxattr(original):
-                with contextlib.suppress(OSError):
-                    os.setxattr(copy, attribute, os.getxattr(original, attribute))
-    os.fchmod(copy, stat.S_IMODE(status.st_mode))
-    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def _read(original: int, offset: int) -> bytes:
-    try:
-        return os.pread(original, _COPY_BYTES, offset)
-    except OSError as error:  # the source's disk, not the destination's
-        raise StayedError(f"cannot be read ({error.strerror})") from error
-
-
-def _load_rename() -> "ctypes._NamedFuncPointer | None":
-    library = ctypes.CDLL(None, use_errno=True)
-    name = "renameat2" if sys.platform == "linux" else "renameatx_np"
-    function = getattr(library, name, None)
-    if function is not None:
-        function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
-    return function
-
-
-_rename_function = _load_rename()
-# macOS: RENAME_EXCL of renameatx_np(2).
-_rename_flag = _RENAME_NOREPLACE if sys.platform == "linux" else 4
-
-
-def _rename_noreplace(source: int, old: str, target: int, new: str) -> None:
-    """renameat2(2) with RENAME_NOREPLACE.
-
-    Raises:
-        FileExistsError: the new name is taken.
-        OSError: anything else; ENOSYS where the C library has no such call.
-    """
-    if _rename_function is None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    if _rename_function(source, os.fsencode(old), target, os.fsencode(new), _rename_flag) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code), old)

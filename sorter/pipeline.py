@@ -18,13 +18,14 @@ from typing import Literal
 
 import numpy as np
 
+from sorter.atomic import ChangedError, StayedError
 from sorter.decoders import Decoded, Decoders
 from sorter.engines import Engine
 from sorter.errors import Reason, StorageError
 from sorter.images import Limits
 from sorter.inbox import Photo
 from sorter.manifest import Manifest
-from sorter.mover import ChangedError, Mover, StayedError
+from sorter.mover import Mover
 from sorter.settings import Settings
 
 FAILED, UNSURE = "failed", "unsure"

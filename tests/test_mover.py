@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from conftest import LONG_AGO, hashes, make_tree, read_tree
 
+from sorter import atomic
 from sorter import mover as mover_module
+from sorter.atomic import ChangedError, StayedError, numbered
 from sorter.errors import StorageError
 from sorter.inbox import Inbox, Photo
-from sorter.mover import ChangedError, Mover, StayedError, numbered
+from sorter.mover import Mover
 
 
 def found(root: Path) -> Photo:
@@ -31,14 +33,14 @@ def other_file_system(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.fixture(params=["rename", "link", "across"])
+@pytest.fixture(params=["rename", "link", "across", "across by link"])
 def output(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An output folder for each way to move. No file system here lacks renameat2's flag, so its absence is played."""
-    if request.param == "across":
+    if "link" in request.param:
+        monkeypatch.setattr(atomic, "_rename_function", None)
+    if "across" in request.param:
         folder: Path = request.getfixturevalue("other_file_system")
         return folder
-    if request.param == "link":
-        monkeypatch.setattr(mover_module, "_rename_function", None)
     return tmp_path / "out"
 
 
@@ -123,7 +125,7 @@ def test_another_file_that_slips_in_during_the_move_goes_back(
 ) -> None:
     make_tree(tmp_path, {"in/a.jpg": b"photo", "new": b"other photo"})
     photo = found(tmp_path / "in")
-    check = mover_module._check_removable
+    check = atomic.check_removable
 
     def swapped_after_the_check(folder: int, base: str) -> None:
         check(folder, base)
@@ -132,7 +134,7 @@ def test_another_file_that_slips_in_during_the_move_goes_back(
             (tmp_path / "new").replace(tmp_path / "in/a.jpg")
 
     before = hashes(tmp_path)
-    monkeypatch.setattr(mover_module, "_check_removable", swapped_after_the_check)
+    monkeypatch.setattr(mover_module, "check_removable", swapped_after_the_check)
     with pytest.raises(ChangedError):
         Mover(output).move(photo, "cats")
     assert (tmp_path / "in/a.jpg").read_bytes() == b"other photo"
@@ -170,7 +172,7 @@ def test_a_file_system_without_any_safe_way_leaves_the_photo(tmp_path: Path, mon
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     make_tree(tmp_path / "in", {"a.jpg": b"photo"})
-    monkeypatch.setattr(mover_module, "_rename_function", None)
+    monkeypatch.setattr(atomic, "_rename_function", None)
     monkeypatch.setattr(os, "link", no_links)
     with pytest.raises(StayedError, match="--output"):
         Mover(tmp_path / "out").move(found(tmp_path / "in"), "cats")
@@ -237,7 +239,7 @@ def test_a_refusal_after_the_copy_takes_the_copy_back(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     make_tree(tmp_path / "in", {"a.jpg": b"photo"})
-    monkeypatch.setattr(mover_module, "_take_away", read_only)
+    monkeypatch.setattr(mover_module, "take_away", read_only)
     with pytest.raises(StayedError, match="Read-only"):
         Mover(other_file_system).move(found(tmp_path / "in"), "cats")
     assert read_tree(tmp_path / "in") == {"a.jpg": b"photo"}
