@@ -1,5 +1,6 @@
 """The watcher on a real file system with real inotify; its clock is given to it."""
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -41,11 +42,14 @@ def heard(watcher: Watcher, *, seconds: float = 10) -> set[str]:
     return names | set(watcher.take_names())
 
 
+TURNS = itertools.count(1)
+
+
 def supervised(watcher: Watcher, turns: int = 3) -> list[str]:
-    """The log of a few turns of supervision, each late enough to look."""
+    """The log of a few turns of supervision, each late enough after the last to look."""
     with capture_logs() as events:
-        for turn in range(1, turns + 1):
-            watcher.supervise(turn * 1000.0)
+        for _ in range(turns):
+            watcher.supervise(next(TURNS) * 1000.0)
     return [f"{event['event']}: {event.get('reason')}" for event in events]
 
 
