@@ -215,7 +215,10 @@ def test_a_daemon_waits_for_an_inbox_that_vanishes(tmp_path: Path, start: Start)
 def test_a_daemon_told_to_stop_while_the_model_loads_ends_with_0(tmp_path: Path, start: Start) -> None:
     inbox = make_tree(tmp_path / "in", {"a.jpg": photo(1)})
     running = start("run", "--inbox", inbox)
-    time.sleep(2)
+    status = Path(f"/proc/{running.process.pid}/status")
+    if not status.exists():
+        pytest.skip("needs /proc to see when the process listens to signals")
+    running.wait_for(lambda: int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1)
     running.process.send_signal(signal.SIGTERM)
     code, _ = running.finish(seconds=20)
     assert code == 0
