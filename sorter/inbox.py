@@ -150,6 +150,8 @@ class Inbox:
         self._excluded = excluded
         status = root.stat()
         self._folder = (status.st_dev, status.st_ino)
+        self.unlisted: list[str] = []
+        """Subfolders that the last scan could not list."""
         self._changing: dict[str, tuple[Identity, float]] = {}  # name -> what it was, and when that was first seen
 
     @property
@@ -178,8 +180,9 @@ class Inbox:
         """List the whole inbox, one entry at a time, and yield what is settled.
 
         Raises:
-            InboxGoneError: the inbox itself cannot be listed; a subfolder that cannot is passed over.
+            InboxGoneError: the inbox itself cannot be listed; a subfolder that cannot is in `unlisted` afterwards.
         """
+        self.unlisted = []
         folders = [""]
         while folders:
             folder = folders.pop()
@@ -187,6 +190,7 @@ class Inbox:
                 descriptor = open_folder(self.root, folder)
             except OSError as error:
                 if folder:
+                    self._note_unlisted(folder, error)
                     continue
                 raise _gone(self.root, error) from error
             try:
@@ -202,8 +206,13 @@ class Inbox:
             except OSError as error:
                 if not folder:
                     raise _gone(self.root, error) from error
+                self._note_unlisted(folder, error)
             finally:
                 os.close(descriptor)
+
+    def _note_unlisted(self, folder: str, error: OSError) -> None:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # gone, or replaced, since it was listed
+            self.unlisted.append(folder)
 
     def enters(self, folder: str) -> bool:
         """Tell whether a subfolder is one that photos are taken from."""

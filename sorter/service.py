@@ -207,6 +207,8 @@ class Service:
             self._feed(self._inbox.scan(time.time()))
         finally:
             self._pipeline.backlog = False
+        for folder in self._inbox.unlisted:
+            self._leave(Photo(self._inbox.root, folder, _UNKNOWN, 0.0), "this folder cannot be listed")
 
     def _rescan(self) -> None:
         self._met = set()
@@ -216,7 +218,12 @@ class Service:
             return  # the watcher says so, and waits for it
         # What was not met any more is forgotten, so that memory follows the inbox and not the years.
         self._skipped = self._met
-        self._left = {name: photo for name, photo in self._left.items() if os.path.lexists(photo.path)}
+        unlisted = set(self._inbox.unlisted)
+        self._left = {
+            name: photo
+            for name, photo in self._left.items()
+            if os.path.lexists(photo.path) and (photo.identity != _UNKNOWN or name in unlisted)
+        }
         self.tally.left = len(self._left)
 
     def _feed(self, photos: Iterable[Photo]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -90,6 +91,33 @@ def plain(color: tuple[int, int, int], seed: int = 0, kind: str = "JPEG") -> byt
     buffer = io.BytesIO()
     Image.new("RGB", (64 + seed % 64, 48 + seed // 64), color).save(buffer, kind)
     return buffer.getvalue()
+
+
+def as_nobody(action: Callable[[], None]) -> None:
+    """Run something as a user without privileges: in a child that gives them up, where the tests run as root."""
+    if os.geteuid() != 0:
+        action()
+        return
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.setgroups([])
+            os.setgid(65534)
+            os.setuid(65534)
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.fixture
+def open_to_all(tmp_path: Path) -> Iterator[Path]:
+    """A folder that any user reaches, unlike tmp_path."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import make_tree
+from conftest import as_nobody, make_tree
 
 from sorter.errors import InboxGoneError
 from sorter.inbox import Identity, Inbox, Photo, is_temporary, open_file
@@ -162,3 +162,16 @@ def test_a_photo_is_not_opened_through_a_folder_that_became_a_link(tmp_path: Pat
 def test_opening_a_fifo_does_not_wait_for_its_writer(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.jpg")
     os.close(open_file(Photo(tmp_path, "a.jpg", Identity(0, 0, 0, 0, 0), NOW)))
+
+
+def test_a_subfolder_that_cannot_be_listed_is_named(open_to_all: Path) -> None:
+    make_tree(open_to_all, {"locked/a.jpg": b"x", "open/b.jpg": b"x"}, modified=NOW - 100)
+    (open_to_all / "locked").chmod(0)
+
+    def scanned() -> None:
+        box = inbox(open_to_all, recursive=True)
+        assert names(box) == {"open/b.jpg"}
+        assert box.unlisted == ["locked"]
+
+    as_nobody(scanned)
+    (open_to_all / "locked").chmod(0o755)

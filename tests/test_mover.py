@@ -4,11 +4,11 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import LONG_AGO, hashes, make_tree, read_tree
+from conftest import LONG_AGO, as_nobody, hashes, make_tree, read_tree
 
 from sorter import atomic
 from sorter import mover as mover_module
@@ -177,33 +177,6 @@ def test_a_file_system_without_any_safe_way_leaves_the_photo(tmp_path: Path, mon
     with pytest.raises(StayedError, match="--output"):
         Mover(tmp_path / "out").move(found(tmp_path / "in"), "cats")
     assert read_tree(tmp_path) == {"in/a.jpg": b"photo"}
-
-
-def as_nobody(action: Callable[[], None]) -> None:
-    """Run something as a user without privileges: in a child that gives them up, where the tests run as root."""
-    if os.geteuid() != 0:
-        action()
-        return
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            os.setgroups([])
-            os.setgid(65534)
-            os.setuid(65534)
-            action()
-            code = 0
-        finally:
-            os._exit(code)
-    assert os.waitpid(child, 0)[1] == 0
-
-
-@pytest.fixture
-def open_to_all(tmp_path: Path) -> Iterator[Path]:
-    """A folder that any user reaches, unlike tmp_path."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o777)
-        yield Path(folder)
 
 
 @pytest.mark.parametrize("mode", [0o555, 0o1777])
