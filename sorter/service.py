@@ -20,10 +20,7 @@ from sorter.errors import ExitCode, InboxGoneError
 from sorter.inbox import Identity, Inbox, Photo
 from sorter.pipeline import FAILED, Outcome, Pipeline
 from sorter.settings import Settings
-from sorter.watcher import Watcher
-
-CHECK_SECONDS = 5.0
-"""How often the daemon asks whether the watcher and the inbox are still there."""
+from sorter.watcher import CHECK_SECONDS, Watcher
 
 AGAIN_SECONDS = 0.5
 """How soon a photo that changed while it was sorted is looked at again."""

@@ -26,6 +26,7 @@ from watchdog.observers.api import BaseObserver
 
 POLL_SECONDS = 5.0
 CHECK_SECONDS = 5.0
+"""How often to ask whether the observer and the inbox are still there."""
 MAX_NAMES = 10_000
 """More names than this between two turns of the loop are not worth remembering: a rescan is cheaper."""
 

@@ -20,6 +20,8 @@ from sorter.network import ARCHITECTURES
 from sorter.settings import SHIPPED_MODEL
 
 if TYPE_CHECKING:
+    from trainer.data import Sample
+    from trainer.evaluate import Floats
     from trainer.fit import Epoch
 
 
@@ -129,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fit(options: argparse.Namespace) -> ExitCode:
     warnings.simplefilter("ignore")  # of libraries about libraries; a person can do nothing about them
+    from sorter.engines.torch_engine import available_cpus
     from trainer import build, fit
 
     recipe_flags = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
@@ -145,7 +148,7 @@ def _fit(options: argparse.Namespace) -> ExitCode:
         calibration=options.calibration,
         recipe=fit.Recipe(**{flag: value for flag, value in recipe_flags.items() if value is not None}),
         seed=options.seed,
-        workers=options.num_workers or len(os.sched_getaffinity(0)),
+        workers=options.num_workers or available_cpus(),
         cache=Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "catdog-sorter",
         command=options.command_line,
     )
@@ -199,13 +202,10 @@ def _reporter() -> Any:
 
 def _evaluate(options: argparse.Namespace) -> ExitCode:
     model = manifest.read(options.model)
-    from sorter.engines import open_engine
     from trainer import evaluate
 
     samples = evaluate.labelled_photos(options.data, model.classes)
-    engine = open_engine(options.model, model, options.device)
-    batches = evaluate.probabilities(engine, samples, model.input.preprocessing)
-    answers = evaluate.joined(_shown(batches, len(samples) / evaluate.BATCH))
+    answers = _classify(options, model, samples)
     result = evaluate.judge(answers, samples, data=str(options.data), role="test")
     if options.json:
         print(json.dumps(result.model_dump()))
@@ -220,17 +220,21 @@ def _evaluate(options: argparse.Namespace) -> ExitCode:
 
 def _predict(options: argparse.Namespace) -> ExitCode:
     model = manifest.read(options.model)
-    from sorter.engines import open_engine
     from trainer import evaluate
 
     samples = evaluate.unlabelled_photos(options.data)
-    engine = open_engine(options.model, model, options.device)
-    batches = evaluate.probabilities(engine, samples, model.input.preprocessing)
-    answers = evaluate.joined(_shown(batches, len(samples) / evaluate.BATCH))
+    answers = _classify(options, model, samples)
     evaluate.write_submission(options.output, samples, answers, options.clip)
     print(f"{len(samples)} photos in {options.output}")
     return ExitCode.DONE
 
 
-def _shown(batches: Iterable[Any], total: float) -> Iterable[Any]:
-    return track(batches, "classifying", total=total, console=Console(stderr=True), transient=True)
+def _classify(options: argparse.Namespace, model: manifest.Manifest, samples: "Sequence[Sample]") -> "Floats":
+    """Open the model and classify photos, with a progress bar."""
+    from sorter.engines import open_engine
+    from trainer import evaluate
+
+    engine = open_engine(options.model, model, options.device)
+    batches = evaluate.probabilities(engine, samples, model.input.preprocessing)
+    total, console = len(samples) / evaluate.BATCH, Console(stderr=True)
+    return evaluate.joined(track(batches, "classifying", total=total, console=console, transient=True))

@@ -254,8 +254,13 @@ def _named(names: Sequence[str]) -> tuple[Class, ...]:
     return tuple(Class(label=name, folder=name) for name in names)
 
 
+def index_of(classes: Sequence[Class]) -> dict[str, int]:
+    """The index of each class by its label and by its folder, in lower case."""
+    return {name.lower(): i for i, c in enumerate(classes) for name in (c.label, c.folder)}
+
+
 def _in_class_folders(root: Path, classes: Sequence[Class], part: Part) -> list[Sample]:
-    index = {name.lower(): i for i, c in enumerate(classes) for name in (c.label, c.folder)}
+    index = index_of(classes)
     folders = [entry for entry in sorted(root.iterdir()) if entry.is_dir() and entry.name.lower() in index]
     return [Sample(path, index[folder.name.lower()], part) for folder in folders for path in _photos(folder)]
 

@@ -18,7 +18,7 @@ from sorter.engines import Engine
 from sorter.errors import ConfigurationError
 from sorter.images import EXTENSIONS, Preprocessing
 from sorter.manifest import Class, Coverage, Evaluation
-from trainer.data import Sample
+from trainer.data import Sample, index_of
 from trainer.pixels import decoded
 
 BATCH = 50
@@ -38,7 +38,7 @@ def labelled_photos(data: Path, classes: Sequence[Class]) -> list[Sample]:
     Raises:
         ConfigurationError: there is no labelled photo.
     """
-    index = {name.lower(): i for i, c in enumerate(classes) for name in (c.label, c.folder)}
+    index = index_of(classes)
     table = data if data.suffix.lower() == ".csv" else data / "labels.csv"
     if table.is_file():
         samples = _from_table(table, index)
