@@ -63,12 +63,12 @@ class Preprocessing:
     Attributes:
         size: the side S of the square that the network sees, pixels.
         crop: `squash` scales both sides to S; `center` scales the short side to `resize` and cuts S x S out of the
-            middle.
-        resize: the short side before a `center` crop, pixels.
+            middle; `none` keeps the whole picture with a short side of at most `resize`, for training to cut from.
+        resize: the short side before or without a crop, pixels.
     """
 
     size: int
-    crop: Literal["squash", "center"] = "squash"
+    crop: Literal["squash", "center", "none"] = "squash"
     resize: int = 0
 
 
@@ -104,7 +104,7 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
         limits: what is refused.
 
     Returns:
-        An RGB picture of `preprocessing.size` squared.
+        An RGB picture of `preprocessing.size` squared, unless `preprocessing.crop` is `none`.
 
     Raises:
         PhotoError: the file cannot be read as a photo.
@@ -172,6 +172,8 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
         size = (short, short)
     else:
         scale = short / min(width, height)
+        if preprocessing.crop == "none":
+            scale, short = min(scale, 1.0), 1
         size = (max(short, round(width * scale)), max(short, round(height * scale)))
     small = flat.resize(size, Image.Resampling.BILINEAR, reducing_gap=3.0)
     if preprocessing.crop == "center":
@@ -217,6 +219,8 @@ def _reason(error: Exception, file: _Tracked) -> Exception:
     if file.failure is not None:
         return file.failure
     said = str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        said = "the header cannot be read"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return PhotoError(Reason.TOO_MANY_PIXELS, said)
     file.seek(0)
@@ -227,8 +231,6 @@ def _reason(error: Exception, file: _Tracked) -> Exception:
         return PhotoError(Reason.NOT_A_PHOTO, "its name says photo, its content does not")
     if _ends_early(file, head) or isinstance(error, (EOFError, zlib.error)) or "truncated" in said.lower():
         return PhotoError(Reason.TRUNCATED, said)
-    if isinstance(error, UnidentifiedImageError):
-        return PhotoError(Reason.CORRUPT, "the header cannot be read")
     return PhotoError(Reason.CORRUPT, said)
 
 

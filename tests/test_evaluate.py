@@ -189,7 +189,7 @@ def test_evaluate_json_prints_one_json_object(pictures: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     result = json.loads(done.stdout)
-    assert (result["photos"], result["data"], result["role"]) == (7, str(pictures), "test")
+    assert (result["photos"], result["data"], result["role"]) == (7, f"all of {pictures.name} (classes)", "test")
     assert result["accuracy"] == pytest.approx(result["right"] / 7, abs=5e-5)
 
 
@@ -212,9 +212,12 @@ def test_evaluate_says_in_one_sentence_what_is_wrong(
     assert (out, err.count("\n"), err.startswith("trainer: ")) == ("", 1, True)
 
 
-def test_evaluate_says_in_one_sentence_which_photo_cannot_be_read(
+def test_evaluate_names_the_photo_that_cannot_be_read_and_judges_the_others(
     pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (pictures / "cats" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    assert main(["evaluate", "--data", str(pictures), "--device", "cpu"]) != 0
-    assert "broken.jpg" in capsys.readouterr().err
+    assert main(["evaluate", "--data", str(pictures), "--device", "cpu", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["photos"] == 7
+    (line,) = err.strip().splitlines()
+    assert "broken.jpg (truncated: the header cannot be read)" in line

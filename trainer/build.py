@@ -6,79 +6,50 @@ and `predictions.csv`.
 
 import csv
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
 from sorter import network
-from sorter.images import Preprocessing
-from sorter.manifest import FORMAT_VERSION, Class, Input, Manifest
-from trainer import data, evaluate, export, features, fit, inspection, report, weights
+from sorter.errors import ConfigurationError
+from sorter.manifest import FORMAT_VERSION, Class, Manifest
+from trainer import checkpoint, data, evaluate, export, features, fit, inspection, parallel, report
 from trainer.data import Dataset, Sample
 from trainer.features import Floats
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-MLP_HEAD = (270, 90)
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What `trainer fit` was asked for.
-
-    Attributes:
-        weights: `imagenet`, `none`, or a file.
-        head_hidden: widths of the head's hidden layers.
-        calibration: a folder or CSV of photos; None draws them from the training part.
-        cache: keeps what takes long and does not depend on the options.
-    """
-
-    data: Path
-    output: Path
-    architecture: str
-    weights: str
-    head_hidden: tuple[int, ...]
-    image_size: int
-    calibration: Path | None
-    recipe: fit.Recipe
-    seed: int
-    workers: int
-    cache: Path
-    command: str
+from trainer.loop import Epoch
+from trainer.options import Options
+from trainer.progress import Reporter
 
 
-class Reporter:
-    """Says what happens; the command line shows bars on a terminal and JSON lines elsewhere."""
-
-    def say(self, text: str) -> None:
-        """Say one sentence."""
-
-    def epoch(self, epoch: fit.Epoch) -> None:
-        """Say what an epoch measured."""
-
-    def track(self, items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
-        """Show progress over items."""
-        return items
-
-
-def build(options: Options, reporter: Reporter) -> Manifest:
+def build(options: Options, reporter: Reporter) -> Manifest | None:
     """Fit, calibrate, judge and export.
+
+    Returns:
+        The manifest as written; None in all but the first of several processes.
 
     Raises:
         ConfigurationError: the data or the weights cannot be used.
     """
     started = time.monotonic()
-    dataset = _dataset(options, reporter)
-    fitted, epochs = _fit(options, dataset, reporter)
-    seen = Input(size=options.image_size, crop="squash", mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    model = features.convert(fitted, seen.mean, seen.std, seen.size)
+    left_over = options.output / checkpoint.NAME
+    if left_over.exists() and not options.resume:
+        raise ConfigurationError(f"{left_over} is of a run that did not end: go on with it, --resume, or take it away")
+    with parallel.joined(options.device) as (group, device):
+        heard = reporter if group.is_first else Reporter()
+        dataset = group.first_then_others(
+            lambda: load(options.data, options.calibration, options.seed, options.workers, options.cache, heard)
+        )
+        fitted, epochs = fit.fit(options, dataset, device, group, heard)
+    if not group.is_first:
+        return None
+    reporter.close()
+    seen = options.input
+    run = features.on_openvino(features.convert(fitted, seen.mean, seen.std, seen.size))
 
     def answers(samples: Sequence[Sample], what: str) -> Floats:
-        track = _tracker(reporter, what)
-        return features.answers(model, samples, seen.preprocessing, mirrored=False, track=track)
+        return features.answers(run, samples, seen.preprocessing, track=reporter.tracker(what))
 
     calibration_logits = answers(dataset.calibration, "calibrating")
     calibration_labels = evaluate.labels_of(dataset.calibration)
@@ -112,26 +83,35 @@ def build(options: Options, reporter: Reporter) -> Manifest:
         },
         files={},
     )
-    card = report.card(manifest)
     reporter.say("exporting the model folder")
     written = export.export(
-        options.output, fitted, manifest, dataset.training, dataset.calibration, calibration_logits, card
+        options.output,
+        fitted,
+        manifest,
+        dataset.training,
+        dataset.calibration,
+        calibration_logits,
+        report.card(manifest),
     )
     _write_tables(options.output, epochs, dataset.test, tested, dataset.classes)
     before = evaluate.calibration_error(evaluate.softmax(calibration_logits, 1.0), calibration_labels)
     page = report.page(written, dataset, epochs, tested, calibrated, calibration_error_before=before)
     (options.output / "report.html").write_text(page, encoding="utf-8")
+    left_over.unlink(missing_ok=True)  # it is ours, and what it led to is complete
     return written
 
 
-def _dataset(options: Options, reporter: Reporter) -> Dataset:
-    found = data.find(options.data, options.cache)
-    named = [] if options.calibration is None else evaluate.labelled_photos(options.calibration, found.classes)
+def load(source: Path, calibration: Path | None, seed: int, workers: int, cache: Path, reporter: Reporter) -> Dataset:
+    """Find, inspect and divide a dataset, and say what was left out of it.
+
+    Raises:
+        ConfigurationError: it cannot be used.
+    """
+    found = data.find(source, cache)
+    named = [] if calibration is None else evaluate.labelled_photos(calibration, found.classes)
     paths = [sample.path for sample in (*found.samples, *named)]
-    inspected = inspection.inspect_all(
-        paths, options.cache, options.workers, lambda results, total: reporter.track(results, total, "inspecting")
-    )
-    dataset = data.divide(found, inspected, named, options.seed)
+    inspected = inspection.inspect_all(paths, cache, max(1, workers), reporter.tracker("inspecting"))
+    dataset = data.divide(found, inspected, named, seed)
     reporter.say(data.describe(dataset))
     for path, reason in dataset.unreadable:
         reporter.say(f"left out, unreadable: {path} ({reason})")
@@ -142,40 +122,22 @@ def _dataset(options: Options, reporter: Reporter) -> Dataset:
     return dataset
 
 
-def _fit(options: Options, dataset: Dataset, reporter: Reporter) -> tuple[nn.Module, list[fit.Epoch]]:
-    """Features once, then the head; return the whole network and what each epoch measured."""
-    torch.manual_seed(options.seed)
-    whole = weights.start(options.architecture, options.weights, options.head_hidden, len(dataset.classes)).eval()
-    name = network.head_name(options.architecture)
-    place = f"{name}.2" if options.architecture == "squeezenet1_1" else name
-    head = whole.get_submodule(place)
-    network.replace(whole, place, nn.Identity())
-    model = features.convert(whole, IMAGENET_MEAN, IMAGENET_STD, options.image_size)
-    preprocessing = Preprocessing(options.image_size)
+def export_again(model: Path, manifest: Manifest, dataset: Dataset, output: Path, reporter: Reporter) -> Manifest:
+    """Write a model folder anew, with an 8-bit network from a dataset.
 
-    def part(samples: Sequence[Sample], what: str, *, both: bool) -> fit.Part:
-        plain = features.answers(model, samples, preprocessing, mirrored=False, track=_tracker(reporter, what))
-        mirrored = plain
-        if both:
-            track = _tracker(reporter, f"{what}, mirrored")
-            mirrored = features.answers(model, samples, preprocessing, mirrored=True, track=track)
-        return fit.Part.of(plain, mirrored, evaluate.labels_of(samples))
-
-    training = part(dataset.training, "features", both=True)
-    validation = part(dataset.validation, "features for validation", both=False)
-    epochs: list[fit.Epoch] = []
-
-    def on_epoch(epoch: fit.Epoch) -> None:
-        epochs.append(epoch)
-        reporter.epoch(epoch)
-
-    fitted = fit.fit_head(head, training, validation, options.recipe, options.seed, on_epoch)
-    network.replace(whole, place, fitted)
-    return whole.eval(), epochs
-
-
-def _tracker(reporter: Reporter, what: str) -> Callable[[Iterable[Any], int], Iterable[Any]]:
-    return lambda items, total: reporter.track(items, total, what)
+    Args:
+        model: a model folder.
+        manifest: its manifest.
+        dataset: training photos for the ranges, calibration photos to judge.
+        output: the folder to write, which may be the same.
+        reporter: is told how far it is.
+    """
+    fitted: nn.Module = network.load(model, manifest)
+    seen = manifest.input
+    run = features.on_openvino(features.convert(fitted, seen.mean, seen.std, seen.size))
+    logits = features.answers(run, dataset.calibration, seen.preprocessing, track=reporter.tracker("comparing"))
+    reporter.say("exporting the model folder")
+    return export.export(output, fitted, manifest, dataset.training, dataset.calibration, logits, report.card(manifest))
 
 
 def _named(options: Options, dataset: Dataset, part: str) -> str:
@@ -187,14 +149,10 @@ def _named(options: Options, dataset: Dataset, part: str) -> str:
 
 
 def _write_tables(
-    folder: Path, epochs: Sequence[fit.Epoch], test: Sequence[Sample], tested: Floats, classes: Sequence[Class]
+    folder: Path, epochs: Sequence[Epoch], test: Sequence[Sample], tested: Floats, classes: Sequence[Class]
 ) -> None:
     with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(asdict(epochs[0])))
         writer.writeheader()
         writer.writerows(asdict(epoch) for epoch in epochs)
-    with (folder / "predictions.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        table = csv.writer(file)
-        table.writerow(["path", "label", *(f"probability of {c.label}" for c in classes)])
-        for sample, row in zip(test, tested.tolist(), strict=True):
-            table.writerow([sample.path, classes[sample.label].label, *(round(p, 6) for p in row)])
+    evaluate.write_answers(folder / "predictions.csv", test, tested, classes)

@@ -7,7 +7,8 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,14 @@ from sorter.network import ARCHITECTURES
 from sorter.settings import SHIPPED_MODEL
 
 if TYPE_CHECKING:
+    from sorter.manifest import Evaluation
     from trainer.data import Sample
     from trainer.evaluate import Floats
-    from trainer.fit import Epoch
+    from trainer.recipes import Recipe
+
+RECIPES = ("default", "head", "notebook")
+_EXTRAS = {"tensorboard": "tensorboard", "onnx": "onnx", "onnxscript": "onnx"}
+"""Modules that another extra than `train` brings."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_fit(commands)
     _add_evaluate(commands)
     _add_predict(commands)
+    _add_export(commands)
     return parser
 
 
@@ -50,14 +57,9 @@ def _add_fit(commands: Any) -> None:
     )
     fit.set_defaults(action=_fit)
     data = fit.add_argument_group("data")
-    data.add_argument("--data", type=Path, required=True, metavar="DIR|ZIP", help="dataset; its layout is recognised")
-    data.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="DIR|CSV",
-        help="photos for temperature and thresholds (default: a tenth of the training part)",
-    )
+    _add_dataset(data)
     data.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")
+    data.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
     network = fit.add_argument_group("network")
     network.add_argument(
         "--arch", default="resnet50", choices=ARCHITECTURES, metavar="NAME", help=", ".join(ARCHITECTURES)
@@ -68,17 +70,57 @@ def _add_fit(commands: Any) -> None:
     network.add_argument(
         "--head", default="mlp", choices=("mlp", "linear"), help="mlp (default: 270 and 90 hidden units) or linear"
     )
-    network.add_argument("--image-size", type=int, default=224, metavar="PX", help="side of the input (default: 224)")
+    network.add_argument("--image-size", type=_count, default=224, metavar="PX", help="input's side (default: 224)")
+    network.add_argument(
+        "--crop", choices=("squash", "center"), help="whole photo squashed, or its middle (default: as the recipe says)"
+    )
     fitting = fit.add_argument_group("fitting")
-    fitting.add_argument("--epochs", type=int, metavar="N", help="at most (default: 30)")
-    fitting.add_argument("--batch-size", type=int, metavar="N", help="photos a step (default: 256)")
-    fitting.add_argument("--lr", type=float, metavar="RATE", help="highest learning rate (default: 0.001)")
+    fitting.add_argument(
+        "--recipe",
+        default="default",
+        choices=RECIPES,
+        help="default: the head, then everything; head: the head alone, in minutes; notebook: the published baseline",
+    )
+    fitting.add_argument("--epochs", type=_count, metavar="N", help="of the recipe's last stage, at most")
+    fitting.add_argument("--batch-size", type=_count, metavar="N", help="photos a step in the last stage")
+    fitting.add_argument("--lr", type=_rate, metavar="RATE", help="highest learning rate of the last stage")
+    fitting.add_argument(
+        "--budget-minutes", type=_rate, metavar="M", help="shorten the stage on photos to end in this time"
+    )
     fitting.add_argument(
         "--seed", type=int, default=0, metavar="N", help="the same seed gives the same model (default: 0)"
     )
-    fitting.add_argument(
-        "--num-workers", type=int, metavar="N", help="processes that inspect files (default: all cores)"
+    machine = fit.add_argument_group("machine")
+    machine.add_argument("--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda or mps")
+    machine.add_argument("--compile", action="store_true", help="let torch.compile make kernels first")
+    machine.add_argument(
+        "--num-workers", type=int, metavar="N", help="processes that inspect and vary photos (default: all cores)"
     )
+    machine.add_argument("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard's event files there")
+
+
+def _add_dataset(group: Any) -> None:
+    group.add_argument("--data", type=Path, required=True, metavar="DIR|ZIP", help="dataset; its layout is recognised")
+    group.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DIR|CSV",
+        help="photos for temperature and thresholds (default: a tenth of the training part)",
+    )
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"should be greater than 0, not {value}")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"should be a number greater than 0, not {text}")
+    return value
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -89,9 +131,16 @@ def _add_evaluate(commands: Any) -> None:
         formatter_class=_formatter,
     )
     evaluate.set_defaults(action=_evaluate)
-    evaluate.add_argument("--data", type=Path, required=True, metavar="DIR", help="has cats/ and dogs/, or labels.csv")
+    evaluate.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR|ZIP|CSV",
+        help="a dataset, of whose parts test is taken; a folder with cats/ and dogs/, or with labels.csv",
+    )
     _add_model(evaluate)
     evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+    evaluate.add_argument("--csv", type=Path, metavar="FILE", help="write every photo's probabilities")
 
 
 def _add_predict(commands: Any) -> None:
@@ -110,6 +159,22 @@ def _add_predict(commands: Any) -> None:
     )
 
 
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a model folder anew, or as ONNX",
+        description="Write a model folder anew, its 8-bit network made from a dataset; or a model as one ONNX file.",
+        formatter_class=_formatter,
+    )
+    export.set_defaults(action=_export)
+    export.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder to read")
+    export.add_argument("--output", type=Path, required=True, metavar="PATH", help="folder, or file.onnx, to write")
+    export.add_argument("--format", default="folder", choices=("folder", "onnx"), help="folder (default) or onnx")
+    export.add_argument("--data", type=Path, metavar="DIR|ZIP", help="for folder: the dataset that the model is of")
+    export.add_argument("--calibration", type=Path, metavar="DIR|CSV", help="as in trainer fit")
+    export.add_argument("--seed", type=int, default=0, metavar="N", help="as in trainer fit (default: 0)")
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=SHIPPED_MODEL, metavar="DIR", help="default: the shipped one")
     parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda or mps")
@@ -119,122 +184,163 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; errors are sentences on standard error."""
     options = build_parser().parse_args(arguments)
     options.command_line = shlex.join(["trainer", *(sys.argv[1:] if arguments is None else arguments)])
+    warnings.simplefilter("ignore")  # of libraries about libraries; a person can do nothing about them
     try:
         return int(options.action(options))
     except ModuleNotFoundError as error:
-        sys.stderr.write(f"trainer: {error.name} is missing: install the extra, pip install 'catdog-sorter[train]'\n")
+        extra = _EXTRAS.get(str(error.name).split(".")[0], "train")
+        sys.stderr.write(f"trainer: {error.name} is missing: install the extra, pip install 'catdog-sorter[{extra}]'\n")
         return int(ExitCode.USAGE)
     except SorterError as error:
         sys.stderr.write(f"trainer: {error}\n")
         return int(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("trainer: interrupted; trainer fit with --resume goes on from its last checkpoint\n")
+        return int(ExitCode.INCOMPLETE)
 
 
 def _fit(options: argparse.Namespace) -> ExitCode:
-    warnings.simplefilter("ignore")  # of libraries about libraries; a person can do nothing about them
     from sorter.engines.torch_engine import available_cpus
-    from trainer import build, fit
+    from trainer import build
+    from trainer.options import MLP_HEAD, Options
+    from trainer.progress import open_reporter
 
-    recipe_flags = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
-    for flag, value in {**recipe_flags, "image_size": options.image_size}.items():
-        if value is not None and value <= 0:
-            raise ConfigurationError(f"--{flag.replace('_', '-')}: should be greater than 0, not {value}")
-    chosen = build.Options(
+    chosen = Options(
         data=options.data,
         output=options.output,
         architecture=options.arch,
         weights=options.weights,
-        head_hidden=build.MLP_HEAD if options.head == "mlp" else (),
+        head_hidden=MLP_HEAD if options.head == "mlp" else (),
         image_size=options.image_size,
+        crop=options.crop,
         calibration=options.calibration,
-        recipe=fit.Recipe(**{flag: value for flag, value in recipe_flags.items() if value is not None}),
+        recipe=_recipe(options),
         seed=options.seed,
-        workers=options.num_workers or available_cpus(),
-        cache=Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "catdog-sorter",
+        device=options.device,
+        compile=options.compile,
+        workers=available_cpus() if options.num_workers is None else max(0, options.num_workers),
+        budget_minutes=options.budget_minutes,
+        resume=options.resume,
+        cache=_cache(),
         command=options.command_line,
     )
-    written = build.build(chosen, _reporter())
+    written = build.build(chosen, open_reporter(options.tensorboard))
+    if written is None:
+        return ExitCode.DONE
     test = written.evaluations[1]
     low, high = test.accuracy_interval_95
     print(f"{test.right} of {test.photos} test photos right: {test.accuracy:.2%} ({low:.2%} to {high:.2%})")
     print(f"log-loss {test.log_loss:.4f}, temperature {written.temperature}")
-    for entry in written.risk_coverage:
-        share = f"{entry.coverage:.0%} of the photos are sorted"
-        print(f"at {entry.error_rate:.1%} errors {share} with --min-confidence {entry.threshold}")
+    _print_coverage(written.risk_coverage)
     print(f"model folder {options.output}, report {options.output / 'report.html'}")
     print(f"try it: sorter run --once --model {shlex.quote(str(options.output))} --inbox DIR")
     return ExitCode.DONE
 
 
-def _reporter() -> Any:
-    from trainer.build import Reporter
+def _recipe(options: argparse.Namespace) -> "Recipe":
+    """The recipe, its last stage as the flags say."""
+    from trainer import recipes
 
-    console = Console(stderr=True)
+    recipe = recipes.RECIPES[options.recipe]
+    given = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
+    last = replace(recipe.stages[-1], **{name: value for name, value in given.items() if value is not None})
+    return replace(recipe, stages=(*recipe.stages[:-1], last))
 
-    class Terminal(Reporter):
-        """Bars and lines for a person."""
 
-        def say(self, text: str) -> None:
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-        def epoch(self, epoch: "Epoch") -> None:
-            console.print(
-                f"epoch {epoch.epoch:>3}  loss {epoch.training_loss:.4f}  accuracy {epoch.training_accuracy:.4f}  "
-                f"validation loss {epoch.validation_loss:.4f}  accuracy {epoch.validation_accuracy:.4f}",
-                highlight=False,
-            )
-
-        def track(self, items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
-            return track(items, what, total=total, console=console, transient=True)
-
-    class Lines(Reporter):
-        """One JSON object a line for a program."""
-
-        def say(self, text: str) -> None:
-            print(json.dumps({"event": "note", "text": text}), file=sys.stderr, flush=True)
-
-        def epoch(self, epoch: "Epoch") -> None:
-            from dataclasses import asdict
-
-            print(json.dumps({"event": "epoch", **asdict(epoch)}), file=sys.stderr, flush=True)
-
-    return Terminal() if console.is_terminal else Lines()
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "catdog-sorter"
 
 
 def _evaluate(options: argparse.Namespace) -> ExitCode:
     model = manifest.read(options.model)
     from trainer import evaluate
 
-    samples = evaluate.labelled_photos(options.data, model.classes)
-    answers = _classify(options, model, samples)
-    result = evaluate.judge(answers, samples, data=str(options.data), role="test")
+    what, samples = evaluate.dataset_photos(options.data, model.classes, _cache())
+    readable, answers = _classify(options, model, samples)
+    result = evaluate.judge(answers, readable, data=what, role="test")
+    labels = evaluate.labels_of(readable)
+    untempered = evaluate.softmax(evaluate.log(answers), 1 / model.temperature)
+    before = evaluate.calibration_error(untempered, labels)
+    coverage = evaluate.risk_coverage(answers, labels)
+    if options.csv is not None:
+        evaluate.write_answers(options.csv, readable, answers, model.classes)
     if options.json:
-        print(json.dumps(result.model_dump()))
+        entries = [entry.model_dump() for entry in coverage]
+        extra = {"calibration_error_without_temperature": before, "risk_coverage": entries}
+        print(json.dumps({**result.model_dump(), **extra}))
         return ExitCode.DONE
-    low, high = result.accuracy_interval_95
-    print(f"{result.right} of {result.photos} right: {result.accuracy:.2%} ({low:.2%} to {high:.2%})")
-    print(f"log-loss {result.log_loss:.4f}, calibration error {result.calibration_error:.4f}")
-    for sample, called, confidence in list(evaluate.mistakes(answers, samples))[:10]:
+    _print_evaluation(result, model)
+    print(f"calibration error {before:.4f} without the temperature, {result.calibration_error:.4f} with it")
+    _print_coverage(coverage)
+    for sample, called, confidence in list(evaluate.mistakes(answers, readable))[:10]:
         print(f"  called {model.classes[called].label} with {confidence:.1%}: {sample.path}")
     return ExitCode.DONE
+
+
+def _print_evaluation(result: "Evaluation", model: manifest.Manifest) -> None:
+    low, high = result.accuracy_interval_95
+    print(f"{result.data}: {result.right} of {result.photos} right: {result.accuracy:.2%} ({low:.2%} to {high:.2%})")
+    print(f"log-loss {result.log_loss:.4f}")
+    for label, row in zip(model.classes, result.confusion, strict=True):
+        called = ", ".join(f"{count} called {c.label}" for c, count in zip(model.classes, row, strict=True))
+        print(f"  of {sum(row)} photos of {label.label}: {called}")
+
+
+def _print_coverage(coverage: Sequence[manifest.Coverage]) -> None:
+    for entry in coverage:
+        share = f"{entry.coverage:.0%} of the photos are sorted"
+        print(f"at {entry.error_rate:.1%} errors {share} with --min-confidence {entry.threshold}")
 
 
 def _predict(options: argparse.Namespace) -> ExitCode:
     model = manifest.read(options.model)
     from trainer import evaluate
 
-    samples = evaluate.unlabelled_photos(options.data)
-    answers = _classify(options, model, samples)
+    samples, answers = _classify(options, model, evaluate.unlabelled_photos(options.data))
     evaluate.write_submission(options.output, samples, answers, options.clip)
     print(f"{len(samples)} photos in {options.output}")
     return ExitCode.DONE
 
 
-def _classify(options: argparse.Namespace, model: manifest.Manifest, samples: "Sequence[Sample]") -> "Floats":
-    """Open the model and classify photos, with a progress bar."""
+def _export(options: argparse.Namespace) -> ExitCode:
+    model = manifest.read(options.model)
+    if options.format == "onnx":
+        import onnxscript  # noqa: F401  torch asks for it late and at length
+
+        from sorter import network
+        from trainer import export
+
+        difference = export.export_onnx(options.output, network.load(options.model, model), model)
+        print(f"{options.output}: pixels, uint8 (N, {model.input.size}, {model.input.size}, 3), to probabilities")
+        print(f"OpenVINO's probabilities differ from PyTorch's by at most {difference:.1e}")
+        return ExitCode.DONE
+    if options.data is None:
+        raise ConfigurationError("the 8-bit network is made from photos: name the model's dataset with --data")
+    from sorter.engines.torch_engine import available_cpus
+    from trainer import build
+    from trainer.progress import open_reporter
+
+    reporter = open_reporter(None)
+    dataset = build.load(options.data, options.calibration, options.seed, available_cpus(), _cache(), reporter)
+    written = build.export_again(options.model, model, dataset, options.output, reporter)
+    if written.int8 is not None:
+        agreement = f"{written.int8.agreement:.1%} of {written.int8.photos} calibration photos"
+        print(f"{options.output}: the 8-bit network agrees with the 32-bit one on {agreement}")
+    return ExitCode.DONE
+
+
+def _classify(
+    options: argparse.Namespace, model: manifest.Manifest, samples: "Sequence[Sample]"
+) -> "tuple[Sequence[Sample], Floats]":
+    """Open the model and classify photos, with a progress bar; those that cannot be read are named and left out."""
     from sorter.engines import open_engine
     from trainer import evaluate
 
     engine = open_engine(options.model, model, options.device)
     batches = evaluate.probabilities(engine, samples, model.input.preprocessing)
     total, console = len(samples) / evaluate.BATCH, Console(stderr=True)
-    return evaluate.joined(track(batches, "classifying", total=total, console=console, transient=True))
+    found = list(track(batches, "classifying", total=total, console=console, transient=True))
+    for _, _, unreadable in found:
+        for reason in unreadable:
+            sys.stderr.write(f"left out, unreadable: {reason}\n")
+    return evaluate.joined(found)

@@ -6,7 +6,7 @@ on the test part: temperature and thresholds come from the calibration part.
 
 import csv
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -15,16 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from sorter.engines import Engine
-from sorter.errors import ConfigurationError
+from sorter.errors import ConfigurationError, PhotoError
 from sorter.images import EXTENSIONS, Preprocessing
 from sorter.manifest import Class, Coverage, Evaluation
-from trainer.data import Sample, index_of
-from trainer.pixels import decoded
+from trainer.data import Sample, find, index_of
+from trainer.pixels import read
 
 BATCH = 50
 ERROR_RATES = (0.005, 0.01, 0.02, 0.05)
 
 Floats = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8]
 
 
 def labelled_photos(data: Path, classes: Sequence[Class]) -> list[Sample]:
@@ -66,25 +67,74 @@ def _from_table(table: Path, index: dict[str, int]) -> list[Sample]:
             ) from None
 
 
-def probabilities(engine: Engine, samples: Sequence[Sample], preprocessing: Preprocessing) -> Iterator[Floats]:
-    """Classify photos through the sorter's decoder and engine.
+def dataset_photos(data: Path, classes: Sequence[Class], cache: Path) -> tuple[str, list[Sample]]:
+    """Find the labelled photos of a dataset in any layout that is known, or of any folder that `labelled_photos` takes.
 
-    Yields:
-        float32 (`BATCH`, C) at a time; `joined` makes one array of them.
+    Returns:
+        What they are, and the test part, or everything where there is none.
 
     Raises:
-        ConfigurationError: one of them cannot be decoded.
+        ConfigurationError: there is no labelled photo, or it shows other classes than the model knows.
     """
+    if data.suffix.lower() == ".csv" or (data / "labels.csv").is_file():
+        return data.name, labelled_photos(data, classes)
+    try:
+        found = find(data, cache)
+    except ConfigurationError:
+        if not data.is_dir():
+            raise
+        return data.name, labelled_photos(data, classes)
+    index = index_of(classes)
+    strange = [c.label for c in found.classes if c.label.lower() not in index]
+    if strange:
+        known = ", ".join(c.label for c in classes)
+        raise ConfigurationError(f"{data} has photos of {strange[0]}, and the model knows {known}: name other data")
+    samples = [Sample(s.path, index[found.classes[s.label].label.lower()], s.part) for s in found.samples]
+    test = [sample for sample in samples if sample.part == "test"]
+    return f"{'the test part' if test else 'all'} of {data.name} ({found.layout})", test or samples
+
+
+Classified = tuple[list[Sample], Floats, list[str]]
+"""The photos of a batch that decode, what the engine says of them, and the others with the reason."""
+
+
+def probabilities(engine: Engine, samples: Sequence[Sample], preprocessing: Preprocessing) -> Iterator[Classified]:
+    """Classify photos through the sorter's decoder and engine, `BATCH` at a time; `joined` makes one of all."""
+
+    def picture(sample: Sample) -> Pixels | str:
+        try:
+            return read(sample.path, preprocessing)
+        except (PhotoError, OSError) as error:
+            return f"{sample.path} ({error})"
+
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(samples), BATCH):
             batch = samples[start : start + BATCH]
-            pictures = pool.map(lambda sample: decoded(sample.path, preprocessing), batch)
-            yield engine.classify(np.stack(list(pictures)))  # (N, S, S, 3) -> (N, C)
+            pictures = list(zip(batch, pool.map(picture, batch), strict=True))
+            good = [(sample, pixels) for sample, pixels in pictures if not isinstance(pixels, str)]
+            if good:
+                answers = engine.classify(np.stack([pixels for _, pixels in good]))  # (N, S, S, 3) -> (N, C)
+            else:
+                answers = np.zeros((0, 0), np.float32)
+            yield [sample for sample, _ in good], answers, [bad for _, bad in pictures if isinstance(bad, str)]
 
 
-def joined(batches: Iterable[Floats]) -> Floats:
-    """All batches as one array, float32 (N, C)."""
-    return np.concatenate(list(batches))
+def joined(batches: Sequence[Classified]) -> tuple[list[Sample], Floats]:
+    """The photos of all batches and their probabilities, float32 (N, C).
+
+    Raises:
+        ConfigurationError: none of them decodes.
+    """
+    samples = [sample for batch, _, _ in batches for sample in batch]
+    if not samples:
+        raise ConfigurationError("none of the photos can be decoded: check --data")
+    return samples, np.concatenate([answers for _, answers, _ in batches if len(answers)])
+
+
+def log(answers: Floats) -> Floats:
+    """Logarithms of probabilities: logits again, but for a constant."""
+    logs: Floats = np.log(answers.clip(1e-12))
+    return logs
 
 
 def labels_of(samples: Sequence[Sample]) -> npt.NDArray[np.intp]:
@@ -102,7 +152,8 @@ def softmax(logits: Floats, temperature: float) -> Floats:
 
 def log_loss(answers: Floats, labels: npt.NDArray[np.intp]) -> float:
     """Mean negative logarithm of the right class's probability, natural units."""
-    return float(-np.log(answers[np.arange(len(labels)), labels].astype(np.float64).clip(1e-7)).mean())
+    likelihoods = answers[np.arange(len(labels)), labels].astype(np.float64)
+    return abs(float(np.log(likelihoods.clip(1e-7)).mean()))  # never -0.0
 
 
 def fit_temperature(logits: Floats, labels: npt.NDArray[np.intp]) -> float:
@@ -216,6 +267,15 @@ def unlabelled_photos(data: Path) -> list[Sample]:
         paths, key=lambda path: (not path.stem.isdigit(), int(path.stem) if path.stem.isdigit() else 0, path)
     )
     return [Sample(path, 0) for path in numbered]
+
+
+def write_answers(path: Path, samples: Sequence[Sample], answers: Floats, classes: Sequence[Class]) -> None:
+    """Write a CSV with each photo's path, its label and the probability of each class."""
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        table = csv.writer(file)
+        table.writerow(["path", "label", *(f"probability of {c.label}" for c in classes)])
+        for sample, row in zip(samples, answers.tolist(), strict=True):
+            table.writerow([sample.path, classes[sample.label].label, *(round(p, 6) for p in row)])
 
 
 def write_submission(path: Path, samples: Sequence[Sample], answers: Floats, clip: float) -> None:

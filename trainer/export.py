@@ -1,4 +1,4 @@
-"""The model folder: fp16 weights, manifest, model card, and the 8-bit network for CPUs.
+"""The model folder: fp16 weights, manifest, model card, and the 8-bit network for CPUs. Or one ONNX file.
 
 In: a fitted network and its figures. Out: a folder that `sorter run --model` takes.
 
@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import openvino
+import torch
 from torch import nn
 
 from sorter import manifest as manifest_module
 from sorter import network
 from sorter.manifest import WEIGHTS, Int8, Manifest
 from trainer.data import Sample
-from trainer.features import Floats, answers, batches, convert
+from trainer.features import Floats, answers, batches, convert, on_openvino
 
 INT8_PHOTOS = 300
 """Training photos that the 8-bit ranges are taken from."""
@@ -54,7 +55,7 @@ def export(
     seen = manifest.input
     converted = convert(fitted, seen.mean, seen.std, seen.size)
     quantised = _quantise(converted, training, manifest)
-    mine = answers(quantised, calibration, seen.preprocessing, mirrored=False, track=lambda batch, _: batch)
+    mine = answers(on_openvino(quantised), calibration, seen.preprocessing)
     agreement = float((mine.argmax(1) == calibration_logits.argmax(1)).mean())
     int8 = Int8(photos=len(calibration), agreement=round(agreement, 4))
     if agreement >= LEAST_AGREEMENT:
@@ -83,3 +84,44 @@ def _saved(model: openvino.Model) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
         openvino.save_model(model, Path(folder) / OPENVINO_FILES[0])
         return {name: (Path(folder) / name).read_bytes() for name in OPENVINO_FILES}
+
+
+class _Probabilities(nn.Module):
+    """Pixels to probabilities, with normalisation and temperature in the graph."""
+
+    def __init__(self, fitted: nn.Module, manifest: Manifest) -> None:
+        super().__init__()
+        self.classifier = network.Classifier(fitted, manifest.input.mean, manifest.input.std)
+        self.temperature = manifest.temperature
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, S, S, 3) to float32 (N, C)."""
+        logits: torch.Tensor = self.classifier(pixels)
+        return (logits / self.temperature).softmax(1)
+
+
+def export_onnx(path: Path, fitted: nn.Module, manifest: Manifest) -> float:
+    """Write one ONNX file, from `pixels`, uint8 (N, S, S, 3), to `probabilities`, float32 (N, C).
+
+    Returns:
+        The largest difference between torch's probabilities and the file's, on noise.
+    """
+    whole = _Probabilities(fitted, manifest).eval()
+    side = manifest.input.size
+    noise = torch.randint(0, 256, (4, side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    program = torch.onnx.export(
+        whole,
+        (noise,),
+        dynamo=True,
+        input_names=["pixels"],
+        output_names=["probabilities"],
+        dynamic_shapes=({0: torch.export.Dim("photos", max=4096)},),
+        verbose=False,
+    )
+    beside = path.with_name(f".{path.name}.part")
+    program.save(str(beside), external_data=False)  # type: ignore[union-attr]
+    with torch.inference_mode():
+        wanted = whole(noise)
+    got = openvino.Core().compile_model(beside, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(noise.numpy())[0]
+    beside.replace(path)
+    return float(abs(wanted.numpy() - got).max())

@@ -1,150 +1,188 @@
-"""Fitting a head on features: a training script that reads from top to bottom.
+"""From a dataset to a fitted network, in the stages that the recipe says.
 
-In: features and labels of the training and validation parts. Out: the head with the least log-loss on the validation
-part, and what each epoch measured.
-
-The features are computed once (`features.py`), so an epoch takes a second: every photo is seen as it is or mirrored, by
-chance. AdamW with warm-up and cosine, label smoothing, an exponential moving average of the weights, and an early stop.
+In: options and a dataset. Out: the network, and what each epoch measured. A checkpoint in the output folder lets a run
+that was killed go on with `--resume`.
 """
 
-import copy
+import json
 import math
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from trainer.features import Floats
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How a head is fitted.
-
-    Attributes:
-        lr: the highest learning rate, after the warm-up.
-        dropout: share of the features that are hidden from the head, drawn anew each time.
-        patience: epochs without a better validation log-loss before it ends.
-    """
-
-    epochs: int = 30
-    batch_size: int = 256
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.05
-    dropout: float = 0.2
-    warmup_share: float = 0.1
-    patience: int = 8
+from sorter import network
+from sorter.engines.torch_engine import available_cpus, choose_device, multiplies_bf16
+from trainer import checkpoint, evaluate, features, loop, weights
+from trainer.data import Dataset, Sample, describe
+from trainer.loop import Epoch, Hooks, Machine
+from trainer.options import Options
+from trainer.parallel import Group
+from trainer.progress import Reporter
+from trainer.recipes import Stage
+from trainer.sources import FeatureSource, PhotoSource
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Features of one part, as they are and mirrored, float32 (2, N, W), and labels, int64 (N,)."""
-
-    features: torch.Tensor
-    labels: torch.Tensor
-
-    @classmethod
-    def of(cls, plain: Floats, mirrored: Floats, labels: "np.typing.NDArray[np.intp]") -> "Part":
-        """Wrap arrays."""
-        return cls(torch.from_numpy(np.stack([plain, mirrored])), torch.from_numpy(labels.astype(np.int64)))
-
-
-@dataclass(frozen=True, slots=True)
-class Epoch:
-    """What one epoch measured; losses in natural units, accuracies from 0 to 1."""
-
-    epoch: int
-    lr: float
-    training_loss: float
-    training_accuracy: float
-    validation_loss: float
-    validation_accuracy: float
-    seconds: float
-
-
-def fit_head(
-    head: nn.Module, training: Part, validation: Part, recipe: Recipe, seed: int, on_epoch: Callable[[Epoch], None]
-) -> nn.Module:
-    """Fit a head.
+def fit(
+    options: Options, dataset: Dataset, device: str, group: Group, reporter: Reporter
+) -> tuple[nn.Module, list[Epoch]]:
+    """Fit a network.
 
     Args:
-        head: from features (N, W) to logits (N, C), new.
-        training: what it is fitted on.
-        validation: what decides when to stop.
-        recipe: how.
-        seed: two runs with the same one on a CPU give the same losses to the last digit.
-        on_epoch: called with each epoch's figures.
+        options: what was asked for.
+        dataset: its training and validation parts.
+        device: of this process.
+        group: the processes that fit it together.
+        reporter: is told what happens.
 
     Returns:
-        The averaged head of the epoch with the least validation log-loss.
+        The network, in evaluation mode on the CPU, from normalised float (N, 3, S, S) to logits (N, C); and its epochs.
+
+    Raises:
+        ConfigurationError: weights, device or checkpoint cannot be used.
     """
-    torch.manual_seed(seed)
-    for module in head.modules():
-        if isinstance(module, nn.Linear):
-            module.reset_parameters()
-    draw = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay)
-    photos = len(training.labels)
-    steps_an_epoch = math.ceil(photos / recipe.batch_size)
-    # The average reaches back an epoch, however few steps that is.
-    averaged = AveragedModel(head, multi_avg_fn=get_ema_multi_avg_fn(math.exp(-1 / steps_an_epoch)))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _share_of_lr(step, recipe.epochs * steps_an_epoch, recipe.warmup_share)
-    )
-    best, best_loss, best_epoch = copy.deepcopy(head), math.inf, 0
+    machine = _machine(device, group, compiled=options.compile)
+    identity = _identity(options, dataset)
+    saved = _saved(options, identity, reporter)
+    torch.manual_seed(options.seed)
+    classes = len(dataset.classes)
+    whole = group.first_then_others(
+        lambda: weights.start(options.architecture, options.weights, options.head_hidden, classes)
+    ).eval()
+    if saved["network"] is not None:
+        whole.load_state_dict(saved["network"])
+    epochs = [Epoch(**entry) for entry in saved["epochs"]]
 
-    for epoch in range(1, recipe.epochs + 1):
-        started, loss_sum, right = time.perf_counter(), 0.0, 0
-        head.train()
-        for rows in torch.randperm(photos, generator=draw).split(recipe.batch_size):
-            view = torch.randint(0, 2, (len(rows),), generator=draw)  # as it is, or mirrored
-            features = functional.dropout(training.features[view, rows], recipe.dropout)  # (B, W)
-            logits = head(features)  # (B, C)
-            loss = functional.cross_entropy(logits, training.labels[rows], label_smoothing=recipe.label_smoothing)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            averaged.update_parameters(head)
-            loss_sum += loss.item() * len(rows)
-            right += int((logits.argmax(1) == training.labels[rows]).sum())
-        validation_loss, validation_accuracy = _measure(averaged.module, validation)
-        on_epoch(
-            Epoch(
-                epoch=epoch,
-                lr=float(schedule.get_last_lr()[0]),
-                training_loss=loss_sum / photos,
-                training_accuracy=right / photos,
-                validation_loss=validation_loss,
-                validation_accuracy=validation_accuracy,
-                seconds=time.perf_counter() - started,
-            )
+    def keep(stage: int, position: dict[str, Any] | None) -> None:
+        """Within a stage its position has everything; between two of them the network is all there is."""
+        state = {
+            "stage": stage,
+            "position": position,
+            "network": whole.state_dict() if position is None else None,
+            "epochs": [asdict(epoch) for epoch in epochs],
+        }
+        checkpoint.write(options.output / checkpoint.NAME, identity, state)
+
+    def tell(epoch: Epoch) -> None:
+        epochs.append(epoch)
+        if group.is_first:
+            reporter.epoch(epoch)
+
+    run = _Run(options, dataset, machine, reporter)
+    for number in range(saved["stage"], len(options.recipe.stages)):
+        stage = options.recipe.stages[number]
+        if stage.inputs == "photos":
+            hooks = Hooks(tell, reporter.progress, lambda position, number=number: keep(number, position))  # type: ignore[misc]
+            run.fit_on_photos(whole, stage, number, hooks, saved["position"] if number == saved["stage"] else None)
+        elif group.is_first:
+            run.fit_on_features(whole, stage, number, Hooks(tell, reporter.progress))
+        if group.is_first:
+            keep(number + 1, None)
+    return whole.eval(), epochs
+
+
+def _machine(device: str, group: Group, *, compiled: bool) -> Machine:
+    chosen = choose_device(device)
+    precision = None
+    if chosen.type == "cuda":
+        precision = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    elif chosen.type == "cpu":
+        precision = torch.bfloat16 if multiplies_bf16() else None
+        torch.set_num_threads(max(1, available_cpus() // group.size))
+    return Machine(chosen, precision, compiled, group)
+
+
+def _identity(options: Options, dataset: Dataset) -> str:
+    """What has to be the same for a checkpoint to be gone on from."""
+    what = {
+        "data": describe(dataset),
+        "architecture": options.architecture,
+        "weights": options.weights,
+        "head": options.head_hidden,
+        "input": options.input.model_dump(),
+        "stages": [asdict(stage) for stage in options.recipe.stages],
+        "seed": options.seed,
+    }
+    return json.dumps(what)
+
+
+def _saved(options: Options, identity: str, reporter: Reporter) -> dict[str, Any]:
+    """The checkpoint to go on from, or a beginning."""
+    path = options.output / checkpoint.NAME
+    if path.exists():
+        state = checkpoint.read(path, identity)
+        reporter.say(f"going on from {path}, {len(state['epochs'])} epochs done")
+        return state
+    if options.resume:
+        reporter.say(f"there is no {path} yet: starting from the beginning")
+    return {"stage": 0, "position": None, "network": None, "epochs": []}
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What every stage of one run has in common."""
+
+    options: Options
+    dataset: Dataset
+    machine: Machine
+    reporter: Reporter
+
+    def fit_on_photos(
+        self, whole: nn.Module, stage: Stage, number: int, hooks: Hooks, position: dict[str, Any] | None
+    ) -> None:
+        """Fit the head alone or everything; photos are varied anew in each epoch."""
+        options, seen = self.options, self.options.input
+        head = network.head_name(options.architecture) + "."
+        for name, parameter in whole.named_parameters():
+            parameter.requires_grad_(stage.trains == "everything" or name.startswith(head))
+        source = PhotoSource(
+            self.dataset.training,
+            self.dataset.validation,
+            seen.preprocessing,
+            options.recipe.augmentation,
+            stage.batch_size,
+            options.seed,
+            options.workers,
+            self.machine.group,
+            pinned=self.machine.device.type == "cuda",
         )
-        if validation_loss < best_loss:
-            best, best_loss, best_epoch = copy.deepcopy(averaged.module), validation_loss, epoch
-        elif epoch - best_epoch >= recipe.patience:
-            break
-    return best.eval()
+        loop.fit_stage(
+            network.Classifier(whole, seen.mean, seen.std),
+            source,
+            stage,
+            number,
+            options.seed,
+            self.machine,
+            hooks,
+            frozen_statistics=options.weights != "none",
+            budget_seconds=math.inf if options.budget_minutes is None else options.budget_minutes * 60,
+            state=position,
+        )
 
+    def fit_on_features(self, whole: nn.Module, stage: Stage, number: int, hooks: Hooks) -> None:
+        """Features once, then the head; it takes seconds, so there is no checkpoint within."""
+        options, seen = self.options, self.options.input
+        name = network.head_name(options.architecture)
+        place = f"{name}.2" if options.architecture == "squeezenet1_1" else name
+        head = whole.get_submodule(place)
+        network.replace(whole, place, nn.Identity())
+        run = features.runner(whole, seen.mean, seen.std, seen.size, self.machine.device)
 
-def _share_of_lr(step: int, steps: int, warmup_share: float) -> float:
-    """Linear warm-up, then half a cosine to zero (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
-    warmup = max(1, round(steps * warmup_share))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+        def of(samples: tuple[Sample, ...], what: str, *, mirrored: bool = False) -> features.Floats:
+            track = self.reporter.tracker(what)
+            return features.answers(run, samples, seen.preprocessing, mirrored=mirrored, track=track)
 
-
-@torch.inference_mode()
-def _measure(head: nn.Module, part: Part) -> tuple[float, float]:
-    """Log-loss and accuracy on photos as they are."""
-    head.eval()
-    logits = head(part.features[0])  # (N, C)
-    loss = functional.cross_entropy(logits, part.labels).item()
-    return loss, float((logits.argmax(1) == part.labels).float().mean())
+        training = self.dataset.training
+        source = FeatureSource(
+            np.stack([of(training, "features"), of(training, "features, mirrored", mirrored=True)]),
+            evaluate.labels_of(training),
+            of(self.dataset.validation, "features for validation"),
+            evaluate.labels_of(self.dataset.validation),
+            stage.batch_size,
+            options.seed,
+        )
+        at_home = Machine(torch.device("cpu"))
+        loop.fit_stage(head, source, stage, number, options.seed, at_home, hooks, frozen_statistics=False)
+        network.replace(whole.cpu(), place, head)

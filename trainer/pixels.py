@@ -9,14 +9,24 @@ from sorter.errors import ConfigurationError, PhotoError
 from sorter.images import Limits, Preprocessing, decode
 
 
-def decoded(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+def read(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """Decode a photo, uint8 (S, S, 3).
+
+    Raises:
+        PhotoError: the file is no photo, or broken.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return np.asarray(decode(file.fileno(), preprocessing, Limits()))
+
+
+def decoded(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Decode a photo that should decode, uint8 (S, S, 3).
 
     Raises:
         ConfigurationError: it cannot be decoded.
     """
     try:
-        with path.open("rb") as file:
-            return np.asarray(decode(file.fileno(), preprocessing, Limits()))
+        return read(path, preprocessing)
     except (PhotoError, OSError) as error:
         raise ConfigurationError(f"{path} cannot be decoded ({error}): take it out of the data") from None

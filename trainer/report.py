@@ -22,7 +22,7 @@ from sorter.manifest import Manifest
 from trainer import evaluate
 from trainer.data import Dataset, Sample
 from trainer.features import Floats
-from trainer.fit import Epoch
+from trainer.loop import Epoch
 
 GALLERY_PHOTOS = 24
 _THUMBNAIL = Preprocessing(150)
@@ -90,7 +90,7 @@ def _svg(figure: Figure) -> str:
 
 def _curves(epochs: Sequence[Epoch]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
-    numbers = [epoch.epoch for epoch in epochs]
+    numbers = range(1, len(epochs) + 1)  # over all stages
     for axes, what in ((left, "loss"), (right, "accuracy")):
         axes.plot(numbers, [getattr(epoch, f"training_{what}") for epoch in epochs], label="training")
         axes.plot(numbers, [getattr(epoch, f"validation_{what}") for epoch in epochs], label="validation")

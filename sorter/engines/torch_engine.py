@@ -82,14 +82,13 @@ def choose_device(name: str) -> torch.device:
 def _choose_precision(device: torch.device) -> torch.dtype:
     if device.type in ("cuda", "mps"):
         return torch.float16
-    # Emulated bf16 is slower than fp32: only where the processor multiplies it itself.
-    with_bf16 = torch.backends.mkldnn.is_available() and _multiplies_bf16()
-    return torch.bfloat16 if with_bf16 else torch.float32
+    return torch.bfloat16 if multiplies_bf16() else torch.float32
 
 
-def _multiplies_bf16() -> bool:
+def multiplies_bf16() -> bool:
+    """Whether the processor multiplies bf16 itself; emulated bf16 is slower than fp32."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return torch.backends.mkldnn.is_available() and ("avx512_bf16" in flags or "amx_bf16" in flags)
