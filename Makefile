@@ -2,14 +2,18 @@
 
 PYTHON ?= python3
 INBOX ?= inbox
+SHIPPED := sorter/models/catdog-resnet50/weights.safetensors
+WEIGHTS ?= $(SHIPPED)
+MODEL ?= mymodel
+SIZE ?= 128
 VENV := .venv
 BIN := $(VENV)/bin
 NEEDED_MB := 7000
 
-export INBOX PYTHON
+export CALIBRATION DATA INBOX MODEL PYTHON WEIGHTS
 
 .DEFAULT_GOAL := help
-.PHONY: help sort test long check format lowest clean
+.PHONY: help sort model test long check format lowest clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -17,6 +21,11 @@ help: ## this list
 sort: $(VENV)/.installed ## sort the photos in INBOX (default ./inbox) into INBOX/cats and INBOX/dogs
 	@if [ "$$INBOX" = inbox ]; then mkdir -p inbox; echo "The inbox is $$PWD/inbox: drop photos there and run make sort again."; fi
 	@$(BIN)/sorter run --once --inbox "$$INBOX"
+
+# The command that made the shipped model. Its backbone is where a new one starts from, unless WEIGHTS names another.
+model: $(VENV)/.installed-train ## fit a model folder MODEL (default ./mymodel) on the photos in DATA
+	@test -n "$$DATA" || { echo "Name the dataset's folder or zip: make model DATA=cat-and-dog.zip" >&2; exit 2; }
+	@$(BIN)/trainer fit --data "$$DATA" --output "$$MODEL" --weights "$$WEIGHTS" --image-size $(SIZE) --recipe head $${CALIBRATION:+--calibration "$$CALIBRATION"}
 
 test: $(VENV)/.installed-dev ## run every test
 	@$(BIN)/python -m pytest
@@ -35,7 +44,7 @@ format: $(VENV)/.installed-dev ## let ruff rewrite what it can
 
 lowest: ## run every test with the oldest dependencies that pyproject.toml allows, in .venv-lowest
 	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
-	@sed -n '/^dependencies = \[/,/^\]/s/^ *"\(.*\)>=\(.*\)",$$/\1==\2.*/p' pyproject.toml > .venv-lowest/constraints.txt
+	@sed '/^dev = /,/^\]/d' pyproject.toml | grep -oE '"[a-z0-9-]+>=[0-9.]+"' | grep -v setuptools | sed 's/"//g;s/>=\(.*\)/==\1.*/' > .venv-lowest/constraints.txt
 	@.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[dev]'
 	@.venv-lowest/bin/python -m pytest
 
@@ -49,8 +58,14 @@ $(VENV)/.installed: pyproject.toml
 	@$(BIN)/python -m pip install --quiet --editable . || { echo "The installation failed; pip says why above. Mend that and run make again." >&2; exit 1; }
 	@touch $@
 
+$(VENV)/.installed-train: pyproject.toml
+	@.ci/venv "$(VENV)" "$(NEEDED_MB)"
+	@echo "Installing into $(VENV), once; PyTorch is large."
+	@$(BIN)/python -m pip install --quiet --editable '.[train]' || { echo "The installation failed; pip says why above. Mend that and run make again." >&2; exit 1; }
+	@touch $(VENV)/.installed $@
+
 $(VENV)/.installed-dev: pyproject.toml
 	@.ci/venv "$(VENV)" "$(NEEDED_MB)"
 	@echo "Installing into $(VENV), once; PyTorch is large."
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]' || { echo "The installation failed; pip says why above. Mend that and run make again." >&2; exit 1; }
-	@touch $(VENV)/.installed $@
+	@touch $(VENV)/.installed $(VENV)/.installed-train $@

@@ -50,7 +50,9 @@ def finish(arguments: list[str], environment: dict[str, str]) -> str:
 
 def metrics(output: Path) -> list[dict[str, str]]:
     with (output / "metrics.csv").open() as rows:
-        return [{k: v for k, v in row.items() if k != "images_per_second"} for row in csv.DictReader(rows)]
+        return [
+            {k: v for k, v in row.items() if k not in ("images_per_second", "stage")} for row in csv.DictReader(rows)
+        ]
 
 
 def within_an_epoch(path: Path) -> bool:

@@ -77,6 +77,7 @@ def build(options: Options, reporter: Reporter) -> Manifest | None:
             "command": options.command,
             "data": f"{options.data.name}, {data.describe(dataset)}",
             "weights": Path(options.weights).name,
+            "recipe": options.recipe.name,
             "epochs": len(epochs),
             "seed": options.seed,
             "seconds": round(time.monotonic() - started),

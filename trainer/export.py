@@ -6,6 +6,8 @@ The 8-bit network is calibrated on training photos and has to agree with the 32-
 otherwise it is left out, and the sorter uses the weights.
 """
 
+import contextlib
+import io
 import logging
 import tempfile
 from collections.abc import Sequence
@@ -68,15 +70,17 @@ def export(
 
 
 def _quantise(model: openvino.Model, training: Sequence[Sample], manifest: Manifest) -> openvino.Model:
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # nncf asks for CUDA's compiler
     import nncf
 
     nncf.set_log_level(logging.ERROR)
     step = max(1, len(training) // INT8_PHOTOS)
     chosen = training[::step][:INT8_PHOTOS]
     pixels = [photo[None] for batch in batches(chosen, manifest.input.preprocessing) for photo in batch]
-    quantised: openvino.Model = nncf.quantize(
-        model, nncf.Dataset(pixels), preset=nncf.QuantizationPreset.MIXED, subset_size=len(pixels)
-    )
+    with contextlib.redirect_stdout(io.StringIO()):  # its bars would stand among the figures
+        quantised: openvino.Model = nncf.quantize(
+            model, nncf.Dataset(pixels), preset=nncf.QuantizationPreset.MIXED, subset_size=len(pixels)
+        )
     return quantised
 
 

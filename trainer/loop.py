@@ -31,9 +31,9 @@ _RATES = 8
 
 @dataclass(frozen=True, slots=True)
 class Epoch:
-    """What one epoch measured; losses in natural units, accuracies from 0 to 1."""
+    """What one epoch measured; losses in natural units, accuracies from 0 to 1; `stage` is what it trains."""
 
-    stage: int
+    stage: str
     epoch: int
     lr: float
     training_loss: float
@@ -47,6 +47,7 @@ class Epoch:
 class Progress:
     """Where a stage is, for a person to look at; figures of the current epoch so far."""
 
+    stage: str
     epoch: int
     step: int
     steps: int
@@ -112,7 +113,7 @@ def fit_stage(
         network: from a source's inputs to logits (N, C). Parameters that require no gradient stay as they are.
         source: its batches.
         stage: how.
-        number: of the stage, for the record.
+        number: of the stage, for the seeds.
         seed: two runs with the same one on a CPU give the same losses to the last digit.
         machine: where.
         hooks: who is told.
@@ -187,7 +188,9 @@ def fit_stage(
                 rate = (seen - seen_before) / max(1e-9, tick - epoch_started)
                 left = (1 - done) * min(total_steps * stage.batch_size / rate, budget_seconds)
                 loss_so_far, right_so_far = (totals / seen).tolist()
-                hooks.on_progress(Progress(at.epoch, at.step, source.steps, loss_so_far, right_so_far, rate, left))
+                hooks.on_progress(
+                    Progress(stage.trains, at.epoch, at.step, source.steps, loss_so_far, right_so_far, rate, left)
+                )
             if tick - last_checkpoint >= CHECKPOINT_SECONDS:
                 checkpoint()
                 last_checkpoint = time.monotonic()
@@ -199,7 +202,7 @@ def fit_stage(
             best, at.best_loss, at.best_epoch = copy.deepcopy(judged.state_dict()), validation_loss, at.epoch
         rate_now = float(optimizer.param_groups[-1]["lr"])
         measured = (training_loss, training_accuracy, validation_loss, validation_accuracy, photos_per_second)
-        hooks.on_epoch(Epoch(number, at.epoch, rate_now, *measured))
+        hooks.on_epoch(Epoch(stage.trains, at.epoch, rate_now, *measured))
         is_stale = stage.patience is not None and at.epoch - at.best_epoch >= stage.patience
         at.seconds, tick = at.seconds + time.monotonic() - tick, time.monotonic()
         is_late = budget_seconds < math.inf and group.agree(at.seconds / budget_seconds, device) >= 1

@@ -75,7 +75,7 @@ class TerminalReporter(Reporter):
     def progress(self, progress: loop.Progress) -> None:
         """See `Reporter.progress`."""
         if self._bar is None:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[figures]}"))
+            columns = (TextColumn("{task.description}"), BarColumn(12), TextColumn("{task.fields[figures]}"))
             self._bar = Progress(*columns, console=self._console, transient=True)
             self._bar.add_task("", figures="")
             self._bar.start()
@@ -86,7 +86,7 @@ class TerminalReporter(Reporter):
         )
         self._bar.update(
             self._bar.task_ids[0],
-            description=f"epoch {progress.epoch:>3}",
+            description=f"{progress.stage}, epoch {progress.epoch}",
             total=progress.steps,
             completed=progress.step,
             figures=figures,
@@ -97,8 +97,9 @@ class TerminalReporter(Reporter):
         super().epoch(epoch)
         self.close()
         self._console.print(
-            f"epoch {epoch.epoch:>3}  loss {epoch.training_loss:.4f}  accuracy {epoch.training_accuracy:.4f}  "
-            f"validation loss {epoch.validation_loss:.4f}  accuracy {epoch.validation_accuracy:.4f}  "
+            f"{epoch.stage}, epoch {epoch.epoch:<2}  "
+            f"loss {epoch.training_loss:.4f}  accuracy {epoch.training_accuracy:.4f}  "
+            f"validation {epoch.validation_loss:.4f}  {epoch.validation_accuracy:.4f}  "
             f"{epoch.images_per_second:.0f} images/s",
             highlight=False,
         )

@@ -53,8 +53,9 @@ Augmentation = Callable[[int], nn.Module]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Stages, the crop that the network is judged and used with, and how photos are varied for training."""
+    """Its name, stages, the crop that the network is judged and used with, and how photos are varied for training."""
 
+    name: str
     stages: tuple[Stage, ...]
     crop: Literal["squash", "center"]
     augmentation: Augmentation
@@ -104,7 +105,10 @@ _NOTEBOOK = Stage(
 )
 
 RECIPES = {
-    "head": Recipe((_HEAD,), "squash", _vary),
-    "default": Recipe((_HEAD, _EVERYTHING), "squash", _vary),
-    "notebook": Recipe((_NOTEBOOK,), "center", _vary_as_the_notebook),
+    recipe.name: recipe
+    for recipe in (
+        Recipe("default", (_HEAD, _EVERYTHING), "squash", _vary),
+        Recipe("head", (_HEAD,), "squash", _vary),
+        Recipe("notebook", (_NOTEBOOK,), "center", _vary_as_the_notebook),
+    )
 }
