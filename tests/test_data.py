@@ -12,8 +12,9 @@ from conftest import make_tree
 from PIL import Image
 
 from sorter.errors import ConfigurationError
-from trainer import data, inspection
-from trainer.data import Dataset, Sample
+from trainer import data, inspection, layouts
+from trainer.data import Dataset
+from trainer.layouts import Sample
 
 
 def picture(seed: int, *, brightness: float = 1.0, quality: int = 95) -> bytes:
@@ -35,7 +36,7 @@ def cats_and_dogs(pattern: str, count: int = 20, first: int = 0) -> dict[str, by
 
 
 def load(root: Path, cache: Path, calibration: tuple[Sample, ...] = (), seed: int = 0) -> Dataset:
-    found = data.find(root, cache)
+    found = layouts.find(root, cache)
     inspected = inspection.inspect_all([s.path for s in found.samples], cache, 1, lambda results, _count: results)
     return data.divide(found, inspected, calibration, seed)
 
@@ -178,10 +179,10 @@ def test_a_dataset_that_cannot_be_learnt_from_is_refused(
 
 def test_a_missing_folder_and_a_broken_zip_are_said_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="--data"):
-        data.find(tmp_path / "missing", tmp_path / "c")
+        layouts.find(tmp_path / "missing", tmp_path / "c")
     (tmp_path / "broken.zip").write_bytes(b"PK no zip")
     with pytest.raises(ConfigurationError, match="download it again"):
-        data.find(tmp_path / "broken.zip", tmp_path / "c")
+        layouts.find(tmp_path / "broken.zip", tmp_path / "c")
 
 
 def test_a_file_is_inspected_once_until_it_changes(tmp_path: Path) -> None:

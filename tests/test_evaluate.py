@@ -15,8 +15,8 @@ from sorter.errors import ConfigurationError
 from sorter.manifest import Class
 from sorter.settings import SHIPPED_MODEL
 from trainer.cli import main
-from trainer.data import Sample
 from trainer.evaluate import fit_temperature, judge, labelled_photos, mistakes, risk_coverage, softmax, wilson
+from trainer.layouts import Sample
 
 CLASSES = (Class(label="cat", folder="cats"), Class(label="dog", folder="dogs"))
 NOWHERE = Path("photo.jpg")

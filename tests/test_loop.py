@@ -14,7 +14,7 @@ from torch import nn
 from sorter.errors import ConfigurationError
 from sorter.images import Preprocessing
 from trainer import checkpoint, loop, recipes
-from trainer.data import Sample
+from trainer.layouts import Sample
 from trainer.loop import Epoch, Hooks, Machine
 from trainer.parallel import Group
 from trainer.recipes import RECIPES, Stage

@@ -9,7 +9,7 @@ import pytest
 from sorter import cli
 from sorter.errors import ExitCode, Reason
 from sorter.settings import Settings
-from trainer import cli as trainer_cli
+from trainer import arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,7 +22,7 @@ def test_every_sorter_and_trainer_command_in_the_readme_parses() -> None:
     for program, rest in commands:
         if "--help" in rest:
             continue
-        parser = cli.build_parser() if program == "sorter" else trainer_cli.build_parser()
+        parser = cli.build_parser() if program == "sorter" else arguments.build_parser()
         parser.parse_args(shlex.split(rest))
 
 
@@ -53,7 +53,7 @@ def test_every_flag_in_the_readme_is_a_setting() -> None:
 
 
 def _trainer_options() -> set[str]:
-    fit = trainer_cli.build_parser().parse_args(["fit", "--data", "d", "--output", "o"])
+    fit = arguments.build_parser().parse_args(["fit", "--data", "d", "--output", "o"])
     return {"--" + name.replace("_", "-") for name in vars(fit)}
 
 

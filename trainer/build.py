@@ -15,9 +15,10 @@ from torch import nn
 from sorter import network
 from sorter.errors import ConfigurationError
 from sorter.manifest import FORMAT_VERSION, Class, Manifest
-from trainer import checkpoint, data, evaluate, export, features, fit, inspection, parallel, report
-from trainer.data import Dataset, Sample
+from trainer import checkpoint, data, evaluate, export, features, fit, inspection, layouts, parallel, report
+from trainer.data import Dataset
 from trainer.features import Floats
+from trainer.layouts import Sample
 from trainer.loop import Epoch
 from trainer.options import Options
 from trainer.progress import Reporter
@@ -108,7 +109,7 @@ def load(source: Path, calibration: Path | None, seed: int, workers: int, cache:
     Raises:
         ConfigurationError: it cannot be used.
     """
-    found = data.find(source, cache)
+    found = layouts.find(source, cache)
     named = [] if calibration is None else evaluate.labelled_photos(calibration, found.classes)
     paths = [sample.path for sample in (*found.samples, *named)]
     inspected = inspection.inspect_all(paths, cache, max(1, workers), reporter.tracker("inspecting"))

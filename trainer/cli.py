@@ -4,180 +4,28 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import track
 
 from sorter import manifest
 from sorter.errors import ConfigurationError, ExitCode, SorterError
-from sorter.network import ARCHITECTURES
-from sorter.settings import SHIPPED_MODEL
+from trainer.arguments import build_parser
 
 if TYPE_CHECKING:
     from sorter.manifest import Evaluation
-    from trainer.data import Sample
     from trainer.evaluate import Floats
+    from trainer.layouts import Sample
     from trainer.recipes import Recipe
 
-RECIPES = ("default", "head", "notebook")
 _EXTRAS = {"tensorboard": "tensorboard", "onnx": "onnx", "onnxscript": "onnx"}
 """Modules that another extra than `train` brings."""
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
-    parser = argparse.ArgumentParser(
-        prog="trainer", description="Makes and measures the models that sorter runs, from folders of labelled photos."
-    )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-    _add_fit(commands)
-    _add_evaluate(commands)
-    _add_predict(commands)
-    _add_export(commands)
-    return parser
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    return argparse.HelpFormatter(prog, max_help_position=30, width=min(98, shutil.get_terminal_size((98, 24)).columns))
-
-
-def _add_fit(commands: Any) -> None:
-    fit = commands.add_parser(
-        "fit",
-        help="make a model folder from a dataset",
-        description="Make a model folder, with report.html in it, from a dataset of labelled photos.",
-        formatter_class=_formatter,
-    )
-    fit.set_defaults(action=_fit)
-    data = fit.add_argument_group("data")
-    _add_dataset(data)
-    data.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")
-    data.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
-    network = fit.add_argument_group("network")
-    network.add_argument(
-        "--arch", default="resnet50", choices=ARCHITECTURES, metavar="NAME", help=", ".join(ARCHITECTURES)
-    )
-    network.add_argument(
-        "--weights", default="imagenet", metavar="W", help="imagenet (default), none, or a state dict's file"
-    )
-    network.add_argument(
-        "--head", default="mlp", choices=("mlp", "linear"), help="mlp (default: 270 and 90 hidden units) or linear"
-    )
-    network.add_argument("--image-size", type=_count, default=224, metavar="PX", help="input's side (default: 224)")
-    network.add_argument(
-        "--crop", choices=("squash", "center"), help="whole photo squashed, or its middle (default: as the recipe says)"
-    )
-    fitting = fit.add_argument_group("fitting")
-    fitting.add_argument(
-        "--recipe",
-        default="default",
-        choices=RECIPES,
-        help="default: the head, then everything; head: the head alone, in minutes; notebook: the published baseline",
-    )
-    fitting.add_argument("--epochs", type=_count, metavar="N", help="of the recipe's last stage, at most")
-    fitting.add_argument("--batch-size", type=_count, metavar="N", help="photos a step in the last stage")
-    fitting.add_argument("--lr", type=_rate, metavar="RATE", help="highest learning rate of the last stage")
-    fitting.add_argument(
-        "--budget-minutes", type=_rate, metavar="M", help="shorten the stage on photos to end in this time"
-    )
-    fitting.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same model (default: 0)"
-    )
-    machine = fit.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda or mps")
-    machine.add_argument("--compile", action="store_true", help="let torch.compile make kernels first")
-    machine.add_argument(
-        "--num-workers", type=int, metavar="N", help="processes that inspect and vary photos (default: all cores)"
-    )
-    machine.add_argument("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard's event files there")
-
-
-def _add_dataset(group: Any) -> None:
-    group.add_argument("--data", type=Path, required=True, metavar="DIR|ZIP", help="dataset; its layout is recognised")
-    group.add_argument(
-        "--calibration",
-        type=Path,
-        metavar="DIR|CSV",
-        help="photos for temperature and thresholds (default: a tenth of the training part)",
-    )
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"should be greater than 0, not {value}")
-    return value
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"should be a number greater than 0, not {text}")
-    return value
-
-
-def _add_evaluate(commands: Any) -> None:
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="measure a model on labelled photos",
-        description="Measure a model on labelled photos, through the sorter's own decoder and engine.",
-        formatter_class=_formatter,
-    )
-    evaluate.set_defaults(action=_evaluate)
-    evaluate.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        metavar="DIR|ZIP|CSV",
-        help="a dataset, of whose parts test is taken; a folder with cats/ and dogs/, or with labels.csv",
-    )
-    _add_model(evaluate)
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-    evaluate.add_argument("--csv", type=Path, metavar="FILE", help="write every photo's probabilities")
-
-
-def _add_predict(commands: Any) -> None:
-    predict = commands.add_parser(
-        "predict",
-        help="write the Kaggle competition's submission.csv",
-        description="Classify unlabelled photos and write id,label, the probability of the second class (dog).",
-        formatter_class=_formatter,
-    )
-    predict.set_defaults(action=_predict)
-    predict.add_argument("--data", type=Path, required=True, metavar="DIR", help="photos named 1.jpg, 2.jpg …")
-    predict.add_argument("--output", type=Path, required=True, metavar="CSV", help="file to write")
-    _add_model(predict)
-    predict.add_argument(
-        "--clip", type=float, default=0.005, metavar="P", help="keep away from 0 and 1 by this much (default: 0.005)"
-    )
-
-
-def _add_export(commands: Any) -> None:
-    export = commands.add_parser(
-        "export",
-        help="write a model folder anew, or as ONNX",
-        description="Write a model folder anew, its 8-bit network made from a dataset; or a model as one ONNX file.",
-        formatter_class=_formatter,
-    )
-    export.set_defaults(action=_export)
-    export.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder to read")
-    export.add_argument("--output", type=Path, required=True, metavar="PATH", help="folder, or file.onnx, to write")
-    export.add_argument("--format", default="folder", choices=("folder", "onnx"), help="folder (default) or onnx")
-    export.add_argument("--data", type=Path, metavar="DIR|ZIP", help="for folder: the dataset that the model is of")
-    export.add_argument("--calibration", type=Path, metavar="DIR|CSV", help="as in trainer fit")
-    export.add_argument("--seed", type=int, default=0, metavar="N", help="as in trainer fit (default: 0)")
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, default=SHIPPED_MODEL, metavar="DIR", help="default: the shipped one")
-    parser.add_argument("--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda or mps")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -186,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.command_line = shlex.join(["trainer", *(sys.argv[1:] if arguments is None else arguments)])
     warnings.simplefilter("ignore")  # of libraries about libraries; a person can do nothing about them
     try:
-        return int(options.action(options))
+        return int(_ACTIONS[options.command](options))
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get(str(error.name).split(".")[0], "train")
         sys.stderr.write(f"trainer: {error.name} is missing: install the extra, pip install 'catdog-sorter[{extra}]'\n")
@@ -344,3 +192,6 @@ def _classify(
         for reason in unreadable:
             sys.stderr.write(f"left out, unreadable: {reason}\n")
     return evaluate.joined(found)
+
+
+_ACTIONS = {"fit": _fit, "evaluate": _evaluate, "predict": _predict, "export": _export}

@@ -18,7 +18,7 @@ from sorter.engines import Engine
 from sorter.errors import ConfigurationError, PhotoError
 from sorter.images import EXTENSIONS, Preprocessing
 from sorter.manifest import Class, Coverage, Evaluation
-from trainer.data import Sample, find, index_of
+from trainer.layouts import Sample, find, index_of
 from trainer.pixels import read
 
 BATCH = 50

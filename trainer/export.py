@@ -20,8 +20,8 @@ from torch import nn
 from sorter import manifest as manifest_module
 from sorter import network
 from sorter.manifest import WEIGHTS, Int8, Manifest
-from trainer.data import Sample
 from trainer.features import Floats, answers, batches, convert, on_openvino
+from trainer.layouts import Sample
 
 INT8_PHOTOS = 300
 """Training photos that the 8-bit ranges are taken from."""

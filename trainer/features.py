@@ -17,7 +17,7 @@ from torch import nn
 
 from sorter.images import Preprocessing
 from sorter.network import Classifier
-from trainer.data import Sample
+from trainer.layouts import Sample
 from trainer.pixels import decoded
 
 _BATCH = 32

@@ -16,7 +16,8 @@ from torch import nn
 from sorter import network
 from sorter.engines.torch_engine import available_cpus, choose_device, multiplies_bf16
 from trainer import checkpoint, evaluate, features, loop, weights
-from trainer.data import Dataset, Sample, describe
+from trainer.data import Dataset, describe
+from trainer.layouts import Sample
 from trainer.loop import Epoch, Hooks, Machine
 from trainer.options import Options
 from trainer.parallel import Group

@@ -20,8 +20,9 @@ from matplotlib.figure import Figure
 from sorter.images import Limits, Preprocessing, decode
 from sorter.manifest import Manifest
 from trainer import evaluate
-from trainer.data import Dataset, Sample
+from trainer.data import Dataset
 from trainer.features import Floats
+from trainer.layouts import Sample
 from trainer.loop import Epoch
 
 GALLERY_PHOTOS = 24

@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sorter.images import Preprocessing
-from trainer.data import Sample
 from trainer.features import Floats, batches
+from trainer.layouts import Sample
 from trainer.parallel import Group
 from trainer.pixels import decoded
 from trainer.recipes import Augmentation
