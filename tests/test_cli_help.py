@@ -187,7 +187,7 @@ def test_check_says_what_it_found(checked: Checked) -> None:
     rows = dict(line.split(maxsplit=1) for line in checked.done.stdout.splitlines())
     assert (rows["inbox"], rows["output"]) == (str(checked.inbox), str(checked.inbox))
     assert rows["folders"] == "cats/, dogs/, unsure/, failed/"
-    assert rows["model"] == "catdog-resnet50, resnet50 at 128 px"
+    assert rows["model"] == "catdog-resnet50, resnet50 at 144 px"
     assert rows["device"].startswith("cpu, ")
     assert rows["device"].endswith(", batches of 7")
 
