@@ -202,3 +202,18 @@ def test_a_file_is_inspected_once_until_it_changes(tmp_path: Path) -> None:
     make_tree(tmp_path / "d", {"a.jpg": picture(3)})
     assert run()[paths[0]] != first[paths[0]]
     assert counts == [2, 1]
+
+
+def test_a_calibration_photo_that_a_test_photo_repeats_is_left_out(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "d", cats_and_dogs("train/{kind}s/{n}.jpg"))
+    make_tree(root, cats_and_dogs("test/{kind}s/{n}.jpg", count=4, first=100))
+    index = {"cats": 0, "dogs": 1}
+    photos = [Sample(path, index[path.parent.name]) for path in sorted((root / "test").rglob("*.jpg"))]
+    with pytest.raises(ConfigurationError, match="calibration part"):
+        load(root, tmp_path / "c", calibration=tuple(photos))
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "d", {f"train/{n}.jpg": picture(n) for n in range(20)})
+    make_tree(root, {f"plane/{n}.jpg": picture(100 + n) for n in range(20)})
+    assert [c.folder for c in load(root, tmp_path / "c").classes] == ["plane", "train"]

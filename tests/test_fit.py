@@ -4,6 +4,7 @@ import csv
 import importlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ from sorter.inbox import Inbox
 from sorter.mover import Mover
 from sorter.pipeline import Pipeline
 from sorter.settings import Settings
-from trainer import weights
+from trainer import sources, weights
 from trainer.cli import main
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch and NNCF warn of themselves
@@ -320,3 +321,59 @@ def test_a_browser_shows_the_report(fitted: Path, tmp_path: Path) -> None:
         colours = shot.convert("RGB").getcolors(1 << 24)
     assert colours is not None
     assert len(colours) > 100, "more than an empty page"
+
+
+def test_a_folder_with_anything_in_it_is_not_written_into(
+    dataset: Path, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tree(tmp_path / "project", {"README.md": b"mine"})
+    assert fit_model(dataset, tmp_path / "project", "--arch", "resnet18") == 2
+    assert "not empty" in capsys.readouterr().err
+    assert read_tree(tmp_path / "project") == {"README.md": b"mine"}
+    assert fit_model(dataset, fitted / "model", "--arch", "resnet18", "--resume") == 2
+    assert "finished model" in capsys.readouterr().err
+
+
+def test_other_photos_are_not_gone_on_with(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    given = ("--arch", "resnet18", "--image-size", "32", "--recipe", "default", "--epochs", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.PhotoSource, "training", stop)
+        assert fit_model(dataset, tmp_path / "model", *given) == 3
+    assert "--resume" in capsys.readouterr().err
+    other = tmp_path / "other"
+    for folder, color, first in (("cats", RED, 5000), ("dogs", GREEN, 6000)):
+        make_tree(other, {f"{folder}/{n}.jpg": tinted(color, first + n) for n in range(60)})
+    assert fit_model(other, tmp_path / "model", *given, "--resume") == 2
+    assert "other options, weights or photos" in capsys.readouterr().err
+
+
+def test_what_is_no_photo_is_left_out_whatever_its_name(dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "data")
+    (tmp_path / "data/cats/nowhere.jpg").symlink_to("gone.jpg")
+    (tmp_path / "data/cats" / os.fsdecode(b"caf\xe9\n.jpg")).write_bytes(b"no photo")
+    assert fit_model(tmp_path / "data", tmp_path / "model", "--arch", "resnet18", "--image-size", "32") == 0
+    report = (tmp_path / "model/report.html").read_text()
+    assert "nowhere.jpg" in report
+    assert "caf\\udce9" in report
+
+
+def test_a_submission_is_about_two_classes_and_complete(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tree(tmp_path / "test1", {"1.jpg": plain(RED), "2.jpg": b"no photo"})
+    given = ["predict", "--data", str(tmp_path / "test1"), "--output", str(tmp_path / "s.csv")]
+    assert main(given) == 3
+    assert "2.jpg" in capsys.readouterr().err
+    make_tree(tmp_path / "test1/more", {"1.jpg": plain(RED)})
+    before = (tmp_path / "s.csv").read_bytes()
+    assert main(given) == 2
+    assert "two photos of one number" in capsys.readouterr().err
+    assert (tmp_path / "s.csv").read_bytes() == before
+    for wrong in ("0.9", "nan", "-1"):
+        with pytest.raises(SystemExit):
+            main([*given, f"--clip={wrong}"])

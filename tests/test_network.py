@@ -112,31 +112,31 @@ def test_a_loaded_network_is_fp32_and_in_evaluation_mode(shipped: Manifest) -> N
 def test_weights_that_are_no_finite_numbers_are_refused_by_name(
     tmp_path: Path, shipped: Manifest, state: dict[str, torch.Tensor], value: float
 ) -> None:
-    broken = state["fc.bias"].clone()
+    broken = state["fc.4.bias"].clone()
     broken[1] = value
-    sentence = refusal(tmp_path, shipped, {**state, "fc.bias": broken})
+    sentence = refusal(tmp_path, shipped, {**state, "fc.4.bias": broken})
     assert "not finite" in sentence
-    assert "fc.bias" in sentence
+    assert "fc.4.bias" in sentence
 
 
 def test_weights_for_another_number_of_classes_are_refused(
     tmp_path: Path, shipped: Manifest, state: dict[str, torch.Tensor]
 ) -> None:
-    three = {**state, "fc.weight": torch.zeros(3, 2048), "fc.bias": torch.zeros(3)}
+    three = {**state, "fc.4.weight": torch.zeros(3, 90), "fc.4.bias": torch.zeros(3)}
     assert "do not fit resnet50" in refusal(tmp_path, shipped, three)
 
 
 def test_weights_of_which_some_are_missing_are_refused(
     tmp_path: Path, shipped: Manifest, state: dict[str, torch.Tensor]
 ) -> None:
-    assert "do not fit resnet50" in refusal(tmp_path, shipped, {"fc.bias": state["fc.bias"]})
+    assert "do not fit resnet50" in refusal(tmp_path, shipped, {"fc.4.bias": state["fc.4.bias"]})
 
 
 def test_weights_for_another_head_are_refused(
     tmp_path: Path, shipped: Manifest, state: dict[str, torch.Tensor]
 ) -> None:
     hidden = shipped.model_copy(update={"head_hidden": (8,)})
-    assert "do not fit resnet50" in refusal(tmp_path, hidden, {"fc.bias": state["fc.bias"]})
+    assert "do not fit resnet50" in refusal(tmp_path, hidden, {"fc.4.bias": state["fc.4.bias"]})
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\xff" * 64])

@@ -49,7 +49,7 @@ def _add_fit(commands: Any) -> None:
     network.add_argument(
         "--head", default="mlp", choices=("mlp", "linear"), help="mlp (default: 270 and 90 hidden units) or linear"
     )
-    network.add_argument("--image-size", type=_count, default=224, metavar="PX", help="input's side (default: 224)")
+    network.add_argument("--image-size", type=_side, default=224, metavar="PX", help="input's side (default: 224)")
     network.add_argument(
         "--crop", choices=("squash", "center"), help="whole photo squashed, or its middle (default: as the recipe says)"
     )
@@ -68,13 +68,13 @@ def _add_fit(commands: Any) -> None:
         "--budget-minutes", type=_rate, metavar="M", help="shorten the stage on photos to end in this time"
     )
     fitting.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="the same seed gives the same model (default: 0)"
+        "--seed", type=_whole, default=0, metavar="N", help="the same seed gives the same model (default: 0)"
     )
     machine = fit.add_argument_group("machine")
     machine.add_argument("--device", default="auto", metavar="DEVICE", help="auto (default), cpu, cuda or mps")
     machine.add_argument("--compile", action="store_true", help="let torch.compile make kernels first")
     machine.add_argument(
-        "--num-workers", type=int, metavar="N", help="processes that inspect and vary photos (default: all cores)"
+        "--num-workers", type=_whole, metavar="N", help="processes that inspect and vary photos (default: all cores)"
     )
     machine.add_argument("--tensorboard", type=Path, metavar="DIR", help="write TensorBoard's event files there")
 
@@ -93,6 +93,27 @@ def _count(text: str) -> int:
     value = int(text)
     if value <= 0:
         raise argparse.ArgumentTypeError(f"should be greater than 0, not {value}")
+    return value
+
+
+def _side(text: str) -> int:
+    value = int(text)
+    if not 16 <= value <= 1024:
+        raise argparse.ArgumentTypeError(f"should be from 16 to 1024, not {value}")
+    return value
+
+
+def _whole(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"should be from 0 to {2**32 - 1}, not {value}")
+    return value
+
+
+def _margin(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 0.5:
+        raise argparse.ArgumentTypeError(f"should be from 0 to less than 0.5, not {text}")
     return value
 
 
@@ -133,7 +154,7 @@ def _add_predict(commands: Any) -> None:
     predict.add_argument("--output", type=Path, required=True, metavar="CSV", help="file to write")
     _add_model(predict)
     predict.add_argument(
-        "--clip", type=float, default=0.005, metavar="P", help="keep away from 0 and 1 by this much (default: 0.005)"
+        "--clip", type=_margin, default=0.005, metavar="P", help="keep away from 0 and 1 by this much (default: 0.005)"
     )
 
 
@@ -149,7 +170,6 @@ def _add_export(commands: Any) -> None:
     export.add_argument("--format", default="folder", choices=("folder", "onnx"), help="folder (default) or onnx")
     export.add_argument("--data", type=Path, metavar="DIR|ZIP", help="for folder: the dataset that the model is of")
     export.add_argument("--calibration", type=Path, metavar="DIR|CSV", help="as in trainer fit")
-    export.add_argument("--seed", type=int, default=0, metavar="N", help="as in trainer fit (default: 0)")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

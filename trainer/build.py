@@ -14,7 +14,7 @@ from torch import nn
 
 from sorter import network
 from sorter.errors import ConfigurationError
-from sorter.manifest import FORMAT_VERSION, Class, Manifest
+from sorter.manifest import FORMAT_VERSION, MANIFEST, Class, Manifest
 from trainer import checkpoint, data, evaluate, export, features, fit, inspection, layouts, parallel, report
 from trainer.data import Dataset
 from trainer.features import Floats
@@ -37,6 +37,7 @@ def build(options: Options, reporter: Reporter) -> Manifest | None:
     left_over = options.output / checkpoint.NAME
     if left_over.exists() and not options.resume:
         raise ConfigurationError(f"{left_over} is of a run that did not end: go on with it, --resume, or take it away")
+    _check_output(options.output)
     with parallel.joined(options.device) as (group, device):
         heard = reporter if group.is_first else Reporter()
         dataset = group.first_then_others(
@@ -98,9 +99,22 @@ def build(options: Options, reporter: Reporter) -> Manifest | None:
     _write_tables(options.output, epochs, dataset.test, tested, dataset.classes)
     before = evaluate.calibration_error(evaluate.softmax(calibration_logits, 1.0), calibration_labels)
     page = report.page(written, dataset, epochs, tested, calibrated, calibration_error_before=before)
-    (options.output / "report.html").write_text(page, encoding="utf-8")
+    (options.output / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
     left_over.unlink(missing_ok=True)  # it is ours, and what it led to is complete
     return written
+
+
+def _check_output(folder: Path) -> None:
+    """Refuse what would be written over: a finished model, or whatever else lies in the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        inside = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise ConfigurationError(f"{folder} cannot be written ({error.strerror}): name another --output") from None
+    if MANIFEST in inside:
+        raise ConfigurationError(f"{folder} has a finished model: name another --output, or take it away")
+    if inside - {checkpoint.NAME, f".{checkpoint.NAME}.part"}:
+        raise ConfigurationError(f"{folder} is not empty: name a new folder with --output")
 
 
 def load(source: Path, calibration: Path | None, seed: int, workers: int, cache: Path, reporter: Reporter) -> Dataset:

@@ -39,6 +39,6 @@ def read(path: Path, options: str) -> dict[str, Any]:
         raise ConfigurationError(f"{path} is of another version of the trainer: take it away and start again")
     if written_with != options:
         raise ConfigurationError(
-            f"{path} was made with other options or other data: give the same ones with --resume ({written_with})"
+            f"{path} was made with other options, weights or photos: give the same ones, or take it away to start again"
         )
     return dict(state)

@@ -42,8 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SorterError as error:
         sys.stderr.write(f"trainer: {error}\n")
         return int(error.exit_code)
+    except OSError as error:
+        sys.stderr.write(f"trainer: {error.filename or 'the output'}: {error.strerror}; make room or mend it\n")
+        return int(ExitCode.STOPPED)
     except KeyboardInterrupt:
-        sys.stderr.write("trainer: interrupted; trainer fit with --resume goes on from its last checkpoint\n")
+        hint = "; the same command with --resume goes on" if options.command == "fit" else ""
+        sys.stderr.write(f"trainer: interrupted{hint}\n")
         return int(ExitCode.INCOMPLETE)
 
 
@@ -66,13 +70,14 @@ def _fit(options: argparse.Namespace) -> ExitCode:
         seed=options.seed,
         device=options.device,
         compile=options.compile,
-        workers=available_cpus() if options.num_workers is None else max(0, options.num_workers),
+        workers=available_cpus() if options.num_workers is None else options.num_workers,
         budget_minutes=options.budget_minutes,
         resume=options.resume,
         cache=_cache(),
         command=options.command_line,
     )
-    written = build.build(chosen, open_reporter(options.tensorboard))
+    is_first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun started, one writes
+    written = build.build(chosen, open_reporter(options.tensorboard if is_first else None))
     if written is None:
         return ExitCode.DONE
     test = written.evaluations[1]
@@ -121,7 +126,8 @@ def _evaluate(options: argparse.Namespace) -> ExitCode:
     print(f"calibration error {before:.4f} without the temperature, {result.calibration_error:.4f} with it")
     _print_coverage(coverage)
     for sample, called, confidence in list(evaluate.mistakes(answers, readable))[:10]:
-        print(f"  called {model.classes[called].label} with {confidence:.1%}: {sample.path}")
+        path = str(sample.path).encode(errors="backslashreplace").decode()
+        print(f"  called {model.classes[called].label} with {confidence:.1%}: {path}")
     return ExitCode.DONE
 
 
@@ -144,10 +150,13 @@ def _predict(options: argparse.Namespace) -> ExitCode:
     model = manifest.read(options.model)
     from trainer import evaluate
 
-    samples, answers = _classify(options, model, evaluate.unlabelled_photos(options.data))
+    if len(model.classes) != 2:
+        raise ConfigurationError(f"{options.model} has {len(model.classes)} classes: a submission is about two")
+    photos = evaluate.unlabelled_photos(options.data)
+    samples, answers = _classify(options, model, photos)
     evaluate.write_submission(options.output, samples, answers, options.clip)
     print(f"{len(samples)} photos in {options.output}")
-    return ExitCode.DONE
+    return ExitCode.DONE if len(samples) == len(photos) else ExitCode.INCOMPLETE
 
 
 def _export(options: argparse.Namespace) -> ExitCode:
@@ -169,7 +178,10 @@ def _export(options: argparse.Namespace) -> ExitCode:
     from trainer.progress import open_reporter
 
     reporter = open_reporter(None)
-    dataset = build.load(options.data, options.calibration, options.seed, available_cpus(), _cache(), reporter)
+    seed = int(model.training.get("seed", 0))  # the parts as they were when it was fitted
+    dataset = build.load(options.data, options.calibration, seed, available_cpus(), _cache(), reporter)
+    if dataset.classes != model.classes:
+        raise ConfigurationError(f"{options.data} has other classes than {options.model}: name the model's dataset")
     written = build.export_again(options.model, model, dataset, options.output, reporter)
     if written.int8 is not None:
         agreement = f"{written.int8.agreement:.1%} of {written.int8.photos} calibration photos"

@@ -1,8 +1,9 @@
-"""A dataset as it is fitted on: photos that all decode, in parts that share no content.
+"""A dataset as it is fitted on: photos that all decode, and none of test or calibration in any other part.
 
 In: what was found on disk and what each file's inspection said. Out: a `Dataset`, and what was left out of it.
 """
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ MAX_CONTRADICTORY_SHARE = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """A training photo that was left out because a test photo shows the same."""
+    """A photo that was left out because one that was held out shows the same."""
 
     path: Path
     of: Path
@@ -37,12 +38,13 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Photos that decode, in four disjoint parts.
+    """Photos that decode, in four parts; no photo of test or calibration is in another, not even a near copy.
 
     Attributes:
         unreadable: what was left out, with the reason.
         duplicates: training photos that were left out.
         contradictions: pairs of one content under two labels; both were left out.
+        fingerprint: SHA-256 of every photo's content, label and part.
     """
 
     layout: str
@@ -54,6 +56,7 @@ class Dataset:
     unreadable: tuple[tuple[Path, str], ...]
     duplicates: tuple[Duplicate, ...]
     contradictions: tuple[tuple[Path, Path], ...]
+    fingerprint: str
 
 
 def divide(found: Found, inspected: dict[Path, Inspection], calibration: Sequence[Sample], seed: int) -> Dataset:
@@ -73,7 +76,9 @@ def divide(found: Found, inspected: dict[Path, Inspection], calibration: Sequenc
     readable = [sample for sample in found.samples if inspected[sample.path].reason is None]
     unreadable = [(s.path, str(inspected[s.path].reason)) for s in found.samples if inspected[s.path].reason]
     readable, contradictions = _without_contradictions(readable, inspected, found.classes)
-    parts: dict[Part, list[Sample]] = {"training": [], "validation": [], "calibration": list(calibration), "test": []}
+    unreadable += [(s.path, str(inspected[s.path].reason)) for s in calibration if inspected[s.path].reason]
+    named = [sample for sample in calibration if inspected[sample.path].reason is None]
+    parts: dict[Part, list[Sample]] = {"training": [], "validation": [], "calibration": named, "test": []}
     for sample in readable:
         parts[sample.part].append(sample)
     draw = random.Random(seed)  # noqa: S311
@@ -83,6 +88,7 @@ def divide(found: Found, inspected: dict[Path, Inspection], calibration: Sequenc
     for part, share in shares:
         if not parts[part]:
             parts[part], parts["training"] = _draw(parts["training"], share * whole, draw, part)
+    parts["calibration"], copies = _without_copies(parts["calibration"], parts["test"], inspected)
     held_out = [sample for part in ("test", "calibration") for sample in parts[part]]
     parts["training"], duplicates = _without_copies(parts["training"], held_out, inspected)
     parts["validation"], more = _without_copies(parts["validation"], held_out, inspected)
@@ -101,8 +107,9 @@ def divide(found: Found, inspected: dict[Path, Inspection], calibration: Sequenc
         calibration=tuple(parts["calibration"]),
         test=tuple(parts["test"]),
         unreadable=tuple(unreadable),
-        duplicates=tuple(duplicates + more),
+        duplicates=tuple(copies + duplicates + more),
         contradictions=tuple(contradictions),
+        fingerprint=_fingerprint(parts, inspected),
     )
 
 
@@ -177,6 +184,14 @@ def _ones(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
     """How many bits are set in each value, (N,) -> (N,)."""
     ones: npt.NDArray[np.intp] = np.unpackbits(values.view(np.uint8).reshape(-1, 8), axis=1).sum(1, dtype=np.intp)
     return ones
+
+
+def _fingerprint(parts: dict[Part, list[Sample]], inspected: dict[Path, Inspection]) -> str:
+    digest = hashlib.sha256()
+    for part, samples in parts.items():
+        for sample in samples:
+            digest.update(f"{part} {sample.label} {inspected[sample.path].digest}\n".encode())
+    return digest.hexdigest()
 
 
 def describe(dataset: Dataset) -> str:

@@ -8,8 +8,9 @@ import csv
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TextIO
 
 import numpy as np
 import numpy.typing as npt
@@ -58,13 +59,15 @@ def labelled_photos(data: Path, classes: Sequence[Class]) -> list[Sample]:
 
 
 def _from_table(table: Path, index: dict[str, int]) -> list[Sample]:
-    with table.open(newline="", encoding="utf-8-sig") as rows:
-        try:
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as rows:
             return [Sample(table.parent / row["name"], index[row["label"].lower()]) for row in csv.DictReader(rows)]
-        except (KeyError, AttributeError):
-            raise ConfigurationError(
-                f"{table} is not understood: it needs the columns name and label, and labels {' or '.join(index)}"
-            ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{table} cannot be read ({error}): name a CSV file") from None
+    except (KeyError, AttributeError):
+        raise ConfigurationError(
+            f"{table} is not understood: it needs the columns name and label, and labels {' or '.join(index)}"
+        ) from None
 
 
 def dataset_photos(data: Path, classes: Sequence[Class], cache: Path) -> tuple[str, list[Sample]]:
@@ -263,15 +266,30 @@ def unlabelled_photos(data: Path) -> list[Sample]:
     paths = [path for path in data.rglob("*") if path.suffix.lower() in EXTENSIONS] if data.is_dir() else []
     if not paths:
         raise ConfigurationError(f"{data} has no photos: name the folder with --data")
+    names = [path.stem for path in paths]
+    if len(set(names)) < len(names):
+        raise ConfigurationError(f"{data} has two photos of one number: name the folder that has the photos themselves")
     numbered = sorted(
         paths, key=lambda path: (not path.stem.isdigit(), int(path.stem) if path.stem.isdigit() else 0, path)
     )
     return [Sample(path, 0) for path in numbered]
 
 
+@contextmanager
+def _replaced(path: Path) -> Iterator[TextIO]:
+    """A text file that takes its name when it is complete; what was there before stays until then."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        with beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            yield file
+        beside.replace(path)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be written ({error.strerror}): name another file") from None
+
+
 def write_answers(path: Path, samples: Sequence[Sample], answers: Floats, classes: Sequence[Class]) -> None:
     """Write a CSV with each photo's path, its label and the probability of each class."""
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with _replaced(path) as file:
         table = csv.writer(file)
         table.writerow(["path", "label", *(f"probability of {c.label}" for c in classes)])
         for sample, row in zip(samples, answers.tolist(), strict=True):
@@ -280,7 +298,7 @@ def write_answers(path: Path, samples: Sequence[Sample], answers: Floats, classe
 
 def write_submission(path: Path, samples: Sequence[Sample], answers: Floats, clip: float) -> None:
     """Write `id,label` rows, the label being the second class's probability, kept `clip` away from 0 and 1."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with _replaced(path) as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["id", "label"])
         for sample, probability in zip(samples, answers[:, 1].clip(clip, 1 - clip).tolist(), strict=True):

@@ -7,6 +7,7 @@ that was killed go on with `--resume`.
 import json
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from torch import nn
 
 from sorter import network
 from sorter.engines.torch_engine import available_cpus, choose_device, multiplies_bf16
+from sorter.manifest import digest_of
 from trainer import checkpoint, evaluate, features, loop, weights
-from trainer.data import Dataset, describe
+from trainer.data import Dataset
 from trainer.layouts import Sample
 from trainer.loop import Epoch, Hooks, Machine
 from trainer.options import Options
@@ -98,9 +100,9 @@ def _machine(device: str, group: Group, *, compiled: bool) -> Machine:
 def _identity(options: Options, dataset: Dataset) -> str:
     """What has to be the same for a checkpoint to be gone on from."""
     what = {
-        "data": describe(dataset),
+        "data": dataset.fingerprint,
         "architecture": options.architecture,
-        "weights": options.weights,
+        "weights": digest_of(Path(options.weights)) if Path(options.weights).is_file() else options.weights,
         "head": options.head_hidden,
         "input": options.input.model_dump(),
         "stages": [asdict(stage) for stage in options.recipe.stages],
@@ -145,7 +147,7 @@ class _Run:
             options.recipe.augmentation,
             stage.batch_size,
             options.seed,
-            options.workers,
+            options.workers // self.machine.group.size,
             self.machine.group,
             pinned=self.machine.device.type == "cuda",
         )

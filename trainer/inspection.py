@@ -18,6 +18,7 @@ from sorter.errors import PhotoError
 from sorter.images import Limits, Preprocessing, decode
 
 _CHUNK = 64
+_PASSING = "cannot be read now: "
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,10 @@ def inspect(path: Path) -> Inspection:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             picture = decode(file.fileno(), Preprocessing(64), Limits())
-    except (PhotoError, MemoryError, OSError) as error:
-        return Inspection(str(error) or type(error).__name__, digest, "0")
+    except PhotoError as error:
+        return Inspection(str(error), digest, "0")
+    except (MemoryError, OSError) as error:  # of the machine, not of the photo: not for the cache
+        return Inspection(f"{_PASSING}{error}", digest, "0")
     return Inspection(None, digest, str(imagehash.phash(picture)))
 
 
@@ -67,12 +70,16 @@ def inspect_all(
             results = track(pool.map(inspect, new, chunksize=_CHUNK), len(new))
             for path, result in zip(new, results, strict=True):
                 known[keys[path]] = result
-        _write(store, known)
+        lasting = {key: one for key, one in known.items() if not (one.reason or "").startswith(_PASSING)}
+        _write(store, lasting)
     return {path: known[keys[path]] for path in paths}
 
 
 def _key(path: Path) -> str:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError:  # a link that leads nowhere: inspecting it says so
+        return f"{os.fsencode(path.absolute()).hex()}:"
     return f"{os.fsencode(path.absolute()).hex()}:{status.st_size}:{status.st_mtime_ns}"
 
 

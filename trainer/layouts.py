@@ -94,8 +94,11 @@ def unpack(archive: Path, cache: Path) -> Path:
     try:
         with zipfile.ZipFile(archive) as file:
             file.extractall(beside)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ConfigurationError(f"{archive} cannot be unpacked ({error}): download it again") from None
+        beside.mkdir(parents=True, exist_ok=True)  # of an empty zip
+    except (zipfile.BadZipFile, OSError, RuntimeError) as error:  # RuntimeError: it wants a password
+        raise ConfigurationError(
+            f"{archive} cannot be unpacked ({error}): make room in {cache}, or download it again"
+        ) from None
     beside.rename(target)
     return target
 
@@ -136,6 +139,8 @@ def _split(root: Path) -> Found | None:
     if "training" not in parts.values():
         return None
     names = sorted({entry.name for folder in parts for entry in folder.iterdir() if entry.is_dir()})
+    if not names:  # a class that is called train
+        return None
     classes = _named(names)
     samples = [s for folder, part in parts.items() for s in _in_class_folders(folder, classes, part)]
     layout = "cat-and-dog" if any(entry.name == "training_set" for entry in folders) else "image-folder"

@@ -25,7 +25,6 @@ class Options:
         workers: processes that inspect and vary photos.
         budget_minutes: the schedule is shortened to end in that time; None for the whole.
         cache: keeps what takes long and does not depend on the options.
-        tensorboard: folder for TensorBoard's event files.
     """
 
     data: Path
@@ -45,7 +44,6 @@ class Options:
     resume: bool
     cache: Path
     command: str
-    tensorboard: Path | None = None
 
     @property
     def input(self) -> Input:

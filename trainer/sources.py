@@ -144,9 +144,9 @@ class _Plan(Sampler[list[tuple[int, int]]]):
         self.epoch, self.first_step = 1, 0
 
     def __len__(self) -> int:
-        # A rest too small to give each process a photo waits for another epoch.
+        # A rest too small to give each process two photos, which batch-norm needs, waits for another epoch.
         whole, rest = divmod(self._photos, self._batch_size)
-        return whole + (rest >= self._group.size)
+        return whole + (rest >= 2 * self._group.size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for rows in _order(self._photos, self._batch_size, self._seed, self.epoch)[self.first_step : len(self)]:
