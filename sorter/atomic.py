@@ -46,7 +46,11 @@ def take_away(folder: int, base: str, identity: Identity) -> None:
     except FileNotFoundError:
         return
     if Identity.of(os.stat(hidden, dir_fd=folder, follow_symlinks=False)).is_same_file(identity):
-        os.unlink(hidden, dir_fd=folder)
+        try:
+            os.unlink(hidden, dir_fd=folder)
+        except OSError:
+            give_back(folder, hidden, folder, base)
+            raise
         return
     give_back(folder, hidden, folder, base)
     raise ChangedError("changed while it was moved: both versions are kept")

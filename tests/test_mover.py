@@ -287,3 +287,22 @@ def test_the_folders_of_a_batch_are_synced_once(tmp_path: Path, monkeypatch: pyt
     # The destinations first: a name may be on the disk twice, but never not at all.
     assert sorted(synced[:2]) == [str(tmp_path / "out"), str(tmp_path / "out/cats")]
     assert synced[2:] == [str(tmp_path / "in")]
+
+
+def test_a_disk_that_fails_at_the_last_step_of_a_copy_leaves_the_photo_once(
+    tmp_path: Path, other_file_system: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tree(tmp_path / "in", {"a.jpg": b"photo"})
+    unlink, failures = os.unlink, iter([True])
+
+    def fail_once(name: str, *, dir_fd: int) -> None:
+        if next(failures, False):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        unlink(name, dir_fd=dir_fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", fail_once)
+        with pytest.raises(StayedError):
+            Mover(other_file_system).move(found(tmp_path / "in"), "cats")
+    assert read_tree(tmp_path / "in") == {"a.jpg": b"photo"}
+    assert read_tree(other_file_system) == {}
