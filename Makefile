@@ -52,20 +52,20 @@ clean: ## remove the virtual environments; photos and the model stay
 	@rm -rf .venv .venv-lowest
 
 # The stamps stand for "this pyproject.toml is installed": a newer one makes them stale.
-$(VENV)/.installed: pyproject.toml
+define install
 	@.ci/venv "$(VENV)" "$(NEEDED_MB)"
 	@echo "Installing into $(VENV), once; PyTorch is large."
-	@$(BIN)/python -m pip install --quiet --editable . || { echo "The installation failed; pip says why above. Mend that and run make again." >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --editable '.$(1)' || { echo "The installation failed; pip says why above. Mend that and run make again." >&2; exit 1; }
+endef
+
+$(VENV)/.installed: pyproject.toml
+	$(call install)
 	@touch $@
 
 $(VENV)/.installed-train: pyproject.toml
-	@.ci/venv "$(VENV)" "$(NEEDED_MB)"
-	@echo "Installing into $(VENV), once; PyTorch is large."
-	@$(BIN)/python -m pip install --quiet --editable '.[train]' || { echo "The installation failed; pip says why above. Mend that and run make again." >&2; exit 1; }
+	$(call install,[train])
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-dev: pyproject.toml
-	@.ci/venv "$(VENV)" "$(NEEDED_MB)"
-	@echo "Installing into $(VENV), once; PyTorch is large."
-	@$(BIN)/python -m pip install --quiet --editable '.[dev]' || { echo "The installation failed; pip says why above. Mend that and run make again." >&2; exit 1; }
+	$(call install,[dev])
 	@touch $(VENV)/.installed $(VENV)/.installed-train $@

@@ -104,6 +104,11 @@ def head_name(architecture: str) -> str:
     return _HEAD_NAMES[architecture]
 
 
+def head_layers_name(architecture: str) -> str:
+    """The name of the head's own layers, which take features (N, W): SqueezeNet has its pooling in front of them."""
+    return head_name(architecture) + (".2" if architecture == "squeezenet1_1" else "")
+
+
 def _head(widths: Sequence[int], classes: int) -> nn.Module:
     layers: list[nn.Module] = []
     for wide, narrow in itertools.pairwise(widths):

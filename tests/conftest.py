@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
+import trainer  # noqa: F401 - keeps OpenVINO's telemetry out, before a test imports OpenVINO
 from sorter.images import Preprocessing
 from sorter.manifest import Class, Input, Manifest
 

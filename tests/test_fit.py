@@ -44,13 +44,16 @@ def tinted(color: tuple[int, int, int], seed: int) -> bytes:
     return buffer.getvalue()
 
 
+def red_and_green(root: Path, count: int, first: int = 0) -> Path:
+    """Red cats and green dogs, so many of each: any network can tell them apart."""
+    for folder, color, seed in (("cats", RED, first), ("dogs", GREEN, first + 1000)):
+        make_tree(root, {f"{folder}/{n}.jpg": tinted(color, seed + n) for n in range(count)})
+    return root
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Red cats and green dogs: any network can tell them apart."""
-    root = tmp_path_factory.mktemp("data")
-    for folder, color, first in (("cats", RED, 0), ("dogs", GREEN, 1000)):
-        make_tree(root, {f"{folder}/{n}.jpg": tinted(color, first + n) for n in range(60)})
-    return root
+    return red_and_green(tmp_path_factory.mktemp("data"), 60)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -345,9 +348,7 @@ def test_other_photos_are_not_gone_on_with(
         patch.setattr(sources.PhotoSource, "training", stop)
         assert fit_model(dataset, tmp_path / "model", *given) == 3
     assert "--resume" in capsys.readouterr().err
-    other = tmp_path / "other"
-    for folder, color, first in (("cats", RED, 5000), ("dogs", GREEN, 6000)):
-        make_tree(other, {f"{folder}/{n}.jpg": tinted(color, first + n) for n in range(60)})
+    other = red_and_green(tmp_path / "other", 60, first=5000)
     assert fit_model(other, tmp_path / "model", *given, "--resume") == 2
     assert "other options, weights or photos" in capsys.readouterr().err
 

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GREEN, RED, make_tree
-from test_fit import tinted
+from test_fit import red_and_green
 
 from sorter import network
 from trainer import checkpoint
@@ -26,10 +25,7 @@ RECIPE = ("--recipe", "default", "--epochs", "2", "--batch-size", "8")
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data")
-    for folder, color, first in (("cats", RED, 0), ("dogs", GREEN, 1000)):
-        make_tree(root, {f"{folder}/{n}.jpg": tinted(color, first + n) for n in range(40)})
-    return root
+    return red_and_green(tmp_path_factory.mktemp("data"), 40)
 
 
 @pytest.fixture(scope="module")

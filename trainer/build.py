@@ -15,7 +15,7 @@ from torch import nn
 from sorter import network
 from sorter.errors import ConfigurationError
 from sorter.manifest import FORMAT_VERSION, MANIFEST, Class, Manifest
-from trainer import checkpoint, data, evaluate, export, features, fit, inspection, layouts, parallel, report
+from trainer import checkpoint, data, evaluate, export, features, files, fit, inspection, layouts, parallel, report
 from trainer.data import Dataset
 from trainer.features import Floats
 from trainer.layouts import Sample
@@ -48,7 +48,8 @@ def build(options: Options, reporter: Reporter) -> Manifest | None:
         return None
     reporter.close()
     seen = options.input
-    run = features.on_openvino(features.convert(fitted, seen.mean, seen.std, seen.size))
+    converted = features.convert(fitted, seen.mean, seen.std, seen.size)
+    run = features.on_openvino(converted)
 
     def answers(samples: Sequence[Sample], what: str) -> Floats:
         return features.answers(run, samples, seen.preprocessing, track=reporter.tracker(what))
@@ -90,6 +91,7 @@ def build(options: Options, reporter: Reporter) -> Manifest | None:
     written = export.export(
         options.output,
         fitted,
+        converted,
         manifest,
         dataset.training,
         dataset.calibration,
@@ -113,7 +115,7 @@ def _check_output(folder: Path) -> None:
         raise ConfigurationError(f"{folder} cannot be written ({error.strerror}): name another --output") from None
     if MANIFEST in inside:
         raise ConfigurationError(f"{folder} has a finished model: name another --output, or take it away")
-    if inside - {checkpoint.NAME, f".{checkpoint.NAME}.part"}:
+    if inside - {checkpoint.NAME, files.beside(folder / checkpoint.NAME).name}:
         raise ConfigurationError(f"{folder} is not empty: name a new folder with --output")
 
 
@@ -150,10 +152,13 @@ def export_again(model: Path, manifest: Manifest, dataset: Dataset, output: Path
     """
     fitted: nn.Module = network.load(model, manifest)
     seen = manifest.input
-    run = features.on_openvino(features.convert(fitted, seen.mean, seen.std, seen.size))
+    converted = features.convert(fitted, seen.mean, seen.std, seen.size)
+    run = features.on_openvino(converted)
     logits = features.answers(run, dataset.calibration, seen.preprocessing, track=reporter.tracker("comparing"))
     reporter.say("exporting the model folder")
-    return export.export(output, fitted, manifest, dataset.training, dataset.calibration, logits, report.card(manifest))
+    return export.export(
+        output, fitted, converted, manifest, dataset.training, dataset.calibration, logits, report.card(manifest)
+    )
 
 
 def _named(options: Options, dataset: Dataset, part: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sorter.errors import ConfigurationError
+from trainer import files
 
 NAME = "checkpoint.pt"
 _VERSION = 1
@@ -17,9 +18,8 @@ _VERSION = 1
 def write(path: Path, options: str, state: dict[str, Any]) -> None:
     """Write a state; `options` says what may go on from it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
-    torch.save({"version": _VERSION, "options": options, "state": state}, beside)
-    beside.replace(path)
+    with files.replaced(path) as unfinished:
+        torch.save({"version": _VERSION, "options": options, "state": state}, unfinished)
 
 
 def read(path: Path, options: str) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from sorter.engines import Engine
 from sorter.errors import ConfigurationError, PhotoError
 from sorter.images import EXTENSIONS, Preprocessing
 from sorter.manifest import Class, Coverage, Evaluation
+from trainer import files
 from trainer.layouts import Sample, find, index_of
 from trainer.pixels import read
 
@@ -278,11 +279,12 @@ def unlabelled_photos(data: Path) -> list[Sample]:
 @contextmanager
 def _replaced(path: Path) -> Iterator[TextIO]:
     """A text file that takes its name when it is complete; what was there before stays until then."""
-    beside = path.with_name(f".{path.name}.part")
     try:
-        with beside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with (
+            files.replaced(path) as unfinished,
+            unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+        ):
             yield file
-        beside.replace(path)
     except OSError as error:
         raise ConfigurationError(f"{path} cannot be written ({error.strerror}): name another file") from None
 

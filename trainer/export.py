@@ -20,7 +20,8 @@ from torch import nn
 from sorter import manifest as manifest_module
 from sorter import network
 from sorter.manifest import WEIGHTS, Int8, Manifest
-from trainer.features import Floats, answers, batches, convert, on_openvino
+from trainer import files
+from trainer.features import Floats, answers, batches, on_openvino
 from trainer.layouts import Sample
 
 INT8_PHOTOS = 300
@@ -33,6 +34,7 @@ OPENVINO_FILES = ("openvino.xml", "openvino.bin")
 def export(
     folder: Path,
     fitted: nn.Module,
+    converted: openvino.Model,
     manifest: Manifest,
     training: Sequence[Sample],
     calibration: Sequence[Sample],
@@ -44,6 +46,7 @@ def export(
     Args:
         folder: made where it is missing.
         fitted: from normalised float (N, 3, S, S) to logits (N, C).
+        converted: the same as `features.convert` made it.
         manifest: everything but `int8` and `files`.
         training: photos for the ranges of the 8-bit network.
         calibration: photos that judge it.
@@ -53,20 +56,18 @@ def export(
     Returns:
         The manifest as written.
     """
-    files = {WEIGHTS: network.half(fitted.state_dict())}
-    seen = manifest.input
-    converted = convert(fitted, seen.mean, seen.std, seen.size)
+    contents = {WEIGHTS: network.half(fitted.state_dict())}
     quantised = _quantise(converted, training, manifest)
-    mine = answers(on_openvino(quantised), calibration, seen.preprocessing)
+    mine = answers(on_openvino(quantised), calibration, manifest.input.preprocessing)
     agreement = float((mine.argmax(1) == calibration_logits.argmax(1)).mean())
     int8 = Int8(photos=len(calibration), agreement=round(agreement, 4))
     if agreement >= LEAST_AGREEMENT:
-        files |= _saved(quantised)
+        contents |= _saved(quantised)
     said = f"it agrees with the 32-bit network on {agreement:.1%} of {len(calibration)} calibration photos"
     if agreement < LEAST_AGREEMENT:
         said = f"left out: {said}, and {LEAST_AGREEMENT:.0%} are needed"
     complete = manifest.model_copy(update={"int8": int8})
-    return manifest_module.write(folder, complete, files, card.replace("{int8}", said))
+    return manifest_module.write(folder, complete, contents, card.replace("{int8}", said))
 
 
 def _quantise(model: openvino.Model, training: Sequence[Sample], manifest: Manifest) -> openvino.Model:
@@ -122,10 +123,10 @@ def export_onnx(path: Path, fitted: nn.Module, manifest: Manifest) -> float:
         dynamic_shapes=({0: torch.export.Dim("photos", max=4096)},),
         verbose=False,
     )
-    beside = path.with_name(f".{path.name}.part")
-    program.save(str(beside), external_data=False)  # type: ignore[union-attr]
     with torch.inference_mode():
         wanted = whole(noise)
-    got = openvino.Core().compile_model(beside, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(noise.numpy())[0]
-    beside.replace(path)
+    with files.replaced(path) as unfinished:
+        program.save(str(unfinished), external_data=False)  # type: ignore[union-attr]
+        compiled = openvino.Core().compile_model(unfinished, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        got = compiled(noise.numpy())[0]
     return float(abs(wanted.numpy() - got).max())

@@ -167,8 +167,7 @@ class _Run:
     def fit_on_features(self, whole: nn.Module, stage: Stage, number: int, hooks: Hooks) -> None:
         """Features once, then the head; it takes seconds, so there is no checkpoint within."""
         options, seen = self.options, self.options.input
-        name = network.head_name(options.architecture)
-        place = f"{name}.2" if options.architecture == "squeezenet1_1" else name
+        place = network.head_layers_name(options.architecture)
         head = whole.get_submodule(place)
         network.replace(whole, place, nn.Identity())
         run = features.runner(whole, seen.mean, seen.std, seen.size, self.machine.device)

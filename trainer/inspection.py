@@ -16,6 +16,7 @@ import imagehash
 
 from sorter.errors import PhotoError
 from sorter.images import Limits, Preprocessing, decode
+from trainer import files
 
 _CHUNK = 64
 _PASSING = "cannot be read now: "
@@ -93,9 +94,8 @@ def _read(store: Path) -> dict[str, Inspection]:
 
 def _write(store: Path, known: dict[str, Inspection]) -> None:
     store.parent.mkdir(parents=True, exist_ok=True)
-    beside = store.with_name(store.name + ".part")
-    beside.write_text(json.dumps(dict(_entries(known))), encoding="utf-8")
-    beside.replace(store)
+    with files.replaced(store) as unfinished:
+        unfinished.write_text(json.dumps(dict(_entries(known))), encoding="utf-8")
 
 
 def _entries(known: dict[str, Inspection]) -> Iterator[tuple[str, dict[str, str | None]]]:
