@@ -11,9 +11,10 @@ import os
 import secrets
 import stat
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from sorter.inbox import Identity
+from sorter.inbox import FILE_FLAGS, Identity
 
 PARTIAL_SUFFIX = ".sorter-part"
 """Ends every hidden name made here: an unfinished copy in a destination, in the inbox a photo that was copied."""
@@ -33,14 +34,19 @@ class ChangedError(StayedError):
     """The photo is not the file any more that was classified; a later look will tell what it is now."""
 
 
-def hidden_name() -> str:
-    """A name that nobody else knows or looks at."""
-    return f".{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
+def new_token() -> str:
+    """64 random bits: what makes a hidden name one that nobody else knows."""
+    return secrets.token_hex(8)
 
 
-def take_away(folder: int, base: str, identity: Identity) -> None:
+def hidden_name(token: str) -> str:
+    """The hidden name that belongs to one photo's move, in whichever folder."""
+    return f".{token}{PARTIAL_SUFFIX}"
+
+
+def take_away(folder: int, base: str, identity: Identity, token: str) -> None:
     """Unlink a name if it still is this file; the file is known to exist, durably, under another name."""
-    hidden = hidden_name()
+    hidden = hidden_name(token)
     try:
         _rename_away(folder, base, hidden)
     except FileNotFoundError:
@@ -66,19 +72,40 @@ def _rename_away(folder: int, base: str, hidden: str) -> None:
         os.rename(base, hidden, src_dir_fd=folder, dst_dir_fd=folder)
 
 
+def sync_folder(folder: int) -> None:
+    """Make the names in a folder durable, where its file system knows how."""
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such call
+            raise
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and the missing ones above it, durably."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        descriptor = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            sync_folder(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def give_back(target: int, name: str, source: int, base: str) -> None:
     """Put somebody else's file back where it was, under a free name if its own was taken meanwhile."""
-    publish(target, name, source, lambda: (numbered(base, number) for number in range(1000)))
+    publish(target, name, source, [numbered(base, number) for number in range(1000)])
 
 
-def publish(folder: int, name: str, target: int, names: Callable[[], Iterable[str]]) -> str:
+def publish(folder: int, name: str, target: int, names: Sequence[str]) -> str:
     """Give a file the first of some names that is free, and return that.
 
     Raises:
         OSError: the file system refused, or no name was free.
     """
     try:
-        return first_free(names(), lambda free: rename_noreplace(folder, name, target, free))
+        return first_free(names, lambda free: rename_noreplace(folder, name, target, free))
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
@@ -86,12 +113,12 @@ def publish(folder: int, name: str, target: int, names: Callable[[], Iterable[st
     def link(free: str) -> None:
         os.link(name, free, src_dir_fd=folder, dst_dir_fd=target, follow_symlinks=False)
 
-    published = first_free(names(), link)
+    published = first_free(names, link)
     os.unlink(name, dir_fd=folder)
     return published
 
 
-def first_free(names: Iterable[str], place: Callable[[str], None]) -> str:
+def first_free(names: Sequence[str], place: Callable[[str], None]) -> str:
     """Try names until `place` finds one that is not taken, and return it.
 
     Raises:
@@ -147,6 +174,22 @@ def copy_contents(original: int, copy: int, status: os.stat_result) -> None:
                     os.setxattr(copy, attribute, os.getxattr(original, attribute))
     os.fchmod(copy, stat.S_IMODE(status.st_mode))
     os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def same_contents(folder: int, name: str, other_folder: int, other_name: str) -> bool:
+    """Tell whether two regular files have the same bytes."""
+    with contextlib.ExitStack() as stack:
+        descriptors = []
+        for where, what in ((folder, name), (other_folder, other_name)):
+            descriptors.append(os.open(what, FILE_FLAGS, dir_fd=where))
+            stack.callback(os.close, descriptors[-1])
+        first, second = map(os.fstat, descriptors)
+        if os.path.samestat(first, second):
+            return True
+        if first.st_size != second.st_size or not (stat.S_ISREG(first.st_mode) and stat.S_ISREG(second.st_mode)):
+            return False
+        offsets = range(0, first.st_size, _COPY_BYTES)
+        return all(len({os.pread(d, _COPY_BYTES, offset) for d in descriptors}) == 1 for offset in offsets)
 
 
 def _read(original: int, offset: int) -> bytes:

@@ -6,7 +6,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 from uuid import uuid4
@@ -16,9 +16,13 @@ from pydantic.fields import FieldInfo
 
 import sorter
 from sorter import console, logs, manifest, preflight, settings
-from sorter.errors import ExitCode, SorterError
+from sorter.atomic import make_folder
+from sorter.errors import ConfigurationError, ExitCode, SorterError, StorageError
+from sorter.history import History, Run
 from sorter.inbox import Inbox, is_temporary
+from sorter.lock import Lock
 from sorter.mover import Mover
+from sorter.recovery import recover
 from sorter.settings import Settings
 
 _EXIT_CODES = """\
@@ -144,34 +148,38 @@ def _run(chosen: Settings) -> ExitCode:
         excluded=preflight.excluded(chosen, model),
         settle_seconds=chosen.settle_seconds,
     )
+    # Last of what can be wrong at the start, so that nothing was touched when the process ends with 2.
     engine = open_engine(chosen.model, model, chosen.device)
-    run = uuid4().hex[:12]
-    log.info(
-        "service.started",
-        run=run,
-        version=sorter.__version__,
-        device=engine.device,
-        precision=engine.precision,
-        batch_size=chosen.batch_size,
-        model=model.name,
-        accuracy=model.accuracy,
-        inbox=str(inbox.root),
-        output=str(chosen.output_folder.absolute()),
-        **({"dry_run": True} if chosen.dry_run else {}),
-    )
-    mover = Mover(chosen.output_folder)
-    stop.moving = mover.lock
+    run = Run(uuid4().hex[:12], sorter.__version__, model.name)
+    output = chosen.output_folder.absolute()
     with ExitStack() as stack:
+        history = None if chosen.dry_run else _open_history(inbox.root, output, run, stack)
+        fields = {"run": run.id, "model": model.name} | ({"dry_run": True} if chosen.dry_run else {})
+        log.info(
+            "service.started",
+            **fields,
+            version=run.version,
+            device=engine.device,
+            precision=engine.precision,
+            batch_size=chosen.batch_size,
+            accuracy=model.accuracy,
+            inbox=str(inbox.root),
+            output=str(output),
+        )
+        mover = Mover(output)
+        stop.moving = mover.lock
         progress: dict[str, Any] = {}
         if chosen.once and chosen.log_format != "json" and stream.isatty():
             total = None if chosen.recursive else _count(chosen.inbox)
             shown = stack.enter_context(console.bar(stream, total))
             progress = {"on_outcome": shown.advance, "on_waiting": shown.waiting}
-        pipeline = Pipeline(engine, model, mover, chosen, workers=_workers())
+        pipeline = Pipeline(engine, model, mover, history, run.id, chosen, workers=_workers())
         stack.callback(pipeline.close)
-        fields = {"run": run, "model": model.name} | ({"dry_run": True} if chosen.dry_run else {})
         service = Service(chosen, inbox, pipeline, stop, log_fields=fields, **progress)
         tally = service.run_once() if chosen.once else service.run(Watcher(inbox.root, recursive=chosen.recursive))
+        if history is not None:
+            with suppress(StorageError):  # every photo is accounted for; only the run's end is not
+                history.finish(run)
     if not chosen.once:
         return ExitCode.DONE
     try:
@@ -179,6 +187,22 @@ def _run(chosen: Settings) -> ExitCode:
     except OSError:  # a summary that nobody can read changes nothing about the photos
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return tally.exit_code
+
+
+def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> History:
+    """Lock the folders, clear up after a crash, and begin a run."""
+    try:
+        make_folder(output)
+    except OSError as error:
+        raise ConfigurationError(f"{output} cannot be made ({error.strerror}): name another --output") from None
+    lock = Lock(inbox, output)
+    stack.callback(lock.release)
+    lock.take()
+    history = History(output)
+    stack.callback(history.close)
+    recover(history, output)
+    history.begin(run)
+    return history
 
 
 def _workers() -> int:

@@ -10,6 +10,7 @@ A file is settled when
 Nothing here opens a file: what a file contains is decided from an open descriptor, further on.
 """
 
+import contextlib
 import errno
 import os
 import stat
@@ -42,7 +43,8 @@ TEMPORARY_NAMES = (
 )
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+"""To open what may be a photo: follows no link, waits for no FIFO's writer, takes no terminal."""
 
 
 class Identity(NamedTuple):
@@ -110,6 +112,16 @@ def open_folder(root: Path, relative: str) -> int:
     return folder
 
 
+@contextlib.contextmanager
+def opened_folder(root: Path, relative: str) -> Iterator[int]:
+    """`open_folder` for the time of a `with`."""
+    descriptor = open_folder(root, relative)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
 def open_file(photo: Photo) -> int:
     """Open a photo for reading, without following links and without waiting for a FIFO's writer.
 
@@ -120,11 +132,8 @@ def open_file(photo: Photo) -> int:
         OSError: it is gone, a symbolic link, or may not be read.
     """
     folder, _, base = photo.name.rpartition("/")
-    descriptor = open_folder(photo.root, folder)
-    try:
-        return os.open(base, _FILE, dir_fd=descriptor)
-    finally:
-        os.close(descriptor)
+    with opened_folder(photo.root, folder) as descriptor:
+        return os.open(base, FILE_FLAGS, dir_fd=descriptor)
 
 
 def is_temporary(base: str) -> bool:
@@ -166,13 +175,10 @@ class Inbox:
             InboxGoneError: it is not.
         """
         try:
-            descriptor = open_folder(self.root, "")
+            with opened_folder(self.root, "") as descriptor:
+                status = os.fstat(descriptor)
         except OSError as error:
             raise _gone(self.root, error) from error
-        try:
-            status = os.fstat(descriptor)
-        finally:
-            os.close(descriptor)
         if (status.st_dev, status.st_ino) != self._folder:
             raise InboxGoneError(f"the inbox {self.root} is another folder now: start again")
 
@@ -235,11 +241,8 @@ class Inbox:
         if is_temporary(base) or (folder and not (self.recursive and self._enters_all(folder))):
             return None
         try:
-            descriptor = open_folder(self.root, folder)
-            try:
+            with opened_folder(self.root, folder) as descriptor:
                 status = os.stat(base, dir_fd=descriptor, follow_symlinks=False)
-            finally:
-                os.close(descriptor)
         except OSError:
             self._changing.pop(name, None)
             return None

@@ -1,6 +1,6 @@
 """The only code that changes the user's files.
 
-In: a photo's name, its identity, and the folder it belongs in. Out: where it is now, or why it stayed.
+In: a `Plan`, which photo gets which name. Out: where it is now, or why it stayed.
 
 Promise: at every instant, and after `kill -9` at any instant, the photo exists whole under at least one of its two
 names, and nothing that was there before is overwritten or deleted.
@@ -15,7 +15,6 @@ names, and nothing that was there before is overwritten or deleted.
 
 import contextlib
 import errno
-import itertools
 import os
 import stat
 import threading
@@ -28,19 +27,23 @@ from sorter.atomic import (
     StayedError,
     check_removable,
     copy_contents,
-    first_free,
     give_back,
     hidden_name,
+    make_folder,
+    new_token,
     numbered,
     publish,
     rename_noreplace,
+    sync_folder,
     take_away,
 )
 from sorter.errors import StorageError
-from sorter.inbox import Identity, Photo, open_file, open_folder
+from sorter.inbox import Identity, Photo, open_file, open_folder, opened_folder
+from sorter.recovery import Plan, resolve
 
 # What a hard link is refused with where there are none, or no more.
 _NO_LINKS = (*UNSUPPORTED, errno.EPERM, errno.EMLINK)
+_GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
 # Nothing can be moved until somebody makes room or mends the disk.
 _STORAGE = (
     errno.ENOSPC,
@@ -70,53 +73,91 @@ class Mover:
         self._touched: set[tuple[Path, str]] = set()
         self._next_number: dict[tuple[str, str], int] = {}
         self._linked: set[tuple[int, int]] = set()  # device and inode of moved files that have other names too
-        self._promised: set[str] = set()  # destinations that a dry run has named
+        self._unresolved: set[str] = set()  # tokens of the plans of which nobody could tell how far they came
+        self._promised: set[tuple[str, str]] = set()  # folders and names of the plans that are not forgotten yet
         self._folder: tuple[int, int] | None = None  # the output's own device and inode, once it was used
 
-    def destination(self, photo: Photo, folder: str) -> str:
-        """Where `move` would put a photo; changes nothing."""
-        base = os.path.basename(photo.name)
-        paths = (os.path.join(self.output, folder, numbered(base, number)) for number in itertools.count())
-        path = next(path for path in paths if path not in self._promised and not os.path.lexists(path))
-        self._promised.add(path)
-        return path
+    def plan(self, photo: Photo, folder: str) -> Plan:
+        """Choose the first free of `name.jpg`, `name-1.jpg`, `name-2.jpg` … and promise it; changes no file."""
+        for name in self._names(os.path.basename(photo.name), folder):
+            if (folder, name) not in self._promised and not os.path.lexists(self.output / folder / name):
+                break
+        self._promised.add((folder, name))
+        return Plan(photo, folder, name, new_token())
 
-    def move(self, photo: Photo, folder: str) -> str:
-        """Move one photo and return its new path; `settle` makes a batch of moves durable.
+    def forget(self, plan: Plan) -> None:
+        """Take a plan's promise back, once it is carried out or given up."""
+        self._promised.discard((plan.folder, plan.name))
+
+    def path(self, plan: Plan) -> str:
+        """Where a plan puts its photo."""
+        return os.path.join(self.output, plan.folder, plan.name)
+
+    def is_unresolved(self, plan: Plan) -> bool:
+        """Tell whether a move failed in a way that only another try, or the next start, can clear up."""
+        return plan.token in self._unresolved
+
+    def move(self, plan: Plan) -> None:
+        """Move one photo; `settle` makes a batch of moves durable. Called again after an error it goes on.
 
         Raises:
-            StayedError: this photo stays where it is; `ChangedError` if it is not the one any more that was classified.
-            StorageError: no photo can be moved now; this one is still where it was.
+            StayedError: this photo stays where it is; `ChangedError` if it is not the one any more that was classified,
+                or its planned name was taken meanwhile.
+            StorageError: no photo can be moved now.
         """
+        photo, folder = plan.photo, plan.folder
         source_folder, _, base = photo.name.rpartition("/")
         with self.lock:
             try:
-                with _opened(photo.root, source_folder) as source:
-                    self._check(source, base, photo.identity)
-                    check_removable(source, base)
-                    with self._target(folder) as target:
-                        try:
-                            name = self._place(photo, source, target, base, folder)
-                        except PermissionError as error:
-                            if error.errno == errno.EACCES and not os.access(self.output / folder, os.W_OK):
-                                raise self._refused(folder, error) from error
-                            raise StayedError("may not be moved: its folder or its owner forbids it") from error
-            except OSError as error:
-                if error.errno in _STORAGE:
-                    raise self._refused(folder, error) from error
-                gone = error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
-                if gone:
-                    raise ChangedError("is gone") from error
-                raise StayedError(f"cannot be moved: {error.strerror}") from error
+                self._forward(plan, source_folder, base)
+            except (OSError, StayedError, StorageError) as error:
+                # A name that was taken before we ever used it is somebody else's, whatever is in that file.
+                ours = not isinstance(error, FileExistsError) or self.is_unresolved(plan)
+                if not (ours and self._arrived(plan)):
+                    raise self._told(error, folder) from error
             self._touched |= {(photo.root, source_folder), (self.output, folder)}
-        return os.path.join(self.output, folder, name)
+
+    def _forward(self, plan: Plan, source_folder: str, base: str) -> None:
+        with opened_folder(plan.photo.root, source_folder) as source:
+            self._check(source, base, plan.photo.identity)
+            check_removable(source, base)
+            with self._target(plan.folder) as target:
+                self._place(plan, source, target, base)
+
+    def _arrived(self, plan: Plan) -> bool:
+        """Look where a photo is after something failed, and clear away what the move left half done."""
+        self._unresolved.add(plan.token)
+        try:
+            arrived = resolve(self.output, plan)
+        except OSError as error:
+            raise StorageError(
+                f"{plan.photo.path} or its place in the output cannot be looked at ({error.strerror}): mend the disk"
+            ) from error
+        self._unresolved.discard(plan.token)
+        return arrived
+
+    def _told(self, error: Exception, folder: str) -> StayedError | StorageError:
+        """What an error means for the photo, or for all of them."""
+        if not isinstance(error, OSError):
+            assert isinstance(error, StayedError | StorageError)
+            return error
+        if error.errno == errno.EEXIST:
+            return ChangedError("its name in the output was taken meanwhile")
+        output_refuses = error.errno == errno.EACCES and not os.access(self.output / folder, os.W_OK)
+        if error.errno in _STORAGE or output_refuses:
+            return self._refused(folder, error)
+        if isinstance(error, PermissionError):
+            return StayedError("may not be moved: its folder or its owner forbids it")
+        if error.errno in _GONE:
+            return ChangedError("is gone")
+        return StayedError(f"cannot be moved: {error.strerror}")
 
     @contextlib.contextmanager
     def _target(self, folder: str) -> Iterator[int]:
         """The descriptor of a destination folder, made where it is missing."""
         try:
             if self._folder is None:
-                self.output.mkdir(parents=True, exist_ok=True)
+                make_folder(self.output)
             status = self.output.stat()
             if self._folder not in (None, (status.st_dev, status.st_ino)):
                 # A disk that was unmounted leaves an empty folder behind: nothing belongs there.
@@ -144,47 +185,41 @@ class Mover:
         Raises:
             StorageError: the disk refused.
         """
-        touched, self._touched = self._touched, set()
-        for root, folder in sorted(touched, key=lambda place: place[0] != self.output):
-            # A folder that was taken away since holds nothing that could be lost by not syncing it.
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                try:
-                    with _opened(root, folder) as descriptor:
-                        os.fsync(descriptor)
-                except OSError as error:
-                    if error.errno in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such call
-                        continue
-                    if error.errno in _STORAGE:
-                        raise StorageError(f"{root / folder} cannot be synced ({error.strerror})") from error
-                    raise
+        for root, folder in sorted(self._touched, key=lambda place: place[0] != self.output):
+            try:
+                with opened_folder(root, folder) as descriptor:
+                    sync_folder(descriptor)
+            except OSError as error:
+                # A folder that was taken away since holds nothing that could be lost by not syncing it.
+                if error.errno not in _GONE:
+                    raise StorageError(f"{root / folder} cannot be synced ({error.strerror}): mend its disk") from error
+            self._touched.discard((root, folder))
 
-    def _place(self, photo: Photo, source: int, target: int, base: str, folder: str) -> str:
-        """Put the file under the first free of `name.jpg`, `name-1.jpg`, `name-2.jpg` …; return that name."""
+    def _place(self, plan: Plan, source: int, target: int, base: str) -> None:
+        """Put the file under its planned name, or raise FileExistsError."""
         if os.fstat(source).st_dev != os.fstat(target).st_dev:
-            return self._copy_across(photo, source, target, base, folder)
+            self._copy_across(plan, source, target, base)
+            return
         try:
-            names = self._free_names(base, folder)
-            name = first_free(names, lambda free: rename_noreplace(source, base, target, free))
+            rename_noreplace(source, base, target, plan.name)
         except OSError as error:
             if error.errno == errno.EXDEV:  # two bind mounts of one file system
-                return self._copy_across(photo, source, target, base, folder)
-            if error.errno not in UNSUPPORTED:
+                self._copy_across(plan, source, target, base)
+            elif error.errno in UNSUPPORTED:
+                self._link_across(plan, source, target, base)
+            else:
                 raise
-            return self._link_across(photo, source, target, base, folder)
-        arrived = os.stat(name, dir_fd=target, follow_symlinks=False)
-        if not Identity.of(arrived).is_same_file(photo.identity):
+            return
+        arrived = os.stat(plan.name, dir_fd=target, follow_symlinks=False)
+        if not Identity.of(arrived).is_same_file(plan.photo.identity):
             # Somebody put another file under the name between the look and the rename: it goes back.
-            give_back(target, name, source, base)
+            give_back(target, plan.name, source, base)
             raise ChangedError("changed while it was moved")
         self._note_links(arrived)
-        return name
 
-    def _link_across(self, photo: Photo, source: int, target: int, base: str, folder: str) -> str:
-        def link(free: str) -> None:
-            os.link(base, free, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
-
+    def _link_across(self, plan: Plan, source: int, target: int, base: str) -> None:
         try:
-            name = first_free(self._free_names(base, folder), link)
+            os.link(base, plan.name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
         except OSError as error:
             if error.errno in _NO_LINKS:
                 raise StayedError(
@@ -192,17 +227,15 @@ class Mover:
                     "another file system with --output"
                 ) from error
             raise
-        arrived = os.stat(name, dir_fd=target, follow_symlinks=False)
-        if not Identity.of(arrived).is_same_file(photo.identity):
-            os.unlink(name, dir_fd=target)  # a second name of a file that keeps its first
+        arrived = os.stat(plan.name, dir_fd=target, follow_symlinks=False)
+        if not Identity.of(arrived).is_same_file(plan.photo.identity):
+            take_away(target, plan.name, Identity.of(arrived), plan.token)  # a second name, the file keeps its first
             raise ChangedError("changed while it was moved")
         self._note_links(arrived)
-        os.fsync(target)
-        self._finish(source, base, photo.identity, target, name, photo.identity)
-        return name
+        self._finish(plan, source, base, target)
 
-    def _copy_across(self, photo: Photo, source: int, target: int, base: str, folder: str) -> str:
-        partial = hidden_name()
+    def _copy_across(self, plan: Plan, source: int, target: int, base: str) -> None:
+        photo, partial = plan.photo, hidden_name(plan.token)
         original = open_file(photo)
         try:
             status = os.fstat(original)
@@ -212,37 +245,32 @@ class Mover:
             try:
                 copy_contents(original, copy, status)
                 os.fsync(copy)
-                copied = Identity.of(os.fstat(copy))
             finally:
                 os.close(copy)
-            self._check(source, base, photo.identity)
-            name = publish(target, partial, target, lambda: self._free_names(base, folder))
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(partial, dir_fd=target)
-            raise
         finally:
             os.close(original)
-        os.fsync(target)
+        self._check(source, base, photo.identity)
+        try:
+            publish(target, partial, target, [plan.name])
+        except FileExistsError:
+            # Somebody else's file, whatever is in it: nothing may take it for our copy.
+            os.unlink(partial, dir_fd=target)
+            raise
         self._note_links(status)
-        self._finish(source, base, photo.identity, target, name, copied)
-        return name
+        self._finish(plan, source, base, target)
+
+    def _finish(self, plan: Plan, source: int, base: str, target: int) -> None:
+        """Make the new name durable, then take the old one away."""
+        sync_folder(target)
+        try:
+            take_away(source, base, plan.photo.identity, plan.token)
+        except OSError as error:
+            raise StayedError(f"may not be taken out of its folder ({error.strerror})") from error
 
     def _note_links(self, status: os.stat_result) -> None:
         """Remember a file that has other names: moving one of them changes the status of all."""
         if status.st_nlink > 1:
             self._linked.add((status.st_dev, status.st_ino))
-
-    def _finish(self, source: int, base: str, identity: Identity, target: int, name: str, published: Identity) -> None:
-        """Take the old name away; where that is refused, take back the new one, so that none has two for good."""
-        try:
-            take_away(source, base, identity)
-        except OSError as error:
-            here = Identity.of(os.stat(base, dir_fd=source, follow_symlinks=False))
-            there = Identity.of(os.stat(name, dir_fd=target, follow_symlinks=False))
-            if here.is_same_file(identity) and there.is_same_file(published):
-                os.unlink(name, dir_fd=target)
-            raise StayedError(f"may not be taken out of its folder ({error.strerror})") from error
 
     def _check(self, folder: int, base: str, identity: Identity) -> None:
         """Make sure that a name still is the file that was classified."""
@@ -256,18 +284,9 @@ class Mover:
         if not stat.S_ISREG(status.st_mode) or (found != identity and not by_us):
             raise ChangedError("changed after it was classified")
 
-    def _free_names(self, base: str, folder: str) -> Iterator[str]:
+    def _names(self, base: str, folder: str) -> Iterator[str]:
         """`name.jpg`, `name-1.jpg` … without end, going on where the last photo of that name found room."""
         yield base
         while True:
             number = self._next_number[folder, base] = self._next_number.get((folder, base), 0) + 1
             yield numbered(base, number)
-
-
-@contextlib.contextmanager
-def _opened(root: Path, relative: str) -> Iterator[int]:
-    descriptor = open_folder(root, relative)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

@@ -13,88 +13,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from sorter.atomic import ChangedError, StayedError
+from sorter.batch_mover import BatchMover
+from sorter.decisions import FAILED, Decision, Outcome, complete_after, decide
 from sorter.decoders import Decoded, Decoders
 from sorter.engines import Engine
-from sorter.errors import Reason, StorageError
+from sorter.history import History
 from sorter.images import Limits
 from sorter.inbox import Photo
 from sorter.manifest import Manifest
 from sorter.mover import Mover
 from sorter.settings import Settings
-
-FAILED, UNSURE = "failed", "unsure"
-
-TRUNCATED_GRACE_SECONDS = 60.0
-"""A photo that reads as truncated and changed within this time may still be on its way: it is looked at again."""
-
-Kind = Literal["sorted", "unsure", "failed", "skipped", "left", "again"]
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Where a photo belongs, and why.
-
-    Attributes:
-        folder: beside the other destinations, `cats`, `unsure`, `failed`.
-        label: the likeliest class, None if it was not classified.
-        confidence: that class's probability, 0 to 1.
-        batch_size: how many photos were classified together.
-    """
-
-    decoded: Decoded
-    kind: Literal["sorted", "unsure", "failed"]
-    folder: str
-    label: str | None = None
-    confidence: float | None = None
-    batch_size: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a photo.
-
-    Attributes:
-        kind: `sorted`, `unsure` and `failed` were moved; `skipped` is no photo; `left` is a photo that could not be
-            moved or read; `again` changed meanwhile and wants another look.
-        destination: where it is now, None where it stayed.
-        detail: why, for a person.
-        look_again: when `again` wants its look, in seconds since the epoch.
-    """
-
-    photo: Photo
-    kind: Kind
-    decision: Decision | None = None
-    destination: str | None = None
-    detail: str = ""
-    look_again: float = 0.0
-
-
-def complete_after(decoded: Decoded, now: float) -> float:
-    """When a photo that failed counts as complete, in seconds since the epoch; until then it may still be written.
-
-    A modification time in the future tells nothing: then it counts from when this version was first seen.
-    """
-    if decoded.reason not in (Reason.TRUNCATED, Reason.EMPTY):
-        return 0.0
-    modified = decoded.photo.identity.mtime_ns / 1e9
-    return (modified if modified <= now else decoded.photo.seen) + TRUNCATED_GRACE_SECONDS
-
-
-def decide(
-    decoded: Decoded, probabilities: list[float], manifest: Manifest, min_confidence: float, batch_size: int
-) -> Decision:
-    """Choose the folder of a classified photo."""
-    best = max(range(len(probabilities)), key=probabilities.__getitem__)
-    confidence, chosen = probabilities[best], manifest.classes[best]
-    if confidence < min_confidence:
-        return Decision(decoded, "unsure", UNSURE, chosen.label, confidence, batch_size)
-    return Decision(decoded, "sorted", chosen.folder, chosen.label, confidence, batch_size)
 
 
 class Pipeline:
@@ -104,12 +35,23 @@ class Pipeline:
         engine: classifies; used by one thread only.
         manifest: of the engine's model.
         mover: moves; used by one thread only.
+        history: records; used by that thread only; None for a dry run.
+        run: the id that the history has this process under.
         settings: batch size, waiting time, limits.
         workers: decoder processes.
     """
 
-    def __init__(self, engine: Engine, manifest: Manifest, mover: Mover, settings: Settings, workers: int) -> None:
-        self._engine, self._manifest, self._mover, self._settings = engine, manifest, mover, settings
+    def __init__(
+        self,
+        engine: Engine,
+        manifest: Manifest,
+        mover: Mover,
+        history: History | None,
+        run: str,
+        settings: Settings,
+        workers: int,
+    ) -> None:
+        self._engine, self._manifest, self._settings = engine, manifest, settings
         self._decoded: queue.SimpleQueue[Decoded | None] = queue.SimpleQueue()
         self._decided: queue.SimpleQueue[list[Decision | Outcome] | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
@@ -120,8 +62,7 @@ class Pipeline:
         self._closed = False
         self.backlog = False
         """True while more photos are about to be submitted: batches are then filled, however long that takes."""
-        self.blocked: str | None = None
-        """Why nothing can be moved at present, while that is so."""
+        self._mover = BatchMover(mover, history, run=run, patient=not settings.once, stopping=self._stopping)
         self.in_flight = 0
         """Photos submitted whose outcome has not been taken yet."""
 
@@ -145,6 +86,11 @@ class Pipeline:
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def blocked(self) -> str | None:
+        """Why nothing can be moved at present, while that is so."""
+        return self._mover.blocked
 
     def submit(self, photo: Photo, *, timeout_seconds: float = 0.2) -> bool:
         """Hand over one photo; False if there was no room for it in time.
@@ -266,38 +212,7 @@ class Pipeline:
     def _move(self) -> None:
         """Move what is decided, a batch and its fsyncs at a time."""
         while (batch := self._decided.get()) is not None:
-            outcomes: list[Outcome] = []
-            try:
-                for item in batch:
-                    outcomes.append(self._act(item) if isinstance(item, Decision) else item)
-            finally:
-                # What was moved is told, also when the next one could not be.
-                try:
-                    self._mover.settle()
-                finally:
-                    for outcome in outcomes:
-                        self._outcomes.put(outcome)
-
-    def _act(self, decision: Decision) -> Outcome:
-        photo = decision.decoded.photo
-        if self._settings.dry_run:
-            return Outcome(photo, decision.kind, decision, self._mover.destination(photo, decision.folder))
-        delay_seconds = 1.0
-        while True:
-            try:
-                destination = self._mover.move(photo, decision.folder)
-            except ChangedError as error:
-                return Outcome(photo, "again", decision, detail=str(error))
-            except StayedError as error:
-                return Outcome(photo, "left", decision, detail=str(error))
-            except StorageError as error:
-                if self._settings.once:
-                    raise
-                # The daemon waits: everything before this stage fills up and stands still, nothing is lost.
-                self.blocked = str(error)
-                if self._stopping.wait(delay_seconds):
-                    return Outcome(photo, "left", decision, detail=str(error))
-                delay_seconds = min(60.0, 2 * delay_seconds)
-            else:
-                self.blocked = None
-                return Outcome(photo, decision.kind, decision, destination)
+            for item in batch:
+                if isinstance(item, Outcome):
+                    self._outcomes.put(item)
+            self._mover.move([item for item in batch if isinstance(item, Decision)], self._outcomes.put)

@@ -16,9 +16,10 @@ from typing import Any
 
 import structlog
 
+from sorter.decisions import FAILED, Outcome
 from sorter.errors import ExitCode, InboxGoneError
 from sorter.inbox import Identity, Inbox, Photo
-from sorter.pipeline import FAILED, Outcome, Pipeline
+from sorter.pipeline import Pipeline
 from sorter.settings import Settings
 from sorter.watcher import CHECK_SECONDS, Watcher
 

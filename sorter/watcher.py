@@ -24,13 +24,14 @@ from watchdog.events import (
 from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
+from sorter import file_systems
+
 POLL_SECONDS = 5.0
 CHECK_SECONDS = 5.0
 """How often to ask whether the observer and the inbox are still there."""
 MAX_NAMES = 10_000
 """More names than this between two turns of the loop are not worth remembering: a rescan is cheaper."""
 
-_DEAF_FILE_SYSTEMS = ("nfs", "cifs", "smb", "9p", "fuse", "afs", "ceph", "glusterfs", "lustre", "virtiofs", "vboxsf")
 _EVENTS = [FileCreatedEvent, FileClosedEvent, FileMovedEvent, DirCreatedEvent, DirMovedEvent]
 
 log = structlog.get_logger()
@@ -61,7 +62,8 @@ class Watcher:
     def start(self) -> None:
         """Begin to watch; where that is impossible, to poll."""
         self._folder = self._identity()
-        reason = _deaf(self._root)
+        root = Path(self._root)
+        reason = f"{file_systems.kind(root)} reports no changes" if file_systems.is_network(root) else None
         if reason is None:
             try:
                 self._observer = self._observe()
@@ -174,18 +176,3 @@ class _Handler(FileSystemEventHandler):
     def on_any_event(self, event: FileSystemEvent) -> None:
         path = event.dest_path or event.src_path
         self._watcher.notice(os.fsdecode(path), folder=event.is_directory)
-
-
-def _deaf(root: str) -> str | None:
-    """Name the file system of a folder if inotify hears nothing of what other machines do on it."""
-    try:
-        device = os.stat(root).st_dev
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
-            for line in mounts:
-                fields = line.split()
-                if fields[2] == f"{os.major(device)}:{os.minor(device)}":
-                    kind = fields[fields.index("-") + 1]
-                    return f"{kind} reports no changes" if kind.startswith(_DEAF_FILE_SYSTEMS) else None
-    except OSError:  # no such file on this system
-        pass
-    return None

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +19,13 @@ import pytest
 from PIL import Image
 
 import trainer  # noqa: F401 - keeps OpenVINO's telemetry out, before a test imports OpenVINO
+from sorter.engines import Engine
+from sorter.history import FOLDER, History, Run
 from sorter.images import Preprocessing
 from sorter.manifest import Class, Input, Manifest
+from sorter.mover import Mover
+from sorter.pipeline import Pipeline
+from sorter.settings import Settings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONG_AGO = time.time() - 3600
@@ -44,8 +50,9 @@ def make_tree(root: Path, files: dict[str, bytes], *, modified: float = LONG_AGO
 
 
 def read_tree(root: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its relative path."""
-    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and not p.is_symlink()}
+    """Every file below a folder, by its relative path; but for those that the sorter keeps for itself."""
+    files = (p for p in root.rglob("*") if p.is_file() and not p.is_symlink() and ".sorter" not in p.parts)
+    return {str(p.relative_to(root)): p.read_bytes() for p in files}
 
 
 def hashes(root: Path) -> list[str]:
@@ -68,6 +75,16 @@ class RedGreenEngine:
         red, green, _ = pixels.reshape(len(pixels), -1, 3).mean(1).T
         cat = 1 / (1 + np.exp(-(red - green) / 8))
         return np.stack([cat, 1 - cat], 1).astype(np.float32)
+
+
+def pipeline_to(output: Path, engine: Engine, manifest: Manifest, settings: Settings, workers: int = 1) -> Pipeline:
+    """A pipeline with a real mover and history."""
+    run, history = uuid4().hex, None
+    if not settings.dry_run:
+        (output / FOLDER).mkdir(parents=True, exist_ok=True)
+        history = History(output)
+        history.begin(Run(run, "0", "model"))
+    return Pipeline(engine, manifest, Mover(output), history, run, settings, workers)
 
 
 @pytest.fixture

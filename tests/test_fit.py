@@ -18,7 +18,7 @@ import numpy as np
 import openvino
 import pytest
 import torch
-from conftest import GREEN, LONG_AGO, RED, make_tree, plain, read_tree
+from conftest import GREEN, LONG_AGO, RED, make_tree, pipeline_to, plain, read_tree
 from PIL import Image
 from torch import nn
 
@@ -27,8 +27,6 @@ from sorter import network
 from sorter.engines import open_engine
 from sorter.errors import ConfigurationError
 from sorter.inbox import Inbox
-from sorter.mover import Mover
-from sorter.pipeline import Pipeline
 from sorter.settings import Settings
 from trainer import sources, weights
 from trainer.cli import main
@@ -74,7 +72,7 @@ def sort(model: Path, inbox: Path) -> dict[str, bytes]:
     manifest = manifest_module.read(model)
     settings = Settings(inbox=inbox, once=True, model=model)
     engine = open_engine(model, manifest, "cpu")
-    pipeline = Pipeline(engine, manifest, Mover(inbox), settings, workers=1)
+    pipeline = pipeline_to(inbox, engine, manifest, settings)
     box = Inbox(inbox, recursive=False, excluded=frozenset(), settle_seconds=0)
     submitted = [pipeline.submit(photo, timeout_seconds=30) for photo in box.scan(LONG_AGO + 10)]
     deadline = time.monotonic() + 60

@@ -23,6 +23,15 @@ def found(root: Path) -> Photo:
     return photo
 
 
+def move(mover: Mover, photo: Photo, folder: str = "cats") -> str:
+    plan = mover.plan(photo, folder)
+    try:
+        mover.move(plan)
+    finally:
+        mover.forget(plan)
+    return mover.path(plan)
+
+
 @pytest.fixture
 def other_file_system(tmp_path: Path) -> Iterator[Path]:
     """A folder on another file system than tmp_path."""
@@ -46,7 +55,7 @@ def output(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 
 def test_a_photo_moves_whole(tmp_path: Path, output: Path) -> None:
     make_tree(tmp_path / "in", {"a.jpg": b"photo"})
-    assert Mover(output).move(found(tmp_path / "in"), "cats") == str(output / "cats/a.jpg")
+    assert move(Mover(output), found(tmp_path / "in")) == str(output / "cats/a.jpg")
     assert read_tree(tmp_path / "in") == {}
     assert read_tree(output) == {"cats/a.jpg": b"photo"}
 
@@ -54,7 +63,7 @@ def test_a_photo_moves_whole(tmp_path: Path, output: Path) -> None:
 def test_a_name_that_is_taken_gets_a_number_and_both_are_kept(tmp_path: Path, output: Path) -> None:
     make_tree(output, {"cats/a.jpg": b"first", "cats/a-1.jpg": b"second"})
     make_tree(tmp_path / "in", {"a.jpg": b"third"})
-    Mover(output).move(found(tmp_path / "in"), "cats")
+    move(Mover(output), found(tmp_path / "in"))
     assert read_tree(output) == {"cats/a.jpg": b"first", "cats/a-1.jpg": b"second", "cats/a-2.jpg": b"third"}
 
 
@@ -66,7 +75,7 @@ def test_time_mode_and_extended_attributes_survive(tmp_path: Path, output: Path)
         os.setxattr(path, "user.rating", b"5")
     except OSError as error:
         pytest.skip(f"this file system has no extended attributes ({error.strerror})")
-    moved = Path(Mover(output).move(found(tmp_path / "in"), "cats"))
+    moved = Path(move(Mover(output), found(tmp_path / "in")))
     status = moved.stat()
     assert status.st_mtime_ns == 1_400_000_000_987_654_321
     assert stat.S_IMODE(status.st_mode) == 0o640
@@ -83,7 +92,7 @@ def test_time_mode_and_extended_attributes_survive(tmp_path: Path, output: Path)
 def test_names_of_any_bytes_survive(tmp_path: Path, output: Path) -> None:
     name = os.fsdecode("katze 🐈\n".encode() + b"\xff\xfe.jpg")
     make_tree(tmp_path / "in", {name: b"photo"})
-    Mover(output).move(found(tmp_path / "in"), "cats")
+    move(Mover(output), found(tmp_path / "in"))
     assert read_tree(output) == {f"cats/{name}": b"photo"}
 
 
@@ -92,7 +101,7 @@ def test_a_photo_that_changed_after_it_was_classified_stays(tmp_path: Path, outp
     photo = found(tmp_path / "in")
     make_tree(tmp_path / "in", {"a.jpg": b"other"}, modified=LONG_AGO + 1)
     with pytest.raises(ChangedError, match="changed"):
-        Mover(output).move(photo, "cats")
+        move(Mover(output), photo)
     assert read_tree(tmp_path / "in") == {"a.jpg": b"other"}
     assert read_tree(output) == {}
 
@@ -103,7 +112,7 @@ def test_a_photo_that_became_a_link_stays_and_so_does_what_it_points_to(tmp_path
     (tmp_path / "in/a.jpg").unlink()
     (tmp_path / "in/a.jpg").symlink_to(tmp_path / "secret/a.jpg")
     with pytest.raises(ChangedError):
-        Mover(output).move(photo, "cats")
+        move(Mover(output), photo)
     assert (tmp_path / "in/a.jpg").is_symlink()
     assert read_tree(tmp_path / "secret") == {"a.jpg": b"photo"}
     assert read_tree(output) == {}
@@ -114,10 +123,10 @@ def test_a_photo_that_is_gone_is_said_to_be(tmp_path: Path, output: Path) -> Non
     photo = found(tmp_path / "in")
     (tmp_path / "in/s/a.jpg").unlink()
     with pytest.raises(ChangedError, match="gone"):
-        Mover(output).move(photo, "cats")
+        move(Mover(output), photo)
     (tmp_path / "in/s").rmdir()
     with pytest.raises(ChangedError, match="gone"):
-        Mover(output).move(photo, "cats")
+        move(Mover(output), photo)
 
 
 def test_another_file_that_slips_in_during_the_move_goes_back(
@@ -136,7 +145,7 @@ def test_another_file_that_slips_in_during_the_move_goes_back(
     before = hashes(tmp_path)
     monkeypatch.setattr(mover_module, "check_removable", swapped_after_the_check)
     with pytest.raises(ChangedError):
-        Mover(output).move(photo, "cats")
+        move(Mover(output), photo)
     assert (tmp_path / "in/a.jpg").read_bytes() == b"other photo"
     assert set(before) <= set(hashes(tmp_path) + hashes(output))
     assert not any(name.endswith(".sorter-part") for name in [*read_tree(output), *read_tree(tmp_path)])
@@ -152,7 +161,7 @@ def test_a_copy_that_does_not_fit_leaves_the_photo_and_no_partial_file(
     photo = found(tmp_path / "in")
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(StorageError, match="No space left"):
-        Mover(other_file_system).move(photo, "cats")
+        move(Mover(other_file_system), photo)
     monkeypatch.undo()
     assert read_tree(tmp_path / "in") == {"a.jpg": b"photo"}
     assert read_tree(other_file_system) == {}
@@ -163,7 +172,7 @@ def test_a_destination_folder_that_is_a_link_takes_no_photos(tmp_path: Path) -> 
     (tmp_path / "out").mkdir()
     (tmp_path / "out/cats").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StorageError):
-        Mover(tmp_path / "out").move(found(tmp_path / "in"), "cats")
+        move(Mover(tmp_path / "out"), found(tmp_path / "in"))
     assert read_tree(tmp_path) == {"in/a.jpg": b"photo", "elsewhere/x": b"x"}
 
 
@@ -175,7 +184,7 @@ def test_a_file_system_without_any_safe_way_leaves_the_photo(tmp_path: Path, mon
     monkeypatch.setattr(atomic, "_rename_function", None)
     monkeypatch.setattr(os, "link", no_links)
     with pytest.raises(StayedError, match="--output"):
-        Mover(tmp_path / "out").move(found(tmp_path / "in"), "cats")
+        move(Mover(tmp_path / "out"), found(tmp_path / "in"))
     assert read_tree(tmp_path) == {"in/a.jpg": b"photo"}
 
 
@@ -197,7 +206,7 @@ def test_a_photo_that_cannot_be_taken_out_of_its_folder_is_not_copied_either(
         target = Mover(output)
         for _ in range(2):
             with pytest.raises(StayedError, match="taken out of its folder"):
-                target.move(found(inbox), "cats")
+                move(target, found(inbox))
 
     as_nobody(refused)
     inbox.chmod(0o755)
@@ -208,13 +217,17 @@ def test_a_photo_that_cannot_be_taken_out_of_its_folder_is_not_copied_either(
 def test_a_refusal_after_the_copy_takes_the_copy_back(
     tmp_path: Path, other_file_system: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read_only(_folder: int, _base: str, _identity: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+    rename_away = atomic._rename_away
+
+    def read_only_inbox(folder: int, base: str, hidden: str) -> None:
+        if os.path.samestat(os.fstat(folder), (tmp_path / "in").stat()):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        rename_away(folder, base, hidden)
 
     make_tree(tmp_path / "in", {"a.jpg": b"photo"})
-    monkeypatch.setattr(mover_module, "take_away", read_only)
+    monkeypatch.setattr(atomic, "_rename_away", read_only_inbox)
     with pytest.raises(StayedError, match="Read-only"):
-        Mover(other_file_system).move(found(tmp_path / "in"), "cats")
+        move(Mover(other_file_system), found(tmp_path / "in"))
     assert read_tree(tmp_path / "in") == {"a.jpg": b"photo"}
     assert read_tree(other_file_system) == {}
 
@@ -226,29 +239,29 @@ def test_hard_links_of_one_photo_all_move(tmp_path: Path) -> None:
     photos = list(Inbox(inbox, recursive=False, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10))
     target = Mover(tmp_path / "out")
     for photo in photos:
-        target.move(photo, "cats")
+        move(target, photo)
     assert len(read_tree(tmp_path / "out")) == 20
 
 
 def test_an_output_that_became_another_folder_takes_no_photos(tmp_path: Path) -> None:
     make_tree(tmp_path / "in", {"a.jpg": b"photo"})
     target = Mover(tmp_path / "out")
-    target.move(found(tmp_path / "in"), "cats")
+    move(target, found(tmp_path / "in"))
     make_tree(tmp_path / "in", {"b.jpg": b"photo"})
     (tmp_path / "out").rename(tmp_path / "unmounted")
     (tmp_path / "out").mkdir()
     with pytest.raises(StorageError, match="not the folder any more"):
-        target.move(found(tmp_path / "in"), "cats")
+        move(target, found(tmp_path / "in"))
     assert read_tree(tmp_path / "in") == {"b.jpg": b"photo"}
     assert read_tree(tmp_path / "out") == {}
 
 
-def test_a_dry_run_promises_no_destination_twice(tmp_path: Path) -> None:
+def test_no_destination_is_promised_twice(tmp_path: Path) -> None:
     make_tree(tmp_path / "in", {"a.jpg": b"photo"})
     target = Mover(tmp_path / "out")
     photo = found(tmp_path / "in")
-    assert target.destination(photo, "cats") == str(tmp_path / "out/cats/a.jpg")
-    assert target.destination(photo, "cats") == str(tmp_path / "out/cats/a-1.jpg")
+    assert target.path(target.plan(photo, "cats")) == str(tmp_path / "out/cats/a.jpg")
+    assert target.path(target.plan(photo, "cats")) == str(tmp_path / "out/cats/a-1.jpg")
 
 
 def test_numbers_keep_the_extension_and_the_limit_of_255_bytes() -> None:
@@ -264,7 +277,7 @@ def test_a_thousand_photos_of_one_name_are_all_kept(tmp_path: Path) -> None:
     target = Mover(tmp_path / "out")
     for number in range(1000):
         make_tree(tmp_path / "in", {"a.jpg": str(number).encode()})
-        target.move(found(tmp_path / "in"), "cats")
+        move(target, found(tmp_path / "in"))
     assert sorted(read_tree(tmp_path / "out").values()) == sorted(str(n).encode() for n in range(1000))
 
 
@@ -282,11 +295,12 @@ def test_the_folders_of_a_batch_are_synced_once(tmp_path: Path, monkeypatch: pyt
     target = Mover(tmp_path / "out")
     for number in range(5):
         make_tree(tmp_path / "in", {f"{number}.jpg": b"photo"})
-        target.move(found(tmp_path / "in"), "cats")
+        move(target, found(tmp_path / "in"))
     target.settle()
     # The destinations first: a name may be on the disk twice, but never not at all.
-    assert sorted(synced[:2]) == [str(tmp_path / "out"), str(tmp_path / "out/cats")]
-    assert synced[2:] == [str(tmp_path / "in")]
+    assert synced[0] == str(tmp_path), "the output itself is new"
+    assert sorted(synced[1:3]) == [str(tmp_path / "out"), str(tmp_path / "out/cats")]
+    assert synced[3:] == [str(tmp_path / "in")]
 
 
 def test_a_disk_that_fails_at_the_last_step_of_a_copy_leaves_the_photo_once(
@@ -302,7 +316,6 @@ def test_a_disk_that_fails_at_the_last_step_of_a_copy_leaves_the_photo_once(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", fail_once)
-        with pytest.raises(StayedError):
-            Mover(other_file_system).move(found(tmp_path / "in"), "cats")
-    assert read_tree(tmp_path / "in") == {"a.jpg": b"photo"}
-    assert read_tree(other_file_system) == {}
+        move(Mover(other_file_system), found(tmp_path / "in"))
+    assert read_tree(tmp_path / "in") == {}
+    assert read_tree(other_file_system) == {"cats/a.jpg": b"photo"}

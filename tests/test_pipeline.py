@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, hashes, make_tree, photo, plain, read_tree
+from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, hashes, make_tree, photo, pipeline_to, plain, read_tree
 
+from sorter.decisions import Outcome, complete_after, decide
 from sorter.decoders import Decoded
 from sorter.errors import Reason, StorageError
 from sorter.inbox import Identity, Inbox, Photo
 from sorter.manifest import Manifest
-from sorter.mover import Mover
-from sorter.pipeline import Outcome, Pipeline, complete_after, decide
+from sorter.pipeline import Pipeline
 from sorter.settings import Settings
 
 Sort = Callable[..., tuple[list[Outcome], RedGreenEngine]]
@@ -26,7 +26,7 @@ def sort(tmp_path: Path, manifest: Manifest) -> Sort:
     def run(**values: object) -> tuple[list[Outcome], RedGreenEngine]:
         engine = RedGreenEngine()
         settings = Settings(inbox=tmp_path / "in", once=True, **{"batch_size": 8, **values})  # type: ignore[arg-type]
-        pipeline = Pipeline(engine, manifest, Mover(tmp_path / "out"), settings, workers=2)
+        pipeline = pipeline_to(tmp_path / "out", engine, manifest, settings, workers=2)
         box = Inbox(tmp_path / "in", recursive=True, excluded=frozenset(), settle_seconds=0)
         outcomes: list[Outcome] = []
         pipeline.backlog = True
@@ -108,7 +108,7 @@ def test_a_photo_that_changes_while_it_is_classified_stays(tmp_path: Path, manif
 
     engine.before_batch = replace
     settings = Settings(inbox=tmp_path / "in", once=True)
-    pipeline = Pipeline(engine, manifest, Mover(tmp_path / "out"), settings, workers=1)
+    pipeline = pipeline_to(tmp_path / "out", engine, manifest, settings)
     (found,) = Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)
     assert pipeline.submit(found, timeout_seconds=10)
     (outcome,) = pipeline.outcomes(timeout_seconds=30)
@@ -128,7 +128,7 @@ def test_closing_finishes_the_batch_in_hand_and_leaves_the_rest(tmp_path: Path, 
 
     engine.before_batch = hold
     settings = Settings(inbox=tmp_path / "in", once=True, batch_size=4)
-    pipeline = Pipeline(engine, manifest, Mover(tmp_path / "out"), settings, workers=1)
+    pipeline = pipeline_to(tmp_path / "out", engine, manifest, settings)
     pipeline.backlog = True
     for found in Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10):
         if not pipeline.submit(found, timeout_seconds=1):
@@ -153,7 +153,7 @@ def test_once_stops_when_the_output_takes_no_photos(tmp_path: Path, sort: Sort) 
 def test_the_daemon_waits_until_the_output_takes_photos_again(tmp_path: Path, manifest: Manifest) -> None:
     make_tree(tmp_path, {"in/a.jpg": plain(RED), "out/cats": b"a file is in the way"})
     settings = Settings(inbox=tmp_path / "in", once=False)
-    pipeline = Pipeline(RedGreenEngine(), manifest, Mover(tmp_path / "out"), settings, workers=1)
+    pipeline = pipeline_to(tmp_path / "out", RedGreenEngine(), manifest, settings)
     (found,) = Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)
     assert pipeline.submit(found, timeout_seconds=10)
     deadline = time.monotonic() + 30
@@ -178,7 +178,7 @@ def test_an_engine_that_fails_stops_the_pipeline_with_its_error(tmp_path: Path, 
         raise RuntimeError("out of memory")
 
     engine.before_batch = fail
-    pipeline = Pipeline(engine, manifest, Mover(tmp_path / "out"), Settings(inbox=tmp_path / "in"), workers=1)
+    pipeline = pipeline_to(tmp_path / "out", engine, manifest, Settings(inbox=tmp_path / "in"))
     (found,) = Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)
     assert pipeline.submit(found, timeout_seconds=10)
     with pytest.raises(RuntimeError, match="out of memory"):

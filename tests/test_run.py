@@ -65,7 +65,7 @@ def test_an_empty_inbox_is_success(tmp_path: Path, start: Start) -> None:
     code, out = start("run", "--once", "--inbox", tmp_path / "in").finish()
     assert code == 0
     assert out.startswith("0 photos sorted")
-    assert os.listdir(tmp_path / "in") == []
+    assert os.listdir(tmp_path / "in") == [".sorter"]
 
 
 def test_a_daemon_sorts_the_backlog_and_whatever_is_dropped_and_ends_with_0(tmp_path: Path, start: Start) -> None:
@@ -159,7 +159,7 @@ def test_special_files_are_neither_opened_nor_moved(tmp_path: Path, start: Start
         server.bind("socket.jpg")
     code, _ = start("run", "--once", "--recursive", "--inbox", tmp_path / "in").finish()
     assert code == 0
-    assert {p.name for p in (tmp_path / "in").iterdir()} - {"cats", "dogs"} == {
+    assert {p.name for p in (tmp_path / "in").iterdir()} - {"cats", "dogs", ".sorter"} == {
         "fifo.jpg",
         "link.jpg",
         "folder",
@@ -348,7 +348,7 @@ def test_the_shipped_model_sorts_real_photos_as_well_as_its_manifest_says(
     right = sum((inbox / folder / name).exists() for name, folder in labels.items())
     stated = json.loads((SHIPPED_MODEL / "manifest.json").read_text())["evaluations"][0]
     assert abs(right - stated["right"]) <= 3, "arithmetic differs a little between processors"
-    assert sorted(p.name for p in inbox.iterdir()) == ["cats", "dogs", "labels.csv"]
+    assert sorted(p.name for p in inbox.iterdir()) == [".sorter", "cats", "dogs", "labels.csv"]
     assert "500 photos sorted" in out
 
 

@@ -10,7 +10,7 @@ import pytest
 from conftest import make_tree
 from structlog.testing import capture_logs
 
-from sorter import watcher as watcher_module
+from sorter import file_systems
 from sorter.watcher import CHECK_SECONDS, MAX_NAMES, POLL_SECONDS, Watcher
 
 
@@ -137,7 +137,7 @@ def test_a_memory_file_system_is_not_taken_for_a_deaf_one() -> None:
     memory = Path("/dev/shm")
     if not memory.is_dir():
         pytest.skip("needs /dev/shm")
-    assert watcher_module._deaf(str(memory)) is None
+    assert not file_systems.is_network(memory)
 
 
 def test_supervision_looks_no_more_often_than_it_says(tmp_path: Path, watch: Callable[..., Watcher]) -> None:

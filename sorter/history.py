@@ -1,0 +1,266 @@
+"""What went where and why, in `<output>/.sorter/history.sqlite3`: one row a photo, written before it moves.
+
+In: `Move`s, first as intents, then as done. Out: the intents that a crash left unfinished, and later the whole story.
+
+An intent is durable before its photo is touched, and a row says done only after the folders are synced, so after any
+crash the rows without done are exactly the photos whose place has to be looked at: `recovery.py` does that.
+"""
+
+import contextlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sorter import file_systems
+from sorter.errors import ConfigurationError, StorageError
+from sorter.inbox import Identity
+
+FOLDER = ".sorter"
+"""The hidden folder of the output, and of the inbox, that holds what the sorter needs for itself."""
+NAME = "history.sqlite3"
+
+_APPLICATION_ID = 0x736F7274  # "sort": tells our file from somebody else's
+_BUSY_SECONDS = 30.0
+
+# One script for each version of the schema. A script that was released is never changed: add another.
+_MIGRATIONS = (
+    """
+    CREATE TABLE runs (
+        id TEXT PRIMARY KEY,
+        started REAL NOT NULL, -- seconds since the epoch
+        finished REAL,
+        version TEXT NOT NULL,
+        model TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE moves (
+        id INTEGER PRIMARY KEY,
+        token TEXT NOT NULL UNIQUE, -- in the hidden names that the move uses
+        run TEXT NOT NULL REFERENCES runs (id),
+        done REAL, -- seconds since the epoch; NULL is an intent
+        root BLOB NOT NULL, -- the inbox; paths are bytes, they need not be UTF-8
+        source BLOB NOT NULL, -- inside the inbox
+        folder TEXT NOT NULL, -- inside the output
+        name BLOB NOT NULL, -- inside the folder
+        device INTEGER NOT NULL,
+        inode INTEGER NOT NULL,
+        size INTEGER NOT NULL, -- bytes
+        mtime_ns INTEGER NOT NULL,
+        kind TEXT NOT NULL, -- sorted, unsure, failed
+        label TEXT,
+        confidence REAL,
+        reason TEXT,
+        detail TEXT
+    ) STRICT;
+    CREATE INDEX moves_unfinished ON moves (id) WHERE done IS NULL;
+    """,
+)
+
+
+_COLUMNS = (
+    "token, run, root, source, folder, name, device, inode, size, mtime_ns, kind, label, confidence, reason, detail"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One process lifetime."""
+
+    id: str
+    version: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One photo's way, planned or done.
+
+    Attributes:
+        token: names the hidden files that the move may leave behind when it is killed.
+        root: the inbox.
+        source: the path inside it.
+        folder: inside the output, `cats`.
+        name: inside that folder, `a-1.jpg`.
+        identity: of the file that was classified; its ctime is not kept, a move changes that.
+        kind: `sorted`, `unsure` or `failed`.
+        confidence: 0 to 1, None if it was not classified; `reason` and `detail` then say why.
+    """
+
+    token: str
+    run: str
+    root: Path
+    source: str
+    folder: str
+    name: str
+    identity: Identity
+    kind: str
+    label: str | None = None
+    confidence: float | None = None
+    reason: str | None = None
+    detail: str | None = None
+
+
+class History:
+    """An open history; one process writes it, and there one thread at a time.
+
+    Args:
+        output: the folder that has `cats/` and the others; the history is made where it is missing.
+
+    Raises:
+        ConfigurationError: the file is damaged, somebody else's, of a newer sorter, or cannot be opened.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.path = output / FOLDER / NAME
+        try:
+            self._connection = sqlite3.connect(
+                self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._prepare(on_network=file_systems.is_network(self.path.parent))
+            except BaseException:
+                self._connection.close()
+                raise
+        except sqlite3.OperationalError as error:  # no permission, no space, no such folder
+            raise ConfigurationError(f"the history {self.path} cannot be opened ({error}): mend its folder") from None
+        except sqlite3.DatabaseError as error:
+            raise ConfigurationError(
+                f"the history {self.path} is damaged ({error}): move it away, the photos are not touched by that, "
+                "and start again"
+            ) from None
+
+    def _prepare(self, *, on_network: bool) -> None:
+        # WAL needs memory shared between its users, which machines on a network do not have.
+        self._connection.execute(f"PRAGMA journal_mode = {'DELETE' if on_network else 'WAL'}")
+        self._connection.execute("PRAGMA synchronous = FULL")
+        self._connection.execute("PRAGMA foreign_keys = ON")
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        (owner,) = self._connection.execute("PRAGMA application_id").fetchone()
+        (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        if owner != _APPLICATION_ID and tables:
+            raise ConfigurationError(f"{self.path} is another program's database: move it away and start again")
+        if version > len(_MIGRATIONS):
+            raise ConfigurationError(f"the history {self.path} was written by a newer sorter: upgrade this one")
+        for number in range(version, len(_MIGRATIONS)):
+            with self._transaction():
+                for statement in _MIGRATIONS[number].split(";\n"):
+                    self._connection.execute(statement)
+                self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+                self._connection.execute(f"PRAGMA user_version = {number + 1}")
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            with self._transaction():
+                yield
+        except sqlite3.DatabaseError as error:
+            raise StorageError(
+                f"the history {self.path} cannot be written ({error}): make room or mend its folder"
+            ) from error
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        self._connection.close()
+
+    def begin(self, run: Run) -> None:
+        """Record that a run has started.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        with self._writing():
+            self._connection.execute(
+                "INSERT INTO runs (id, started, version, model) VALUES (?, ?, ?, ?)",
+                (run.id, time.time(), run.version, run.model),
+            )
+
+    def finish(self, run: Run) -> None:
+        """Record that a run has ended by itself.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        with self._writing():
+            self._connection.execute("UPDATE runs SET finished = ? WHERE id = ?", (time.time(), run.id))
+
+    def intend(self, moves: Sequence[Move]) -> None:
+        """Record what is about to happen, durably, in one transaction.
+
+        Raises:
+            StorageError: the disk refused; nothing was recorded.
+        """
+        if not moves:
+            return
+        with self._writing():
+            self._connection.executemany(
+                f"INSERT INTO moves ({_COLUMNS}) VALUES ({', '.join('?' * len(_row(moves[0])))})",  # noqa: S608
+                map(_row, moves),
+            )
+
+    def settle(self, done: Iterable[Move], withdrawn: Iterable[Move]) -> None:
+        """Record what did happen, durably, in one transaction; what was withdrawn leaves no row.
+
+        Raises:
+            StorageError: the disk refused; the moves are intents still.
+        """
+        now = time.time()
+        with self._writing():
+            self._connection.executemany("UPDATE moves SET done = ? WHERE token = ?", [(now, m.token) for m in done])
+            self._connection.executemany(
+                "DELETE FROM moves WHERE token = ? AND done IS NULL", [(m.token,) for m in withdrawn]
+            )
+
+    def unfinished(self) -> list[Move]:
+        """The intents without their done, in the order of their making."""
+        rows = self._connection.execute(f"SELECT {_COLUMNS} FROM moves WHERE done IS NULL ORDER BY id")  # noqa: S608
+        return [_move(row) for row in rows]
+
+
+def _row(move: Move) -> tuple[object, ...]:
+    device, inode, size, mtime_ns, _ = move.identity
+    return (
+        move.token,
+        move.run,
+        os.fsencode(move.root),
+        os.fsencode(move.source),
+        move.folder,
+        os.fsencode(move.name),
+        _signed(device),
+        _signed(inode),
+        size,
+        mtime_ns,
+        move.kind,
+        move.label,
+        move.confidence,
+        move.reason,
+        move.detail,
+    )
+
+
+def _move(row: Sequence[Any]) -> Move:
+    token, run, root, source, folder, name, device, inode, size, mtime_ns, *why = row
+    identity = Identity(_unsigned(device), _unsigned(inode), size, mtime_ns, 0)
+    return Move(token, run, Path(os.fsdecode(root)), os.fsdecode(source), folder, os.fsdecode(name), identity, *why)
+
+
+# SQLite's integers have a sign; some file systems number their files with all 64 bits.
+def _signed(number: int) -> int:
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+def _unsigned(number: int) -> int:
+    return number + (1 << 64) if number < 0 else number
