@@ -98,15 +98,18 @@ def _original(source: int | None, base: str, plan: Plan) -> str | None:
 def _took_away(source: int, original: str, target: int, there: os.stat_result, plan: Plan) -> bool:
     """Take the old name away; where that is refused, take back the new one, so that none has two for good."""
     sync_folder(target)
+    hidden, base = hidden_name(plan.token), os.path.basename(plan.photo.name)
     try:
-        if original == hidden_name(plan.token):
-            os.unlink(original, dir_fd=source)
+        if original == hidden:
+            os.unlink(hidden, dir_fd=source)
         else:
-            here = os.stat(original, dir_fd=source, follow_symlinks=False)
-            take_away(source, original, Identity.of(here), plan.token)
+            here = os.stat(base, dir_fd=source, follow_symlinks=False)
+            take_away(source, base, Identity.of(here), plan.token)
     except ChangedError:  # another photo now has the old name
         return True
     except OSError:
+        if original == hidden:
+            give_back(source, hidden, source, base)
         take_away(target, plan.name, Identity.of(there), plan.token)
         return False
     return True

@@ -138,6 +138,20 @@ def open_to_all(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+_PROVED = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture
+def proved(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Takes sentences with the figures of a proof, which end the test run's output."""
+    return request.config.stash.setdefault(_PROVED, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in config.stash.get(_PROVED, []):
+        terminalreporter.write_line(f"proved: {line}")
+
+
 @pytest.fixture
 def shared() -> Path:
     if not SHARED.is_dir():

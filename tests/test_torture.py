@@ -1,0 +1,100 @@
+"""Kill or refuse the mover and the history at every single call that changes a file; `make torture` does all of it."""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "torture"))
+import sweep
+
+FAULTS = ("signal=SIGKILL", *(f"error={error}" for error in sweep.ERRORS))
+
+
+@pytest.fixture(params=["one file system", "two file systems"])
+def parents(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """Where an inbox and an output can be made."""
+    if shutil.which("strace") is None or subprocess.run(["strace", "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs strace, and the right to use it")
+    memory = Path("/dev/shm")
+    if request.param == "one file system":
+        yield tmp_path, tmp_path
+    elif not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs /dev/shm on a file system of its own")
+    else:
+        yield tmp_path, memory
+
+
+def points_of(parents: tuple[Path, Path]) -> list[sweep.Point]:
+    place = sweep.Place(*parents)
+    try:
+        found = place.points()
+        assert place.wrong_after() == []
+    finally:
+        place.remove()
+    return found
+
+
+def attack_all(parents: tuple[Path, Path], attacks: list[tuple[sweep.Point, str]]) -> list[str]:
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(lambda attack: sweep.attack(*parents, *attack), attacks))
+    return [line for report in reports for line in report]
+
+
+def test_a_sample_of_kills_and_errors_loses_nothing(parents: tuple[Path, Path]) -> None:
+    points = points_of(parents)
+    moves = [p for p in points if p.call.startswith(("rename", "link", "unlink", "mkdir"))]
+    kills = [(point, FAULTS[0]) for point in (*sweep.sample(moves, 6), *sweep.sample(points, 6))]
+    errors = [(point, fault) for fault, point in zip(FAULTS[1:], sweep.sample(points, len(FAULTS) - 1), strict=True)]
+    assert attack_all(parents, kills + errors) == []
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_kill_and_no_error_at_any_call_loses_anything(
+    parents: tuple[Path, Path], fault: str, proved: Callable[[str], None]
+) -> None:
+    points = points_of(parents)
+    assert len(points) > 90
+    assert attack_all(parents, [(point, fault) for point in points]) == []
+    where = "two file systems" if parents[0] != parents[1] else "one file system"
+    proved(f"{fault.partition('=')[2]} at each of {len(points)} calls that change a file, {where}: zero lost")
+
+
+def test_what_is_durable_comes_in_the_right_order(parents: tuple[Path, Path]) -> None:
+    """A kill cannot show what a power cut takes: the order of the syncs is read from the trace."""
+    place = sweep.Place(*parents)
+    try:
+        calls = [re.sub(r"^\d+ +", "", point.line) for point in place.points()]
+    finally:
+        place.remove()
+    across = parents[0].stat().st_dev != parents[1].stat().st_dev
+
+    def find(pattern: str, start: int = 0) -> int:
+        return next((i for i in range(start, len(calls)) if re.search(pattern, calls[i])), len(calls))
+
+    written, synced = r"^pwrite64\(.*-wal>", r"^f(data)?sync\(.*-wal>"
+    taken_away = rf'^renameat2\(.*/in>, "b\.jpg", .*{"sorter-part" if across else "b.jpg"}"'
+    published = r'^renameat2\(.*/out/cats>, ".*sorter-part", .*"b\.jpg"' if across else taken_away
+    intent = max(i for i in range(find(published)) if re.search(written, calls[i]))
+    assert intent < find(synced, intent) < find(published), "the intent is on the disk before its photo moves"
+    if across:
+        copied = max(i for i in range(find(published)) if re.search(r"^write\(.*sorter-part>", calls[i]))
+        assert copied < find(r"^fsync\(.*sorter-part>", copied) < find(published), (
+            "the copy is, before it gets its name"
+        )
+        assert find(published) < find(r"^fsync\(.*/out/cats>", find(published)) < find(taken_away), (
+            "its name is, before"
+        )
+    done = find(written, find(taken_away))
+    new = find(r"^fsync\(.*/out/cats>", find(published))
+    old = find(r"^fsync\(.*/in>", find(taken_away))
+    assert find(published) < new < old < done < len(calls), "both folders are, before the move is recorded as done"
+    made = find(r"^mkdir\(.*/out/dogs")
+    assert made < find(r"^fsync\(.*/out>", made) < len(calls), "a new folder is"

@@ -1,0 +1,59 @@
+"""The mover, the history and the recovery for real, with decisions that are always the same and no torch.
+
+    python driver.py INBOX OUTPUT
+
+Exit codes: 0 every photo was moved, 1 the storage refused, 2 it could not start, 3 some photos stayed.
+"""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import structlog
+
+from sorter.atomic import make_folder
+from sorter.batch_mover import BatchMover
+from sorter.decisions import Decision, Outcome
+from sorter.decoders import Decoded
+from sorter.errors import SorterError
+from sorter.history import History, Run
+from sorter.inbox import Inbox, Photo
+from sorter.lock import Lock
+from sorter.mover import Mover
+from sorter.recovery import recover
+
+BATCH_SIZE = 2
+
+
+def decide(photo: Photo) -> Decision:
+    folder = "dogs" if photo.name.startswith("deep/") else "cats"
+    return Decision(Decoded(photo, "pixels"), "sorted", folder, folder[:-1], 0.9, BATCH_SIZE)
+
+
+def sort(inbox: Path, output: Path) -> int:
+    make_folder(output)
+    lock = Lock(inbox, output)
+    lock.take()
+    history = History(output)
+    recover(history, output)
+    run = Run(str(time.time_ns()), "0", "constant")
+    history.begin(run)
+    mover = BatchMover(Mover(output), history, run=run.id, patient=False, stopping=threading.Event())
+    excluded = frozenset({str(output / "cats"), str(output / "dogs")})
+    photos = sorted(Inbox(inbox, recursive=True, excluded=excluded, settle_seconds=0).scan(time.time()), key=str)
+    outcomes: list[Outcome] = []
+    for start in range(0, len(photos), BATCH_SIZE):
+        mover.move([decide(photo) for photo in photos[start : start + BATCH_SIZE]], outcomes.append)
+    history.finish(run)
+    history.close()
+    return 0 if all(outcome.destination for outcome in outcomes) else 3
+
+
+if __name__ == "__main__":
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
+    try:
+        sys.exit(sort(Path(sys.argv[1]), Path(sys.argv[2])))
+    except SorterError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
