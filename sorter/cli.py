@@ -153,7 +153,12 @@ def _run(chosen: Settings) -> ExitCode:
     run = Run(uuid4().hex[:12], sorter.__version__, model.name)
     output = chosen.output_folder.absolute()
     with ExitStack() as stack:
-        history = None if chosen.dry_run else _open_history(inbox.root, output, run, stack)
+        lock = history = None
+        if not chosen.dry_run:
+            lock = Lock(inbox.root)
+            stack.callback(lock.release)
+            lock.take()
+            history = _open_history(inbox.root, output, run, stack)
         fields = {"run": run.id, "model": model.name} | ({"dry_run": True} if chosen.dry_run else {})
         log.info(
             "service.started",
@@ -175,7 +180,7 @@ def _run(chosen: Settings) -> ExitCode:
             progress = {"on_outcome": shown.advance, "on_waiting": shown.waiting}
         pipeline = Pipeline(engine, model, mover, history, run.id, chosen, workers=_workers())
         stack.callback(pipeline.close)
-        service = Service(chosen, inbox, pipeline, stop, log_fields=fields, **progress)
+        service = Service(chosen, inbox, pipeline, stop, lock, log_fields=fields, **progress)
         tally = service.run_once() if chosen.once else service.run(Watcher(inbox.root, recursive=chosen.recursive))
         if history is not None:
             with suppress(StorageError):  # every photo is accounted for; only the run's end is not
@@ -190,14 +195,15 @@ def _run(chosen: Settings) -> ExitCode:
 
 
 def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> History:
-    """Lock the folders, clear up after a crash, and begin a run."""
+    """Lock the output, clear up after a crash, and begin a run."""
     try:
         make_folder(output)
     except OSError as error:
         raise ConfigurationError(f"{output} cannot be made ({error.strerror}): name another --output") from None
-    lock = Lock(inbox, output)
-    stack.callback(lock.release)
-    lock.take()
+    if not os.path.samefile(inbox, output):
+        lock = Lock(output)
+        stack.callback(lock.release)
+        lock.take()
     history = History(output)
     stack.callback(history.close)
     recover(history, output)

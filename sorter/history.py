@@ -115,15 +115,10 @@ class History:
 
     def __init__(self, output: Path) -> None:
         self.path = output / FOLDER / NAME
+        self._file: tuple[int, int] | None = None  # device and inode of what is open
+        self._run: Run | None = None
         try:
-            self._connection = sqlite3.connect(
-                self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-            try:
-                self._prepare(on_network=file_systems.is_network(self.path.parent))
-            except BaseException:
-                self._connection.close()
-                raise
+            self._connect()
         except sqlite3.OperationalError as error:  # no permission, no space, no such folder
             raise ConfigurationError(f"the history {self.path} cannot be opened ({error}): mend its folder") from None
         except sqlite3.DatabaseError as error:
@@ -131,6 +126,24 @@ class History:
                 f"the history {self.path} is damaged ({error}): move it away, the photos are not touched by that, "
                 "and start again"
             ) from None
+
+    def _connect(self) -> None:
+        self._connection = sqlite3.connect(
+            self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        try:
+            self._prepare(on_network=file_systems.is_network(self.path.parent))
+        except BaseException:
+            self._connection.close()
+            raise
+        self._file = self._identity()
+
+    def _identity(self) -> tuple[int, int] | None:
+        try:
+            status = os.stat(self.path)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
 
     def _prepare(self, *, on_network: bool) -> None:
         # WAL needs memory shared between its users, which machines on a network do not have.
@@ -165,9 +178,16 @@ class History:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         try:
+            if self._file is None or self._file != self._identity():
+                # Its disk was away, or somebody took the file away: what is open now would be written for nobody.
+                self._connection.close()
+                self._connect()
+                if self._run is not None:
+                    self._insert(self._run)
             with self._transaction():
                 yield
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, ConfigurationError) as error:
+            self._file = None
             raise StorageError(
                 f"the history {self.path} cannot be written ({error}): make room or mend its folder"
             ) from error
@@ -183,10 +203,14 @@ class History:
             StorageError: the disk refused.
         """
         with self._writing():
-            self._connection.execute(
-                "INSERT INTO runs (id, started, version, model) VALUES (?, ?, ?, ?)",
-                (run.id, time.time(), run.version, run.model),
-            )
+            self._insert(run)
+        self._run = run
+
+    def _insert(self, run: Run) -> None:
+        self._connection.execute(
+            "INSERT OR IGNORE INTO runs (id, started, version, model) VALUES (?, ?, ?, ?)",
+            (run.id, time.time(), run.version, run.model),
+        )
 
     def finish(self, run: Run) -> None:
         """Record that a run has ended by itself.

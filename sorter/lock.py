@@ -1,7 +1,8 @@
 """One sorter for an inbox, and one for an output: flock(2) on `<folder>/.sorter/lock`.
 
-The kernel gives a lock back when its process ends, however it ends, so a crash leaves nothing to clean up. The file
-says who holds the lock, for the sentence that the second one ends with; what it says decides nothing.
+The descriptor that holds a lock keeps its file system busy, so a lock on an inbox that vanished is given back. The
+kernel gives a lock back when its process ends, however it ends, so a crash leaves nothing to clean up. The file says
+who holds the lock, for the sentence that the second one ends with; what it says decides nothing.
 """
 
 import contextlib
@@ -23,58 +24,50 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
 
 class Lock:
-    """The right to sort some folders, held until `release` or the end of the process.
+    """The right to sort one folder, held until `release` or the end of the process.
 
     Args:
-        folders: the inbox and the output; two names of one folder are taken once.
+        folder: an inbox or an output.
     """
 
-    def __init__(self, *folders: Path) -> None:
-        self._folders = [folder.absolute() for folder in folders]
-        self._held: dict[tuple[int, int], int] = {}  # device and inode of a lock file -> its descriptor
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder.absolute()
+        self._descriptor: int | None = None
 
     def take(self) -> None:
-        """Take what is not held yet, and give back what stands no longer under its name.
+        """Take the lock if it is not held, or if the folder is another one now; a folder that is gone has none.
 
         Raises:
-            ConfigurationError: somebody else has one of the folders, or it cannot be locked.
+            ConfigurationError: somebody else sorts the folder, or it cannot be locked.
         """
-        before, self._held = self._held, {}
         try:
-            for folder in self._folders:
-                self._take(folder, before)
-        finally:
-            for descriptor in before.values():
-                os.close(descriptor)
-
-    def _take(self, folder: Path, before: dict[tuple[int, int], int]) -> None:
-        try:
-            descriptor = _open(folder)
+            descriptor = _open(self._folder)
+        except FileNotFoundError:
+            self.release()
+            return
         except OSError as error:
+            if self._descriptor is not None:  # out of reach for now, and ours still
+                return
             raise ConfigurationError(
-                f"{folder / FOLDER / _NAME} cannot be made or opened ({error.strerror}): give this user permission to"
+                f"{self._folder / FOLDER / _NAME} cannot be made or opened ({error.strerror}): give this user "
+                "permission to"
             ) from None
-        status = os.fstat(descriptor)
-        file = status.st_dev, status.st_ino
-        if file in self._held or file in before:
+        if self._descriptor is not None and os.path.sameopenfile(self._descriptor, descriptor):
             os.close(descriptor)
-            if file in before:
-                self._held[file] = before.pop(file)
             return
         try:
-            # A link would have us write into somebody else's file.
-            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-                raise ConfigurationError(f"{folder / FOLDER / _NAME} is not a file of the sorter: move it away")
-            _lock(descriptor, folder)
+            _lock(descriptor, self._folder)
         except BaseException:
             os.close(descriptor)
             raise
-        self._held[file] = descriptor
+        self.release()
+        self._descriptor = descriptor
 
     def release(self) -> None:
-        """Give everything back; idempotent."""
-        while self._held:
-            os.close(self._held.popitem()[1])
+        """Give the lock back; idempotent."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _open(folder: Path) -> int:
@@ -89,6 +82,10 @@ def _open(folder: Path) -> int:
 
 
 def _lock(descriptor: int, folder: Path) -> None:
+    status = os.fstat(descriptor)
+    # A link would have us write into somebody else's file.
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+        raise ConfigurationError(f"{folder / FOLDER / _NAME} is not a file of the sorter: move it away")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -100,6 +97,7 @@ def _lock(descriptor: int, folder: Path) -> None:
                 f"{folder} is on a file system without locks ({error.strerror}): sort a folder on another one"
             ) from None
         raise
-    os.ftruncate(descriptor, 0)
     now = datetime.now(UTC).isoformat(" ", "seconds")
-    os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename} since {now}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # a full disk
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename} since {now}\n".encode(), 0)

@@ -19,6 +19,7 @@ import structlog
 from sorter.decisions import FAILED, Outcome
 from sorter.errors import ExitCode, InboxGoneError
 from sorter.inbox import Identity, Inbox, Photo
+from sorter.lock import Lock
 from sorter.pipeline import Pipeline
 from sorter.settings import Settings
 from sorter.watcher import CHECK_SECONDS, Watcher
@@ -109,6 +110,7 @@ class Service:
 
     Args:
         stop: says when to end.
+        lock: of the inbox, held already; a daemon takes it anew where the inbox is another folder. None for a dry run.
         on_outcome: called after each photo, for a progress bar.
         on_waiting: called with the number of files that are being waited for.
     """
@@ -119,12 +121,14 @@ class Service:
         inbox: Inbox,
         pipeline: Pipeline,
         stop: Stop,
+        lock: Lock | None,
         *,
         log_fields: dict[str, Any],
         on_outcome: Callable[[Tally], None] = lambda _: None,
         on_waiting: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._settings, self._inbox, self._pipeline, self._stop = settings, inbox, pipeline, stop
+        self._lock = lock
         self._log_fields, self._on_outcome, self._on_waiting = log_fields, on_outcome, on_waiting
         self.tally = Tally()
         self._submitted: set[str] = set()  # names whose outcome is still to come
@@ -210,6 +214,8 @@ class Service:
 
     def _rescan(self) -> None:
         self._met = set()
+        if self._lock is not None:
+            self._lock.take()
         try:
             self._backlog()
         except InboxGoneError:

@@ -33,8 +33,8 @@ def decide(photo: Photo) -> Decision:
 
 def sort(inbox: Path, output: Path) -> int:
     make_folder(output)
-    lock = Lock(inbox, output)
-    lock.take()
+    for folder in (inbox, output):
+        Lock(folder).take()
     history = History(output)
     recover(history, output)
     run = Run(str(time.time_ns()), "0", "constant")

@@ -1,0 +1,147 @@
+"""The history on a real disk, with real SQLite."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from conftest import make_tree
+
+from sorter import file_systems
+from sorter import history as history_module
+from sorter.errors import ConfigurationError, StorageError
+from sorter.history import FOLDER, NAME, History, Move, Run
+from sorter.inbox import Identity
+
+RUN = Run("r1", "1.0", "model")
+
+
+def move(number: int, **values: object) -> Move:
+    given: dict[str, object] = {
+        "token": f"{number:016x}",
+        "run": "r1",
+        "root": Path("/in\udcff"),
+        "source": f"deep/caf\udce9 {number}\n.jpg",
+        "folder": "cats",
+        "name": f"caf\udce9 {number}\n.jpg",
+        "identity": Identity((1 << 64) - 2, (1 << 63) + number, 3, -4, 0),
+        "kind": "sorted",
+        "label": "cat",
+        "confidence": 0.75,
+    }
+    return Move(**{**given, **values})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    (tmp_path / FOLDER).mkdir()
+    return tmp_path
+
+
+def rows(output: Path, query: str) -> list[tuple[object, ...]]:
+    connection = sqlite3.connect(output / FOLDER / NAME)
+    try:
+        return connection.execute(query).fetchall()
+    finally:
+        connection.close()
+
+
+def test_intents_come_back_as_they_were_whatever_their_bytes(output: Path) -> None:
+    failed = move(2, kind="failed", label=None, confidence=None, reason="truncated", detail="ends early")
+    history = History(output)
+    history.begin(RUN)
+    history.intend([move(1), failed])
+    history.close()
+    assert History(output).unfinished() == [move(1), failed]
+
+
+def test_what_is_done_is_no_intent_any_more_and_what_was_withdrawn_leaves_no_row(output: Path) -> None:
+    history = History(output)
+    history.begin(RUN)
+    history.intend([move(1), move(2), move(3)])
+    history.settle([move(1)], [move(2)])
+    assert history.unfinished() == [move(3)]
+    assert rows(output, "SELECT token FROM moves WHERE done IS NOT NULL") == [(move(1).token,)]
+    assert rows(output, "SELECT count(*) FROM moves") == [(2,)]
+
+
+def test_a_done_move_is_never_withdrawn(output: Path) -> None:
+    history = History(output)
+    history.begin(RUN)
+    history.intend([move(1)])
+    history.settle([move(1)], [])
+    history.settle([], [move(1)])
+    assert rows(output, "SELECT count(*) FROM moves") == [(1,)]
+
+
+def test_a_batch_is_recorded_whole_or_not_at_all(output: Path) -> None:
+    history = History(output)
+    history.begin(RUN)
+    with pytest.raises(StorageError):
+        history.intend([move(1), move(2), move(1)])
+    assert history.unfinished() == []
+
+
+def test_every_commit_is_synced_and_writes_ahead(output: Path) -> None:
+    history = History(output)
+    assert history._connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert history._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
+def test_on_a_network_file_system_the_journal_is_rolled_back(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_systems, "is_network", lambda _: True)
+    history = History(output)
+    assert history._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+    history.begin(RUN)
+    history.intend([move(1)])
+    assert sorted(p.name for p in (output / FOLDER).iterdir()) == [NAME]
+
+
+def test_a_newer_history_is_refused(output: Path) -> None:
+    History(output).close()
+    connection = sqlite3.connect(output / FOLDER / NAME)
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(ConfigurationError, match="upgrade"):
+        History(output)
+
+
+def test_the_next_version_of_the_schema_keeps_what_is_there(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    history = History(output)
+    history.begin(RUN)
+    history.intend([move(1)])
+    history.close()
+    added = "ALTER TABLE moves ADD COLUMN stars INTEGER;\nCREATE TABLE extra (x INTEGER) STRICT;\n"
+    monkeypatch.setattr(history_module, "_MIGRATIONS", (*history_module._MIGRATIONS, added))
+    assert History(output).unfinished() == [move(1)]
+    assert rows(output, "PRAGMA user_version") == [(2,)]
+    assert rows(output, "SELECT stars FROM moves") == [(None,)]
+
+
+@pytest.mark.parametrize("content", [b"not a database at all" * 100, b"SQLite format 3\0" + b"\xff" * 5000])
+def test_a_damaged_history_is_refused_with_what_to_do(output: Path, content: bytes) -> None:
+    make_tree(output, {f"{FOLDER}/{NAME}": content})
+    with pytest.raises(ConfigurationError, match="move it away"):
+        History(output)
+    assert (output / FOLDER / NAME).read_bytes() == content
+
+
+def test_another_programs_database_is_refused(output: Path) -> None:
+    connection = sqlite3.connect(output / FOLDER / NAME)
+    connection.execute("CREATE TABLE theirs (x)")
+    connection.close()
+    with pytest.raises(ConfigurationError, match="another program"):
+        History(output)
+    assert rows(output, "SELECT name FROM sqlite_schema") == [("theirs",)]
+
+
+def test_a_history_that_was_taken_away_is_begun_anew(output: Path) -> None:
+    history = History(output)
+    history.begin(RUN)
+    history.intend([move(1)])
+    (output / FOLDER).rename(output / "away")
+    with pytest.raises(StorageError, match="mend"):
+        history.intend([move(2)])
+    (output / FOLDER).mkdir()
+    history.intend([move(2)])
+    assert history.unfinished() == [move(2)]
+    assert rows(output, "SELECT id FROM runs") == [("r1",)]

@@ -1,0 +1,117 @@
+"""One sorter for a folder: real processes, and locks that a crash leaves no trace of."""
+
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Running, make_tree, photo, read_tree
+
+from sorter.errors import ConfigurationError
+from sorter.lock import Lock
+
+Start = Callable[..., Running]
+
+
+@pytest.mark.parametrize("second", [("--once",), ()])
+def test_the_second_sorter_says_who_has_the_inbox_and_ends_with_2(
+    tmp_path: Path, start: Start, second: tuple[str, ...]
+) -> None:
+    inbox = make_tree(tmp_path / "in", {"a.jpg": photo(1)})
+    daemon = start("run", "--inbox", inbox, "--output", tmp_path / "out")
+    daemon.wait_for_event("photo.sorted")
+    make_tree(inbox, {"late.jpg.part": photo(2)})
+    refused = start("run", *second, "--inbox", inbox, "--output", tmp_path / "elsewhere")
+    assert refused.finish()[0] == 2
+    detail = refused.events("run.failed")[0]["detail"]
+    assert re.search(rf"process {daemon.process.pid} on \S+ since 2\d\d\d-\d\d-\d\d \d\d:\d\d", detail)
+    assert "stop that one first" in detail
+    assert not (tmp_path / "elsewhere/cats").exists()
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.finish()[0] == 0
+
+
+def test_two_inboxes_share_no_output(tmp_path: Path, start: Start) -> None:
+    for inbox in ("in", "in2"):
+        make_tree(tmp_path / inbox, {"a.jpg": photo(1)})
+    daemon = start("run", "--inbox", tmp_path / "in", "--output", tmp_path / "out")
+    daemon.wait_for_event("photo.sorted")
+    refused = start("run", "--once", "--inbox", tmp_path / "in2", "--output", tmp_path / "out")
+    assert refused.finish()[0] == 2
+    assert str(tmp_path / "out") in refused.events("run.failed")[0]["detail"]
+    assert set(read_tree(tmp_path / "in2")) == {"a.jpg"}
+
+
+def test_a_lock_whose_holder_was_killed_is_no_obstacle(tmp_path: Path, start: Start) -> None:
+    inbox = make_tree(tmp_path / "in", {"a.jpg": photo(1)})
+    daemon = start("run", "--inbox", inbox)
+    daemon.wait_for_event("photo.sorted")
+    daemon.process.kill()
+    daemon.finish()
+    assert (inbox / ".sorter/lock").exists()
+    make_tree(inbox, {"b.jpg": photo(2)})
+    assert start("run", "--once", "--inbox", inbox).finish()[0] == 0
+    assert not (inbox / "b.jpg").exists()
+
+
+def test_an_inbox_that_is_another_folder_now_is_locked_anew_and_the_old_one_given_back(tmp_path: Path) -> None:
+    inbox, away = tmp_path / "in", tmp_path / "away"
+    inbox.mkdir()
+    ours = Lock(inbox)
+    ours.take()
+    inbox.rename(away)
+    ours.take()
+    Lock(away).take()
+    inbox.mkdir()
+    ours.take()
+    with pytest.raises(ConfigurationError, match="stop that one first"):
+        Lock(inbox).take()
+
+
+def test_a_lock_that_is_taken_twice_by_its_holder_is_held_once(tmp_path: Path) -> None:
+    lock = Lock(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        lock.take()
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    lock.release()
+    Lock(tmp_path).take()
+
+
+@pytest.mark.parametrize("kind", ["symbolic link", "hard link", "folder", "fifo", "linked folder"])
+def test_a_planted_lock_is_neither_followed_nor_written(tmp_path: Path, kind: str) -> None:
+    make_tree(tmp_path, {"victim": b"precious", "in/x": b"x", "elsewhere/x": b"x"})
+    hidden = tmp_path / "in/.sorter"
+    if kind == "linked folder":
+        hidden.symlink_to(tmp_path / "elsewhere")
+    else:
+        hidden.mkdir()
+    if kind == "symbolic link":
+        (hidden / "lock").symlink_to(tmp_path / "victim")
+    elif kind == "hard link":
+        os.link(tmp_path / "victim", hidden / "lock")
+    elif kind == "folder":
+        (hidden / "lock").mkdir()
+    elif kind == "fifo":
+        os.mkfifo(hidden / "lock")
+    with pytest.raises(ConfigurationError, match="lock"):
+        Lock(tmp_path / "in").take()
+    assert read_tree(tmp_path)["victim"] == b"precious"
+    assert os.listdir(tmp_path / "elsewhere") == ["x"]
+
+
+def test_a_lock_that_is_held_is_kept_while_its_folder_is_out_of_reach(tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    inbox.mkdir()
+    lock = Lock(inbox)
+    lock.take()
+    shutil.move(inbox / ".sorter", tmp_path / "kept")
+    (inbox / ".sorter").write_bytes(b"in the way")
+    lock.take()
+    (inbox / ".sorter").unlink()
+    shutil.move(tmp_path / "kept", inbox / ".sorter")
+    with pytest.raises(ConfigurationError, match="stop that one first"):
+        Lock(inbox).take()
