@@ -13,7 +13,7 @@ NEEDED_MB := 7000
 export CALIBRATION DATA INBOX MODEL PYTHON WEIGHTS
 
 .DEFAULT_GOAL := help
-.PHONY: help sort model test long check format lowest clean
+.PHONY: help sort model test long torture check format lowest clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ test: $(VENV)/.installed-dev ## run every test
 
 long: $(VENV)/.installed-dev ## run the tests that take minutes
 	@$(BIN)/python -m pytest -m long
+
+torture: $(VENV)/.installed-dev ## prove what the README says of safety: kills, errors, races, broken files
+	@$(BIN)/python -m pytest -m torture
 
 check: $(VENV)/.installed-dev ## ruff, ruff format, mypy --strict
 	@$(BIN)/ruff check .

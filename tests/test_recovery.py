@@ -1,0 +1,161 @@
+"""Every state that a cut-short move can leave behind, made by hand, and the one name after."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import LONG_AGO, make_tree, read_tree
+from structlog.testing import capture_logs
+
+from sorter.atomic import hidden_name
+from sorter.history import FOLDER, History, Move, Run
+from sorter.inbox import Identity, Inbox
+from sorter.recovery import recover
+
+TOKEN = "0123456789abcdef"
+HIDDEN = hidden_name(TOKEN)
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> History:
+    """The history of an output, with one intent: the photo in/a.jpg is to become out/cats/a-1.jpg."""
+    make_tree(tmp_path, {"in/a.jpg": b"photo", "out/cats/a.jpg": b"an older one"})
+    (tmp_path / "out" / FOLDER).mkdir()
+    (found,) = Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)
+    history = History(tmp_path / "out")
+    history.begin(Run("run", "0", "model"))
+    history.intend([Move(TOKEN, "run", tmp_path / "in", "a.jpg", "cats", "a-1.jpg", found.identity, "sorted")])
+    return history
+
+
+def recovered(history: History, root: Path) -> tuple[dict[str, bytes], str]:
+    """What is where after recovery, and what the history says: done, withdrawn or open."""
+    with capture_logs() as events:
+        recover(history, root / "out")
+    assert events[-1]["event"] == "recovery.finished"
+    tree = read_tree(root)
+    assert tree.pop("out/cats/a.jpg") == b"an older one"
+    if history.unfinished():
+        return tree, "open"
+    (count,) = history._connection.execute("SELECT count(*) FROM moves WHERE done IS NOT NULL").fetchone()
+    return tree, "done" if count else "withdrawn"
+
+
+def copied(source: Path, target: Path) -> None:
+    """What the mover's copy looks like: another inode, the same bytes and times."""
+    shutil.copy2(source, target)
+
+
+def test_nothing_to_recover_says_nothing(tmp_path: Path, history: History) -> None:
+    recovered(history, tmp_path)
+    with capture_logs() as events:
+        recover(history, tmp_path / "out")
+    assert events == []
+
+
+def test_killed_before_the_move(tmp_path: Path, history: History) -> None:
+    assert recovered(history, tmp_path) == ({"in/a.jpg": b"photo"}, "withdrawn")
+
+
+def test_killed_after_a_rename(tmp_path: Path, history: History) -> None:
+    (tmp_path / "in/a.jpg").rename(tmp_path / "out/cats/a-1.jpg")
+    assert recovered(history, tmp_path) == ({"out/cats/a-1.jpg": b"photo"}, "done")
+
+
+def test_killed_after_a_rename_and_the_name_is_another_photos_now(tmp_path: Path, history: History) -> None:
+    (tmp_path / "in/a.jpg").rename(tmp_path / "out/cats/a-1.jpg")
+    make_tree(tmp_path, {"in/a.jpg": b"a later photo"})
+    assert recovered(history, tmp_path) == ({"out/cats/a-1.jpg": b"photo", "in/a.jpg": b"a later photo"}, "done")
+
+
+def test_killed_after_a_hard_link(tmp_path: Path, history: History) -> None:
+    os.link(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
+    assert recovered(history, tmp_path) == ({"out/cats/a-1.jpg": b"photo"}, "done")
+
+
+def test_killed_while_copying(tmp_path: Path, history: History) -> None:
+    make_tree(tmp_path / "out/cats", {HIDDEN: b"pho"})
+    assert recovered(history, tmp_path) == ({"in/a.jpg": b"photo"}, "withdrawn")
+
+
+def test_killed_after_the_copy_got_its_name(tmp_path: Path, history: History) -> None:
+    copied(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
+    assert recovered(history, tmp_path) == ({"out/cats/a-1.jpg": b"photo"}, "done")
+
+
+def test_killed_while_the_copy_had_both_names(tmp_path: Path, history: History) -> None:
+    copied(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
+    os.link(tmp_path / "out/cats/a-1.jpg", tmp_path / "out/cats" / HIDDEN)
+    assert recovered(history, tmp_path) == ({"out/cats/a-1.jpg": b"photo"}, "done")
+
+
+def test_killed_while_the_old_name_was_taken_away(tmp_path: Path, history: History) -> None:
+    copied(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
+    (tmp_path / "in/a.jpg").rename(tmp_path / "in" / HIDDEN)
+    assert recovered(history, tmp_path) == ({"out/cats/a-1.jpg": b"photo"}, "done")
+
+
+def test_killed_after_somebody_elses_file_was_taken_away(tmp_path: Path, history: History) -> None:
+    copied(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
+    (tmp_path / "in/a.jpg").unlink()
+    make_tree(tmp_path / "in", {HIDDEN: b"somebody else's"})
+    tree = {"out/cats/a-1.jpg": b"photo", "in/a.jpg": b"somebody else's"}
+    assert recovered(history, tmp_path) == (tree, "done")
+
+
+def test_killed_while_a_taken_away_name_was_put_back_by_a_link(tmp_path: Path, history: History) -> None:
+    os.link(tmp_path / "in/a.jpg", tmp_path / "in" / HIDDEN)
+    assert recovered(history, tmp_path) == ({"in/a.jpg": b"photo"}, "withdrawn")
+
+
+def test_killed_with_only_the_hidden_name_left(tmp_path: Path, history: History) -> None:
+    (tmp_path / "in/a.jpg").rename(tmp_path / "in" / HIDDEN)
+    assert recovered(history, tmp_path) == ({"in/a.jpg": b"photo"}, "withdrawn")
+
+
+def test_somebody_elses_file_under_the_planned_name_stays_and_so_does_the_photo(
+    tmp_path: Path, history: History
+) -> None:
+    make_tree(tmp_path, {"out/cats/a-1.jpg": b"other"})
+    assert recovered(history, tmp_path) == ({"in/a.jpg": b"photo", "out/cats/a-1.jpg": b"other"}, "withdrawn")
+
+
+def test_a_photo_that_its_owner_deleted_meanwhile_is_withdrawn(tmp_path: Path, history: History) -> None:
+    (tmp_path / "in/a.jpg").unlink()
+    make_tree(tmp_path, {"out/cats/a-1.jpg": b"not it"})
+    assert recovered(history, tmp_path) == ({"out/cats/a-1.jpg": b"not it"}, "withdrawn")
+
+
+def test_a_folder_that_was_deleted_meanwhile_is_no_obstacle(tmp_path: Path, history: History) -> None:
+    shutil.move(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
+    (tmp_path / "in").rmdir()
+    (tmp_path / "in").mkdir()
+    assert recovered(history, tmp_path) == ({"out/cats/a-1.jpg": b"photo"}, "done")
+
+
+def test_a_copy_waits_for_an_inbox_that_is_not_plugged_in(tmp_path: Path, history: History) -> None:
+    copied(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
+    (tmp_path / "in").rename(tmp_path / "unplugged")
+    tree = {"out/cats/a-1.jpg": b"photo", "unplugged/a.jpg": b"photo"}
+    assert recovered(history, tmp_path) == (tree, "open")
+    (tmp_path / "unplugged").rename(tmp_path / "in")
+    assert recovered(history, tmp_path) == ({"out/cats/a-1.jpg": b"photo"}, "done")
+
+
+def test_devices_may_have_other_numbers_after_a_restart_of_the_machine(tmp_path: Path, history: History) -> None:
+    status = (tmp_path / "in/a.jpg").stat()
+    other = Identity(status.st_dev + 77, *Identity.of(status)[1:])
+    history.settle([], history.unfinished())
+    history.intend([Move(TOKEN, "run", tmp_path / "in", "a.jpg", "cats", "a-1.jpg", other, "sorted")])
+    copied(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
+    assert recovered(history, tmp_path) == ({"out/cats/a-1.jpg": b"photo"}, "done")
+
+
+def test_a_link_on_the_way_leads_nowhere(tmp_path: Path, history: History) -> None:
+    make_tree(tmp_path, {f"outside/{HIDDEN}": b"precious", "outside/a-1.jpg": b"photo"})
+    (tmp_path / "out/cats").rename(tmp_path / "out/was")
+    (tmp_path / "out/cats").symlink_to(tmp_path / "outside")
+    recover(history, tmp_path / "out")
+    assert read_tree(tmp_path / "outside") == {HIDDEN: b"precious", "a-1.jpg": b"photo"}
+    assert (tmp_path / "in/a.jpg").read_bytes() == b"photo"
