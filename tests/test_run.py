@@ -366,3 +366,20 @@ def test_every_broken_file_is_sorted_or_failed_with_a_reason(shared: Path, tmp_p
     failed = running.events("photo.failed")
     assert len(failed) == len([n for n in read_tree(inbox) if n.startswith("failed/")]) > 0
     assert all(event["reason"] and event["detail"] for event in failed)
+
+
+def test_a_sort_connects_to_nothing_outside_the_machine(tmp_path: Path) -> None:
+    if shutil.which("strace") is None or subprocess.run(["strace", "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs strace, and the right to use it")
+    inbox = make_tree(tmp_path / "in", {f"{n}.jpg": photo(n) for n in range(5)})
+    command = ["strace", "-f", "--seccomp-bpf", "-e", "trace=connect,sendto,sendmsg", "-o", str(tmp_path / "trace")]
+    done = subprocess.run(
+        [*command, sys.executable, "-m", "sorter", "run", "--once", "--inbox", str(inbox)],
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"5 photos sorted" in done.stdout
+    calls = (tmp_path / "trace").read_text().splitlines()
+    assert any("sendmsg" in call for call in calls), "the descriptors that the decoders get"
+    assert [call for call in calls if "AF_INET" in call or ("connect(" in call and "AF_UNIX" not in call)] == []

@@ -1,14 +1,19 @@
 """Kill or refuse the mover and the history at every single call that changes a file; `make torture` does all of it."""
 
+import random
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import Running, hashes, make_tree, photo, read_tree
 
 sys.path.insert(0, str(Path(__file__).parent / "torture"))
 import sweep
@@ -55,6 +60,39 @@ def test_a_sample_of_kills_and_errors_loses_nothing(parents: tuple[Path, Path]) 
 
 
 @pytest.mark.torture
+@pytest.mark.timeout(900)
+def test_no_kill_of_the_real_sorter_at_a_random_moment_loses_anything(
+    parents: tuple[Path, Path], start: Callable[..., Running], proved: Callable[[str], None]
+) -> None:
+    moments, kills = random.Random(20), 0
+    inbox, output = (Path(tempfile.mkdtemp(prefix="sorter-torture-", dir=parent)) for parent in parents)
+    try:
+        make_tree(inbox, {f"{n}.jpg": photo(n) for n in range(2000)})
+        before = hashes(inbox)
+        for _ in range(12):
+            running = start("run", "--once", "--inbox", inbox, "--output", output)
+            running.wait_for_event("photo.sorted", moments.randrange(1, 100))
+            time.sleep(moments.random() / 10)
+            running.process.kill()
+            kills += running.process.wait() == -9
+            assert set(hashes(inbox)) | set(hashes(output)) >= set(before)
+        code, _ = start("run", "--once", "--inbox", inbox, "--output", output).finish()
+        assert (code, read_tree(inbox), hashes(output)) == (0, {}, before)
+        with sqlite3.connect(output / ".sorter/history.sqlite3") as history:
+            assert history.execute("SELECT count(*), count(done) FROM moves").fetchone() == (len(before), len(before))
+        history.close()
+    finally:
+        shutil.rmtree(inbox)
+        shutil.rmtree(output)
+    assert kills == 12
+    proved(f"{kills} kills of the real sorter at random moments, {_where(parents)}: none of {len(before)} photos lost")
+
+
+def _where(parents: tuple[Path, Path]) -> str:
+    return "two file systems" if parents[0] != parents[1] else "one file system"
+
+
+@pytest.mark.torture
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_kill_and_no_error_at_any_call_loses_anything(
@@ -63,8 +101,7 @@ def test_no_kill_and_no_error_at_any_call_loses_anything(
     points = points_of(parents)
     assert len(points) > 90
     assert attack_all(parents, [(point, fault) for point in points]) == []
-    where = "two file systems" if parents[0] != parents[1] else "one file system"
-    proved(f"{fault.partition('=')[2]} at each of {len(points)} calls that change a file, {where}: zero lost")
+    proved(f"{fault.partition('=')[2]} at each of {len(points)} calls that change a file, {_where(parents)}: zero lost")
 
 
 def test_what_is_durable_comes_in_the_right_order(parents: tuple[Path, Path]) -> None:
