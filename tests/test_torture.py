@@ -67,7 +67,7 @@ def test_no_kill_of_the_real_sorter_at_a_random_moment_loses_anything(
     moments, kills = random.Random(20), 0
     inbox, output = (Path(tempfile.mkdtemp(prefix="sorter-torture-", dir=parent)) for parent in parents)
     try:
-        make_tree(inbox, {f"{n}.jpg": photo(n) for n in range(2000)})
+        make_tree(inbox, {f"{n}.jpg": photo(n) for n in range(1000)})
         before = hashes(inbox)
         for _ in range(12):
             running = start("run", "--once", "--inbox", inbox, "--output", output)
@@ -76,7 +76,7 @@ def test_no_kill_of_the_real_sorter_at_a_random_moment_loses_anything(
             running.process.kill()
             kills += running.process.wait() == -9
             assert set(hashes(inbox)) | set(hashes(output)) >= set(before)
-        code, _ = start("run", "--once", "--inbox", inbox, "--output", output).finish()
+        code, _ = start("run", "--once", "--inbox", inbox, "--output", output).finish(seconds=600)
         assert (code, read_tree(inbox), hashes(output)) == (0, {}, before)
         with sqlite3.connect(output / ".sorter/history.sqlite3") as history:
             assert history.execute("SELECT count(*), count(done) FROM moves").fetchone() == (len(before), len(before))
