@@ -181,7 +181,7 @@ def _run(chosen: Settings) -> ExitCode:
         pipeline = Pipeline(engine, model, mover, history, run.id, chosen, workers=_workers())
         stack.callback(pipeline.close)
         service = Service(chosen, inbox, pipeline, stop, lock, log_fields=fields, **progress)
-        tally = service.run_once() if chosen.once else service.run(Watcher(inbox.root, recursive=chosen.recursive))
+        tally = service.run_once() if chosen.once else service.run(Watcher(inbox))
         if history is not None:
             with suppress(StorageError):  # every photo is accounted for; only the run's end is not
                 history.finish(run)

@@ -22,7 +22,7 @@ from sorter.inbox import Identity, Inbox, Photo
 from sorter.lock import Lock
 from sorter.pipeline import Pipeline
 from sorter.settings import Settings
-from sorter.watcher import CHECK_SECONDS, Watcher
+from sorter.watcher import Watcher
 
 AGAIN_SECONDS = 0.5
 """How soon a photo that changed while it was sorted is looked at again."""
@@ -177,14 +177,17 @@ class Service:
             SorterError: it could not go on.
         """
         self._stop.wake = watcher.wake
-        watcher.start()
+        watcher.start(time.monotonic())
         try:
-            next_rescan = 0.0
+            rescanned = 0.0
             while not self._stop.requested.is_set():
                 watcher.supervise(time.monotonic())
-                if time.monotonic() >= next_rescan or watcher.take_rescan():
+                # Asked at each turn, since the watcher may begin or cease to poll meanwhile.
+                next_rescan = rescanned + min(self._settings.rescan_seconds, watcher.poll_seconds)
+                if watcher.take_rescan() or time.monotonic() >= next_rescan:
                     self._rescan()
-                    next_rescan = time.monotonic() + min(self._settings.rescan_seconds, watcher.poll_seconds)
+                    rescanned = time.monotonic()
+                    next_rescan = rescanned + min(self._settings.rescan_seconds, watcher.poll_seconds)
                 now = time.time()
                 self._feed(filter(None, (self._inbox.look(name, now) for name in watcher.take_names())))
                 self._feed(self._inbox.look_again(now))
@@ -194,7 +197,7 @@ class Service:
                 if self._pipeline.in_flight:
                     self._account(timeout_seconds=0.2)
                 else:
-                    watcher.wait(self._idle_seconds(next_rescan))
+                    watcher.wait(self._idle_seconds(min(next_rescan, watcher.next_check)))
             log.info("service.stopping")
         finally:
             watcher.stop()
@@ -259,8 +262,8 @@ class Service:
             elif name not in self._inbox.changing:
                 del self._retry[name]
 
-    def _idle_seconds(self, next_rescan: float) -> float:
-        waits = [CHECK_SECONDS, next_rescan - time.monotonic()]
+    def _idle_seconds(self, wanted: float) -> float:
+        waits = [wanted - time.monotonic()]
         if self._inbox.changing:
             waits.append(self._settings.settle_seconds / 4)
         if self._retry:

@@ -87,13 +87,18 @@ def pipeline_to(output: Path, engine: Engine, manifest: Manifest, settings: Sett
     return Pipeline(engine, manifest, Mover(output), history, run, settings, workers)
 
 
-@pytest.fixture
-def manifest() -> Manifest:
+def small_manifest() -> Manifest:
+    """Of the model that `RedGreenEngine` plays."""
     classes = (Class(label="cat", folder="cats"), Class(label="dog", folder="dogs"))
     seen = Input(size=32, crop="squash", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     return Manifest(
         format_version=1, name="test", architecture="resnet50", classes=classes, input=seen, temperature=1.0, files={}
     )
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    return small_manifest()
 
 
 @pytest.fixture
@@ -162,11 +167,11 @@ def shared() -> Path:
 class Running:
     """A `sorter` process and its log."""
 
-    def __init__(self, arguments: list[str], errors: Path, environment: dict[str, str]) -> None:
+    def __init__(self, command: list[str], errors: Path, environment: dict[str, str]) -> None:
         self.errors = errors
         with errors.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "sorter", *arguments],
+                command,
                 stdout=subprocess.PIPE,
                 stderr=file,
                 env={**os.environ, **environment},
@@ -200,7 +205,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Running]]:
 
     def run(*arguments: str | Path, **environment: str) -> Running:
         errors = tmp_path / f"log-{len(processes)}"
-        processes.append(Running([str(a) for a in arguments], errors, environment))
+        command = [sys.executable, "-m", "sorter", *map(str, arguments)]
+        processes.append(Running(command, errors, environment))
         return processes[-1]
 
     yield run

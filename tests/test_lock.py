@@ -16,45 +16,30 @@ from sorter.lock import Lock
 Start = Callable[..., Running]
 
 
-@pytest.mark.parametrize("second", [("--once",), ()])
-def test_the_second_sorter_says_who_has_the_inbox_and_ends_with_2(
-    tmp_path: Path, start: Start, second: tuple[str, ...]
+@pytest.mark.parametrize(("taken", "mode"), [("in", ["--once"]), ("out", [])])
+def test_the_second_sorter_says_who_has_a_folder_and_ends_with_2(
+    tmp_path: Path, start: Start, taken: str, mode: list[str]
 ) -> None:
-    inbox = make_tree(tmp_path / "in", {"a.jpg": photo(1)})
-    daemon = start("run", "--inbox", inbox, "--output", tmp_path / "out")
-    daemon.wait_for_event("photo.sorted")
-    make_tree(inbox, {"late.jpg.part": photo(2)})
-    refused = start("run", *second, "--inbox", inbox, "--output", tmp_path / "elsewhere")
-    assert refused.finish()[0] == 2
-    detail = refused.events("run.failed")[0]["detail"]
-    assert re.search(rf"process {daemon.process.pid} on \S+ since 2\d\d\d-\d\d-\d\d \d\d:\d\d", detail)
+    make_tree(tmp_path, {"in/a.jpg": photo(1), "out/x": b"x"})
+    Lock(tmp_path / taken).take()
+    before = read_tree(tmp_path)
+    second = start("run", *mode, "--inbox", tmp_path / "in", "--output", tmp_path / "out")
+    assert second.finish()[0] == 2
+    detail = second.events("run.failed")[0]["detail"]
+    assert detail.startswith(str(tmp_path / taken))
+    assert re.search(rf"process {os.getpid()} on \S+ since 2\d\d\d-\d\d-\d\d \d\d:\d\d", detail)
     assert "stop that one first" in detail
-    assert not (tmp_path / "elsewhere/cats").exists()
-    daemon.process.send_signal(signal.SIGTERM)
-    assert daemon.finish()[0] == 0
+    assert {name: content for name, content in read_tree(tmp_path).items() if name in before} == before
 
 
-def test_two_inboxes_share_no_output(tmp_path: Path, start: Start) -> None:
-    for inbox in ("in", "in2"):
-        make_tree(tmp_path / inbox, {"a.jpg": photo(1)})
-    daemon = start("run", "--inbox", tmp_path / "in", "--output", tmp_path / "out")
-    daemon.wait_for_event("photo.sorted")
-    refused = start("run", "--once", "--inbox", tmp_path / "in2", "--output", tmp_path / "out")
-    assert refused.finish()[0] == 2
-    assert str(tmp_path / "out") in refused.events("run.failed")[0]["detail"]
-    assert set(read_tree(tmp_path / "in2")) == {"a.jpg"}
-
-
-def test_a_lock_whose_holder_was_killed_is_no_obstacle(tmp_path: Path, start: Start) -> None:
-    inbox = make_tree(tmp_path / "in", {"a.jpg": photo(1)})
-    daemon = start("run", "--inbox", inbox)
-    daemon.wait_for_event("photo.sorted")
-    daemon.process.kill()
-    daemon.finish()
-    assert (inbox / ".sorter/lock").exists()
-    make_tree(inbox, {"b.jpg": photo(2)})
-    assert start("run", "--once", "--inbox", inbox).finish()[0] == 0
-    assert not (inbox / "b.jpg").exists()
+def test_a_lock_whose_holder_was_killed_is_no_obstacle(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        Lock(tmp_path).take()
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert f"process {child} " in (tmp_path / ".sorter/lock").read_text()
+    Lock(tmp_path).take()
 
 
 def test_an_inbox_that_is_another_folder_now_is_locked_anew_and_the_old_one_given_back(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,10 @@ from conftest import make_tree
 from structlog.testing import capture_logs
 
 from sorter import file_systems
-from sorter.watcher import CHECK_SECONDS, MAX_NAMES, POLL_SECONDS, Watcher
+from sorter.inbox import Inbox
+from sorter.watcher import CHECK_SECONDS, GATHER_SECONDS, HELD_SECONDS, MAX_NAMES, POLL_SECONDS, Watcher
+
+TURNS = itertools.count(1)
 
 
 @pytest.fixture
@@ -20,8 +24,11 @@ def watch(tmp_path: Path) -> Iterator[Callable[..., Watcher]]:
 
     def make(*, recursive: bool = False) -> Watcher:
         (tmp_path / "in").mkdir(exist_ok=True)
-        watchers.append(Watcher(tmp_path / "in", recursive=recursive))
-        watchers[-1].start()
+        excluded = frozenset({os.path.realpath(tmp_path / "in/cats")})
+        inbox = Inbox(tmp_path / "in", recursive=recursive, excluded=excluded, settle_seconds=0)
+        watchers.append(Watcher(inbox))
+        watchers[-1].start(next(TURNS) * 1000.0)
+        watchers[-1].take_rescan()
         if watchers[-1].poll_seconds == POLL_SECONDS:
             pytest.skip("inotify does not work in the temporary folder")
         return watchers[-1]
@@ -35,14 +42,13 @@ def heard(watcher: Watcher, *, seconds: float = 10) -> set[str]:
     """The names that events bring, until none come any more."""
     names: set[str] = set()
     deadline = time.monotonic() + seconds
-    while not names and time.monotonic() < deadline:
-        watcher.wait(0.1)
-        names |= set(watcher.take_names())
-    watcher.wait(0.2)
-    return names | set(watcher.take_names())
-
-
-TURNS = itertools.count(1)
+    while time.monotonic() < deadline:
+        watcher.wait(0.3)
+        new = set(watcher.take_names())
+        if names and not new:
+            break
+        names |= new
+    return names
 
 
 def supervised(watcher: Watcher, turns: int = 3) -> list[str]:
@@ -51,6 +57,15 @@ def supervised(watcher: Watcher, turns: int = 3) -> list[str]:
         for _ in range(turns):
             watcher.supervise(next(TURNS) * 1000.0)
     return [f"{event['event']}: {event.get('reason')}" for event in events]
+
+
+def until_supervised(watcher: Watcher) -> list[str]:
+    """The same, once there is anything in it: events take a moment."""
+    deadline = time.monotonic() + 10
+    while not (lines := supervised(watcher, 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return lines
 
 
 def test_a_written_and_a_renamed_file_are_named(tmp_path: Path, watch: Callable[..., Watcher]) -> None:
@@ -62,20 +77,83 @@ def test_a_written_and_a_renamed_file_are_named(tmp_path: Path, watch: Callable[
     assert heard(watcher) == {os.fsdecode(b"\xff.jpg")}
 
 
-def test_a_folder_moved_in_asks_for_a_rescan(tmp_path: Path, watch: Callable[..., Watcher]) -> None:
+def test_a_file_made_readable_is_named(tmp_path: Path, watch: Callable[..., Watcher]) -> None:
+    make_tree(tmp_path / "in", {"a.jpg": b"x"})
+    (tmp_path / "in/a.jpg").chmod(0)
+    watcher = watch()
+    (tmp_path / "in/a.jpg").chmod(0o600)
+    assert heard(watcher) == {"a.jpg"}
+
+
+def test_what_leaves_the_inbox_is_not_named(tmp_path: Path, watch: Callable[..., Watcher]) -> None:
+    make_tree(tmp_path / "in", {"a.jpg": b"x", "b.jpg": b"x", "cats/c.jpg": b"x"})
     watcher = watch(recursive=True)
-    make_tree(tmp_path / "new", {"a.jpg": b"x"})
+    os.rename(tmp_path / "in/a.jpg", tmp_path / "in/cats/a.jpg")
+    os.unlink(tmp_path / "in/b.jpg")
+    assert heard(watcher, seconds=0.5) == set()
+
+
+def test_without_recursive_subfolders_are_not_heard(tmp_path: Path, watch: Callable[..., Watcher]) -> None:
+    make_tree(tmp_path / "in", {"sub/a.jpg": b"x"})
+    watcher = watch()
+    make_tree(tmp_path / "in", {"sub/b.jpg": b"x", "new/c.jpg": b"x"})
+    assert heard(watcher, seconds=0.5) == set()
+
+
+def test_a_folder_moved_in_is_named_file_by_file_and_heard_from_then_on(
+    tmp_path: Path, watch: Callable[..., Watcher]
+) -> None:
+    watcher = watch(recursive=True)
+    make_tree(tmp_path / "new", {"a.jpg": b"x", "deep/er/b.jpg": b"x", ".hidden/c.jpg": b"x"})
     os.rename(tmp_path / "new", tmp_path / "in/new")
-    deadline = time.monotonic() + 10
-    while not watcher.take_rescan():
-        watcher.wait(0.1)
-        assert time.monotonic() < deadline
+    assert heard(watcher) == {"new/a.jpg", "new/deep/er/b.jpg"}
+    make_tree(tmp_path / "in", {"new/deep/er/d.jpg": b"x", "new/.hidden/e.jpg": b"x"})
+    assert heard(watcher) == {"new/deep/er/d.jpg"}
 
 
-def test_more_names_than_are_worth_remembering_ask_for_a_rescan(tmp_path: Path) -> None:
-    watcher = Watcher(tmp_path, recursive=False)
+def test_folders_made_one_in_another_are_all_heard(tmp_path: Path, watch: Callable[..., Watcher]) -> None:
+    watcher = watch(recursive=True)
+    names = {f"a{n}/b/c/d/{n}.jpg" for n in range(200)}
+    make_tree(tmp_path / "in", dict.fromkeys(names, b"x"))
+    assert heard(watcher) == names
+
+
+def test_a_folder_moved_within_the_inbox_is_heard_under_its_new_name(
+    tmp_path: Path, watch: Callable[..., Watcher]
+) -> None:
+    make_tree(tmp_path / "in", {"old/deep/a.jpg": b"x", "older/b.jpg": b"x"})
+    watcher = watch(recursive=True)
+    os.rename(tmp_path / "in/old", tmp_path / "in/new")
+    assert heard(watcher) == {"new/deep/a.jpg"}
+    make_tree(tmp_path / "in", {"new/deep/c.jpg": b"x", "older/d.jpg": b"x"})
+    assert heard(watcher) == {"new/deep/c.jpg", "older/d.jpg"}
+
+
+def test_a_folder_moved_out_of_the_inbox_is_not_heard_any_more(tmp_path: Path, watch: Callable[..., Watcher]) -> None:
+    make_tree(tmp_path / "in", {"old/deep/a.jpg": b"x"})
+    watcher = watch(recursive=True)
+    os.rename(tmp_path / "in/old", tmp_path / "old")
+    make_tree(tmp_path / "in", {"b.jpg": b"x"})
+    assert heard(watcher) == {"b.jpg"}
+    make_tree(tmp_path, {"old/deep/c.jpg": b"x", "old/d.jpg": b"x"})
+    assert heard(watcher, seconds=0.5) == set()
+
+
+def test_a_subfolder_deleted_and_recreated_is_heard(tmp_path: Path, watch: Callable[..., Watcher]) -> None:
+    (tmp_path / "in/sub").mkdir(parents=True)
+    watcher = watch(recursive=True)
+    for turn in range(3):
+        (tmp_path / "in/sub").rmdir()
+        (tmp_path / "in/sub").mkdir()
+        make_tree(tmp_path, {"in/sub/a.jpg": b"x"})
+        assert heard(watcher) == {"sub/a.jpg"}, turn
+        (tmp_path / "in/sub/a.jpg").unlink()
+
+
+def test_more_names_than_are_worth_remembering_ask_for_a_rescan(watch: Callable[..., Watcher]) -> None:
+    watcher = watch()
     for number in range(MAX_NAMES + 5):
-        watcher.notice(str(tmp_path / f"{number}.jpg"), folder=False)
+        watcher.notice(f"{number}.jpg")
     assert len(watcher.take_names()) == MAX_NAMES
     assert watcher.take_rescan()
     assert not watcher.take_rescan()
@@ -88,7 +166,8 @@ def test_nothing_is_said_while_all_is_well(watch: Callable[..., Watcher]) -> Non
 def test_an_inbox_deleted_and_recreated_is_watched_again(tmp_path: Path, watch: Callable[..., Watcher]) -> None:
     watcher = watch()
     (tmp_path / "in").rmdir()
-    assert [line.split(":")[0] for line in supervised(watcher, 1)] == ["watcher.waiting"]
+    assert [line.split(":")[0] for line in until_supervised(watcher)] == ["watcher.waiting"]
+    assert supervised(watcher) == [], "it is said once"
     (tmp_path / "in").mkdir()
     assert [line.split(":")[0] for line in supervised(watcher)] == ["watcher.restarted"]
     assert watcher.take_rescan()
@@ -101,11 +180,21 @@ def test_an_inbox_recreated_between_two_looks_is_noticed(tmp_path: Path, watch: 
     watcher = watch()
     (tmp_path / "in").rmdir()
     (tmp_path / "in").mkdir()
-    deadline = time.monotonic() + 10
-    while not (lines := supervised(watcher, 2)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert lines[-1].startswith("watcher.restarted")
+    assert until_supervised(watcher)[-1].startswith("watcher.restarted")
+    (tmp_path / "in/a.jpg").write_bytes(b"x")
+    assert heard(watcher) == {"a.jpg"}
+
+
+def test_an_inbox_deleted_while_somebody_stands_in_it_is_noticed(tmp_path: Path, watch: Callable[..., Watcher]) -> None:
+    # The kernel reports no deletion as long as somebody holds the folder.
+    watcher = watch()
+    held = os.open(tmp_path / "in", os.O_RDONLY)
+    try:
+        (tmp_path / "in").rmdir()
+        (tmp_path / "in").mkdir()
+        assert supervised(watcher, 1) == ["watcher.restarted: the inbox is another folder now"]
+    finally:
+        os.close(held)
     (tmp_path / "in/a.jpg").write_bytes(b"x")
     assert heard(watcher) == {"a.jpg"}
 
@@ -113,24 +202,69 @@ def test_an_inbox_recreated_between_two_looks_is_noticed(tmp_path: Path, watch: 
 def test_an_inbox_renamed_away_and_back_is_watched_again(tmp_path: Path, watch: Callable[..., Watcher]) -> None:
     watcher = watch()
     (tmp_path / "in").rename(tmp_path / "away")
-    assert supervised(watcher, 1) == ["watcher.waiting: the inbox is gone or cannot be listed"]
+    (waiting,) = until_supervised(watcher)
+    assert waiting.startswith("watcher.waiting: the inbox ")
     (tmp_path / "away").rename(tmp_path / "in")
+    assert supervised(watcher) == [waiting.replace("waiting", "restarted")]
+
+
+def test_a_folder_above_the_inbox_that_is_renamed_is_noticed(tmp_path: Path) -> None:
+    # There is no event for that.
+    (tmp_path / "above/in").mkdir(parents=True)
+    inbox = Inbox(tmp_path / "above/in", recursive=False, excluded=frozenset(), settle_seconds=0)
+    watcher = Watcher(inbox)
+    watcher.start(next(TURNS) * 1000.0)
+    (tmp_path / "above").rename(tmp_path / "elsewhere")
+    assert supervised(watcher) == ["watcher.waiting: the inbox is gone or cannot be listed"]
+    (tmp_path / "above/in").mkdir(parents=True)
     assert supervised(watcher) == ["watcher.restarted: the inbox is gone or cannot be listed"]
+    (tmp_path / "above/in/a.jpg").write_bytes(b"x")
+    assert heard(watcher) == {"a.jpg"}
+    watcher.stop()
 
 
-def test_where_inotify_is_used_up_the_inbox_is_polled_and_that_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_inbox_that_is_a_link_which_is_turned_elsewhere_is_noticed(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"first/a.jpg": b"x", "second/b.jpg": b"x"})
+    (tmp_path / "in").symlink_to("first")
+    watcher = Watcher(Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0))
+    watcher.start(next(TURNS) * 1000.0)
+    (tmp_path / "first/c.jpg").write_bytes(b"x")
+    assert heard(watcher) == {"c.jpg"}
+    (tmp_path / "new").symlink_to("second")
+    (tmp_path / "new").rename(tmp_path / "in")
+    assert supervised(watcher) == ["watcher.restarted: the inbox is another folder now"]
+    (tmp_path / "second/d.jpg").write_bytes(b"x")
+    assert heard(watcher) == {"d.jpg"}
+    watcher.stop()
+
+
+def test_what_goes_wrong_again_and_again_is_said_once_and_tried_less_and_less_often(
+    watch: Callable[..., Watcher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def used_up(_watcher: Watcher) -> None:
-        raise OSError(28, "inotify watch limit reached")
+    watcher = watch()
+    starts: list[float] = []
+    begin = watcher._begin
 
-    monkeypatch.setattr(Watcher, "_observe", used_up)
-    watcher = Watcher(tmp_path, recursive=False)
+    def begin_and_fail(now: float) -> str | None:
+        starts.append(now)
+        reason = begin(now)
+        assert watcher._listener is not None
+        watcher._listener.failure = "it does not work"
+        return reason
+
+    monkeypatch.setattr(watcher, "_begin", begin_and_fail)
+    assert watcher._listener is not None
+    watcher._listener.failure = "it does not work"
+    start = next(TURNS) * 1000.0
     with capture_logs() as events:
-        watcher.start()
-    assert watcher.poll_seconds == POLL_SECONDS
-    assert "max_user_watches" in events[0]["reason"]
-    assert events[0]["event"] == "watcher.polling"
+        for second in range(900):
+            watcher.supervise(start + second)
+            assert watcher._listener is not None or watcher.poll_seconds == POLL_SECONDS, "unheard, it is listed"
+    assert [event["event"] for event in events] == ["watcher.restarted"]
+    waits = [later - earlier for earlier, later in itertools.pairwise(starts)]
+    assert waits == sorted(waits)
+    assert 5 < len(starts) < 30
+    assert waits[-1] >= HELD_SECONDS
 
 
 def test_a_memory_file_system_is_not_taken_for_a_deaf_one() -> None:
@@ -142,8 +276,47 @@ def test_a_memory_file_system_is_not_taken_for_a_deaf_one() -> None:
 
 def test_supervision_looks_no_more_often_than_it_says(tmp_path: Path, watch: Callable[..., Watcher]) -> None:
     watcher = watch()
-    watcher.supervise(100.0)
-    (tmp_path / "in").rmdir()
+    watcher.supervise(start := next(TURNS) * 1000.0)
+    assert watcher.next_check == start + CHECK_SECONDS
+    watcher._folder = (0, 0)  # what only a look tells
     with capture_logs() as events:
-        watcher.supervise(100.0 + CHECK_SECONDS - 0.1)
-    assert events == []
+        watcher.supervise(start + CHECK_SECONDS - 0.1)
+        assert events == []
+        watcher.supervise(start + CHECK_SECONDS)
+        assert len(events) == 1
+
+
+def test_a_signal_handler_ends_the_wait(watch: Callable[..., Watcher]) -> None:
+    watcher = watch()
+    before = signal.signal(signal.SIGALRM, lambda *_: watcher.wake())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        began = time.monotonic()
+        watcher.wait(30)
+        assert time.monotonic() - began < 10
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_events_without_end_turn_the_loop_no_more_than_twenty_times_a_second(watch: Callable[..., Watcher]) -> None:
+    watcher = watch()
+    began = time.monotonic()
+    for _ in range(10):
+        watcher.wake()
+        watcher.wait(30)
+    assert time.monotonic() - began >= 10 * GATHER_SECONDS
+    for _ in range(100_000):  # more than a pipe holds
+        watcher.wake()
+    watcher.wait(30)
+    began = time.monotonic()
+    watcher.wait(0.3)
+    assert time.monotonic() - began >= 0.3, "what was heard wakes nobody again"
+
+
+def test_stopping_gives_everything_back(watch: Callable[..., Watcher]) -> None:
+    watcher = watch(recursive=True)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        watcher.stop()
+        watcher.start(0.0)
+    assert len(os.listdir("/proc/self/fd")) == before

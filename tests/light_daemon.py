@@ -1,0 +1,53 @@
+"""The daemon with an engine that needs no torch, so that it starts at once: everything else is the real thing.
+
+Takes the settings as a JSON object. What the watcher does every few seconds it does every second here. `fail_on` names
+a file: as long as it is there, the listener's handler raises. `retry_seconds` is how often watches are asked for again.
+"""
+
+import json
+import os
+import sys
+
+from conftest import RedGreenEngine, pipeline_to, small_manifest
+
+from sorter import logs, preflight, watcher
+from sorter.inbox import Inbox
+from sorter.lock import Lock
+from sorter.mover import Mover
+from sorter.service import Service, Stop
+from sorter.settings import Settings
+
+
+class _FailingWatcher(watcher.Watcher):
+    fail_on: str | None = None
+
+    def notice(self, name: str) -> None:
+        if self.fail_on is not None and os.path.exists(self.fail_on):
+            raise RuntimeError("the handler failed")
+        super().notice(name)
+
+
+def main() -> None:
+    values = json.loads(sys.argv[1])
+    _FailingWatcher.fail_on = values.pop("fail_on", None)
+    watcher.CHECK_SECONDS = watcher.POLL_SECONDS = 1.0
+    watcher.RETRY_SECONDS = values.pop("retry_seconds", watcher.RETRY_SECONDS)
+    settings, manifest = Settings(**values), small_manifest()
+    logs.configure("json", "info")
+    stop = Stop(idle_code=0)
+    stop.listen()
+    inbox = Inbox(
+        settings.inbox,
+        recursive=settings.recursive,
+        excluded=preflight.excluded(settings, manifest),
+        settle_seconds=settings.settle_seconds,
+    )
+    lock = Lock(inbox.root)
+    lock.take()
+    mover = Mover(settings.output_folder)
+    stop.moving = mover.lock
+    pipeline = pipeline_to(settings.output_folder, RedGreenEngine(), manifest, settings)
+    Service(settings, inbox, pipeline, stop, lock, log_fields={}).run(_FailingWatcher(inbox))
+
+
+main()
