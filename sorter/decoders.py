@@ -28,17 +28,20 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from sorter import images
-from sorter.errors import PhotoError, Reason
+from sorter.errors import PhotoError, Reason, SorterError
 from sorter.images import Limits, Preprocessing
 from sorter.inbox import Identity, Photo, open_file
 
-# A 250-megapixel JPEG needs 190 MB scaled by two, a 100-megapixel PNG with transparency 800 MB with its copies.
-WORKER_MEMORY_BYTES = 2 << 30
-"""Address space a worker may take before its photo fails as out-of-memory."""
+WORKER_MEMORY_BYTES = 970_000_000
+"""What a worker may allocate before its photo fails as out-of-memory. With the libraries that are mapped it stays
+under 1 GB: a picture of 100 megapixels takes 400 MB once, a progressive JPEG of 250 megapixels 750 MB."""
+START_SECONDS = 60.0
+"""How long a worker may take to start; it is a fraction of a second where the machine is not overloaded."""
 
 _REQUEST = struct.Struct("<I")  # row
 _REPLY = struct.Struct("<BfI")  # kind, seconds, bytes of text that follow
 _OK, _FAILED, _UNREADABLE = range(3)
+_READY = b"\1"
 
 Verdict = Literal["pixels", "failed", "skipped", "left", "gone"]
 
@@ -204,15 +207,37 @@ class _Worker:
         ]
         arguments += [limits.max_megapixels, limits.max_jpeg_megapixels]
         # -P: never import from the folder one happens to stand in, which may be an inbox.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "sorter.decoders", *map(str, arguments)],
-            pass_fds=(theirs.fileno(), memory),
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        theirs.close()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "sorter.decoders", *map(str, arguments)],
+                pass_fds=(theirs.fileno(), memory),
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        except OSError as error:
+            self._socket.close()
+            raise _cannot_start(error.strerror) from None
+        finally:
+            theirs.close()
+        self._await_ready()
+
+    def _await_ready(self) -> None:
+        """Wait until it can decode, so that a worker that cannot even start is not held against a photo."""
+        self._socket.settimeout(START_SECONDS)
+        try:
+            _receive(self._socket, len(_READY))
+        except (EOFError, OSError):
+            how = self._ended()
+            self.kill()
+            raise _cannot_start(how) from None
+
+    def _ended(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
+        code = self._process.returncode
+        return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
     def decode(self, descriptor: int, row: int, timeout_seconds: float) -> tuple[int, float, str]:
         """Have one open file decoded into a row.
@@ -228,17 +253,20 @@ class _Worker:
         except TimeoutError:
             raise PhotoError(Reason.DECODER_TIMEOUT, f"not decoded after {timeout_seconds:g} s") from None
         except (EOFError, ConnectionError):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(1)
-            code = self._process.returncode
-            how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-            raise PhotoError(Reason.DECODER_CRASH, f"the decoder died of it ({how})") from None
+            raise PhotoError(Reason.DECODER_CRASH, f"the decoder died of it ({self._ended()})") from None
 
     def kill(self) -> None:
         """End the process at once."""
         self._socket.close()
         self._process.kill()
         self._process.wait()
+
+
+def _cannot_start(why: str | None) -> SorterError:
+    return SorterError(
+        f"the processes that decode do not start ({why}): look whether memory is short or the installation has "
+        "changed, and start again"
+    )
 
 
 def _receive(connection: socket.socket, length: int) -> bytes:
@@ -271,7 +299,8 @@ def _confine() -> None:
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
+        # What is allocated, not the address space: threads and libraries reserve much that they never use.
+        resource.setrlimit(resource.RLIMIT_DATA, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
@@ -283,11 +312,12 @@ def worker_main(arguments: list[str]) -> None:
         return
     warnings.simplefilter("ignore", UserWarning)  # Pillow warns of odd metadata; nobody reads it here
     connection = socket.socket(fileno=int(arguments[0]))
-    memory = mmap.mmap(int(arguments[1]), 0)
+    memory = int(arguments[1])
     crop: Literal["squash", "center"] = "center" if arguments[3] == "center" else "squash"
     preprocessing = Preprocessing(int(arguments[2]), crop, int(arguments[4]))
-    limits = Limits(float(arguments[5]), float(arguments[6]))
+    limits = Limits(float(arguments[5]), float(arguments[6]), WORKER_MEMORY_BYTES)
     stride = preprocessing.size * preprocessing.size * 3
+    connection.sendall(_READY)
     while True:
         request, descriptors, _, _ = socket.recv_fds(connection, _REQUEST.size, 1)
         if not request:
@@ -295,11 +325,12 @@ def worker_main(arguments: list[str]) -> None:
         (row,) = _REQUEST.unpack(request)
         start, kind, text = time.perf_counter(), _OK, ""
         try:
-            memory[row * stride : (row + 1) * stride] = images.decode(descriptors[0], preprocessing, limits).tobytes()
+            pixels = images.decode(descriptors[0], preprocessing, limits).tobytes()
+            os.pwrite(memory, pixels, row * stride)
         except PhotoError as error:
             kind, text = _FAILED, f"{error.reason} {error.detail}"
         except MemoryError:
-            kind, text = _FAILED, f"{Reason.OUT_OF_MEMORY} it needs more than {WORKER_MEMORY_BYTES >> 20} MiB"
+            kind, text = _FAILED, f"{Reason.OUT_OF_MEMORY} it needs more than {WORKER_MEMORY_BYTES / 1e6:g} MB"
         except OSError as error:
             kind, text = _UNREADABLE, error.strerror or str(error)
         finally:

@@ -7,6 +7,7 @@ costs more accuracy than 8-bit weights do.
 Runs inside the decoder processes (`decoders.py`), so it imports neither torch nor numpy.
 """
 
+import contextlib
 import io
 import math
 import struct
@@ -20,6 +21,9 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from sorter.errors import PhotoError, Reason
 
 SIGNATURE_BYTES = 64
+# How much of the shrinking is left to the filter, as Pillow means it; 3 looks like no gap at all.
+_REDUCING_GAP = 3.0
+_BAND_PIXELS = 4_000_000
 # What the last bytes of a whole file hold; a few stray bytes may follow.
 _ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
 
@@ -36,9 +40,17 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Bytes a pixel that decoding may need at once. A library that gets no memory says that the picture is broken: JPEG's
+# coefficients in a progressive one, WebP's two canvases, AVIF's planes, TIFF's strips come beside the picture itself.
+_NEEDED_BYTES = {"JPEG": 6, "MPO": 6, "WEBP": 20, "AVIF": 16, "TIFF": 16}
 _BMP_HEADER_SIZES = (12, 16, 40, 52, 56, 64, 108, 124)
 
 Image.init()  # registers AVIF and MPO, which the usual few formats leave out
+with contextlib.suppress(ImportError):  # Pillow has it from 11.3 on
+    from PIL import AvifImagePlugin
+
+    # A worker is a thread's worth of work already, and on 64 processors the stacks of 64 more fill its memory.
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 _EXTENSIONS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
     "PNG": (".png", ".apng"),
@@ -47,7 +59,7 @@ _EXTENSIONS = {
     "BMP": (".bmp", ".dib"),
     "DIB": (),
     "TIFF": (".tif", ".tiff"),
-    "AVIF": (".avif",),  # Pillow has it from 11.3 on
+    "AVIF": (".avif",),
 }
 FORMATS = tuple(name for name in _EXTENSIONS if name in Image.OPEN)
 EXTENSIONS = frozenset(extension for name in FORMATS for extension in _EXTENSIONS[name])
@@ -74,10 +86,11 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is refused before it is decoded. Megapixels are millions of pixels."""
+    """What is refused before it is decoded, and what memory there is. Megapixels are millions of pixels."""
 
     max_megapixels: float = 100.0
     max_jpeg_megapixels: float = 250.0
+    memory_bytes: float = math.inf
 
 
 def has_signature(head: bytes) -> bool:
@@ -115,14 +128,16 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
     with open(descriptor, "rb", closefd=False) as file:
         file.seek(0)
         tracked = _Tracked(file)
+        needed_bytes = 0
         try:
             with Image.open(tracked, formats=FORMATS) as image:  # type: ignore[arg-type]
                 _check_size(image, limits)
+                needed_bytes = image.width * image.height * _NEEDED_BYTES.get(image.format or "", 5)
                 return _shrink(image, preprocessing)
         except (PhotoError, MemoryError):
             raise
         except Exception as error:
-            raise _reason(error, tracked) from error
+            raise _reason(error, tracked, limits, needed_bytes) from error
 
 
 class _Tracked(io.BufferedIOBase):
@@ -166,8 +181,7 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
         image.draft(None, (2 * short, 2 * short))
     image.load()
     orientation = _orientation(image)  # after loading: Pillow turns TIFFs itself, and then says so
-    flat = _without_depth(image)
-    width, height = flat.size
+    width, height = image.size
     if preprocessing.crop == "squash":
         size = (short, short)
     else:
@@ -175,7 +189,12 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
         if preprocessing.crop == "none":
             scale, short = min(scale, 1.0), 1
         size = (max(short, round(width * scale)), max(short, round(height * scale)))
-    small = flat.resize(size, Image.Resampling.BILINEAR, reducing_gap=3.0)
+    # What `resize` does with a reducing gap, except that here no copy of the whole picture is ever made.
+    across, down = (int(side / wanted / _REDUCING_GAP) or 1 for side, wanted in zip(image.size, size, strict=True))
+    reduced = _reduced(image, across, down)
+    small = reduced.resize(size, Image.Resampling.BILINEAR, box=(0, 0, width / across, height / down))
+    if small.mode == "RGBa":
+        small = small.convert("RGBA")
     if preprocessing.crop == "center":
         left, top = (size[0] - preprocessing.size) // 2, (size[1] - preprocessing.size) // 2
         small = small.crop((left, top, left + preprocessing.size, top + preprocessing.size))
@@ -194,27 +213,48 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _without_depth(image: Image.Image) -> Image.Image:
-    """Bring any of Pillow's modes to RGB or RGBA with 8 bits a channel."""
-    transparent = image.mode in ("LA", "PA", "La", "RGBa") or "transparency" in image.info
-    if image.mode == "RGBA" or (image.mode == "RGB" and not transparent):
-        return image
-    if image.mode[0] in "IF":  # 16-bit greys, 32-bit integers, floats
-        deep = image.convert("F")
-        low, high = _range(deep)
-        return deep.point(lambda value: (value - low) * (255 / (high - low))).convert("L").convert("RGB")
-    return image.convert("RGBA" if transparent else "RGB")
+def _reduced(image: Image.Image, across: int, down: int) -> Image.Image:
+    """Average blocks of `across` by `down` pixels, in RGB, or in RGBa where the picture is transparent.
+
+    A band of rows at a time: most modes need two or three copies on their way to RGB, and a picture of 100 megapixels
+    takes 400 MB in each.
+    """
+    width, height = image.size
+    rows = max(1, _BAND_PIXELS // (width * down)) * down
+    bands = [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
+    depth = _low_and_high(image, bands) if image.mode[0] in "IF" else None
+    reduced: Image.Image | None = None
+    for band in bands:
+        part = _without_depth(image if len(bands) == 1 else image.crop(band), depth).reduce((across, down))
+        if len(bands) == 1:
+            return part
+        if reduced is None:
+            reduced = Image.new(part.mode, (part.width, math.ceil(height / down)))
+        reduced.paste(part, (0, band[1] // down))
+    assert reduced is not None, "a picture has at least one row"
+    return reduced
 
 
-def _range(deep: Image.Image) -> tuple[float, float]:
+def _without_depth(image: Image.Image, low_and_high: tuple[float, float] | None) -> Image.Image:
+    """Bring any of Pillow's modes to RGB, or to RGBa where it is transparent, with 8 bits a channel."""
+    if low_and_high is not None:  # 16-bit greys, 32-bit integers, floats
+        low, high = low_and_high
+        return image.convert("F").point(lambda value: (value - low) * (255 / (high - low))).convert("L").convert("RGB")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        return image.convert("RGBA").convert("RGBa")
+    return image.convert("RGB")
+
+
+def _low_and_high(image: Image.Image, bands: list[tuple[int, int, int, int]]) -> tuple[float, float]:
     """What counts as black and as white: the narrowest usual range that holds the picture, else the picture's own."""
-    low, high = (float(value) for value in deep.getextrema())  # type: ignore[arg-type]
-    if not math.isfinite(high - low):
+    extremes = [float(value) for band in bands for value in image.crop(band).convert("F").getextrema()]  # type: ignore[arg-type]
+    if not all(map(math.isfinite, extremes)):
         raise PhotoError(Reason.CORRUPT, "its pixels are not finite numbers")
+    low, high = min(extremes), max(extremes)
     return next(((0.0, white) for white in (1.0, 255.0, 65535.0) if low >= 0 and high <= white), (low, high))
 
 
-def _reason(error: Exception, file: _Tracked) -> Exception:
+def _reason(error: Exception, file: _Tracked, limits: Limits, needed_bytes: int) -> Exception:
     """Turn what a decoder raised into a reason code, or hand back the disk's own failure."""
     if file.failure is not None:
         return file.failure
@@ -222,7 +262,10 @@ def _reason(error: Exception, file: _Tracked) -> Exception:
     if isinstance(error, UnidentifiedImageError):
         said = "the header cannot be read"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return PhotoError(Reason.TOO_MANY_PIXELS, said)
+        most, most_jpeg = limits.max_megapixels, limits.max_jpeg_megapixels
+        return PhotoError(
+            Reason.TOO_MANY_PIXELS, f"the limit is {most_jpeg:g} megapixels for JPEG, {most:g} megapixels for others"
+        )
     file.seek(0)
     head = file.read(SIGNATURE_BYTES)
     if not head:
@@ -231,6 +274,8 @@ def _reason(error: Exception, file: _Tracked) -> Exception:
         return PhotoError(Reason.NOT_A_PHOTO, "its name says photo, its content does not")
     if _ends_early(file, head) or isinstance(error, (EOFError, zlib.error)) or "truncated" in said.lower():
         return PhotoError(Reason.TRUNCATED, said)
+    if needed_bytes > limits.memory_bytes:
+        return PhotoError(Reason.OUT_OF_MEMORY, f"so many pixels need too much memory in this format ({said})")
     return PhotoError(Reason.CORRUPT, said)
 
 

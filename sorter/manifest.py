@@ -8,14 +8,18 @@
 ever unpickled, and nothing here imports torch.
 """
 
+import errno
 import hashlib
+import io
 import os
 import re
+import stat
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sorter.errors import ModelError
 from sorter.images import Preprocessing
@@ -24,7 +28,19 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 RESERVED_FOLDERS = frozenset({"unsure", "failed"})
+MAX_MANIFEST_BYTES = 10_000_000
+_MAX_NAME_BYTES = 255  # of a folder, on the usual file systems
 
+
+def _printable(text: str) -> str:
+    # It stands in logs, on terminals and in sentences of one line.
+    if not text.isprintable():
+        raise ValueError(f"{ascii(text)[:60]} has characters that cannot be shown")
+    return text
+
+
+Printable = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
+Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Channels = tuple[float, float, float]
 
@@ -36,7 +52,7 @@ class _Part(BaseModel):
 class Class(_Part):
     """One thing the network can say, and the folder of the photos it says it of."""
 
-    label: str = Field(min_length=1)
+    label: Printable
     folder: str
 
 
@@ -48,7 +64,7 @@ class Input(_Part):
     resize: int = Field(default=0, ge=0, le=2048)
     interpolation: Literal["bilinear"] = "bilinear"
     mean: Channels
-    std: Channels
+    std: tuple[Positive, Positive, Positive]
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -92,10 +108,10 @@ class Manifest(_Part):
     """A model folder's description; field by field what stands in `manifest.json`."""
 
     format_version: int = Field(ge=1)
-    name: str = Field(min_length=1)
-    architecture: str
-    head_hidden: tuple[int, ...] = ()
-    classes: tuple[Class, ...] = Field(min_length=2)
+    name: Printable
+    architecture: Printable
+    head_hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field(default=(), max_length=16)
+    classes: tuple[Class, ...] = Field(min_length=2, max_length=10_000)
     input: Input
     temperature: float = Field(gt=0)
     evaluations: tuple[Evaluation, ...] = ()
@@ -106,10 +122,11 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _folders_are_safe(self) -> Self:
-        folders = [c.folder for c in self.classes]
-        for folder in folders:
-            if not re.fullmatch(r"[^/\0.][^/\0]*", folder) or folder in RESERVED_FOLDERS:
-                raise ValueError(f"the folder {folder!r} is not a plain name, or is reserved")
+        folders = [_as_a_disk_may_see_it(c.folder) for c in self.classes]
+        for folder, seen in zip((c.folder for c in self.classes), folders, strict=True):
+            plain = re.fullmatch(r"[^/.][^/]*", folder) and folder.isprintable()
+            if not plain or len(os.fsencode(folder)) > _MAX_NAME_BYTES or seen in RESERVED_FOLDERS:
+                raise ValueError(f"the folder {ascii(folder)[:60]} is not a plain name, or is reserved")
         if len(set(folders)) < len(folders) or len({c.label for c in self.classes}) < len(folders):
             raise ValueError("two classes have the same label or folder")
         if self.input.crop == "center" and self.input.resize < self.input.size:
@@ -122,6 +139,11 @@ class Manifest(_Part):
         return next((e.accuracy for e in self.evaluations if e.role == "test"), None)
 
 
+def _as_a_disk_may_see_it(folder: str) -> str:
+    """What two names have in common that are one folder on a disk that ignores case or composes accents."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", folder).casefold())
+
+
 def read(folder: Path) -> Manifest:
     """Read a model folder's manifest and verify the files beside it.
 
@@ -130,21 +152,26 @@ def read(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        text = path.read_bytes()
+        with _opened(path) as file:
+            text = file.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise ModelError(
             f"there is no model in {folder} ({error.strerror}: {MANIFEST}): name a model folder with --model"
         ) from None
-    version = re.search(rb'"format_version"\s*:\s*(\d+)', text)
-    if version and int(version[1]) > FORMAT_VERSION:
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise ModelError(f"{path} is too large to be a manifest: name a model folder with --model")
+    version = re.search(rb'"format_version"\s*:\s*0*(\d+)', text)
+    digits = version[1][:9].decode() if version else "0"  # Python refuses to read thousands of them
+    if int(digits) > FORMAT_VERSION:
         raise ModelError(
-            f"the model in {folder} has format {int(version[1])} and this sorter knows {FORMAT_VERSION}: upgrade it"
+            f"the model in {folder} has format {digits} and this sorter knows {FORMAT_VERSION}: upgrade it"
         )
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "its content"
+        where = where if where.isprintable() and len(where) < 100 else ascii(where)[:100]
         raise ModelError(f"{path} is not a valid manifest ({where}: {first['msg']}): export the model again") from None
     if WEIGHTS not in manifest.files:
         raise ModelError(f"{path} names no {WEIGHTS}: export the model again")
@@ -154,22 +181,31 @@ def read(folder: Path) -> Manifest:
 
 
 def _verify(folder: Path, name: str, digest: str) -> None:
-    if "/" in name or "\0" in name or name.startswith("."):
-        raise ModelError(f"the model in {folder} names a file outside itself ({name}): do not use it")
+    if "/" in name or not name.isprintable() or name.startswith("."):
+        raise ModelError(f"the model in {folder} names a file outside itself ({ascii(name)[:100]}): do not use it")
     try:
         found = digest_of(folder / name)
     except OSError as error:
         raise ModelError(
-            f"the model in {folder} cannot be used: {name}: {error.strerror}; copy the whole folder again"
+            f"the model in {folder} cannot be used: {name[:100]}: {error.strerror}; copy the whole folder again"
         ) from None
     if found != digest:
         raise ModelError(f"the model in {folder} is damaged: {name} differs from its digest; copy it again")
 
 
 def digest_of(path: Path) -> str:
-    """`sha256:` and the hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
+    """`sha256:` and the hexadecimal SHA-256 of a regular file."""
+    with _opened(path) as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    """Open a regular file; never wait for a FIFO's writer, never read a device without an end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def write(folder: Path, manifest: Manifest, files: Mapping[str, bytes], card: str) -> Manifest:

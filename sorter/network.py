@@ -123,14 +123,16 @@ def load(folder: Path, manifest: Manifest) -> nn.Module:
     Raises:
         ModelError: the weights do not fit the architecture, or are not finite numbers.
     """
-    network = build(manifest.architecture, manifest.head_hidden, len(manifest.classes))
     try:
+        # Without memory of its own until the weights are there: a manifest may claim any size.
+        with torch.device("meta"):
+            network = build(manifest.architecture, manifest.head_hidden, len(manifest.classes))
         state = OrderedDict(safetensors.torch.load_file(folder / WEIGHTS))
         # MNASNet asks its state dict for the version of its layout, which safetensors does not keep.
         state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
-        network.load_state_dict(state)
-    except (safetensors.SafetensorError, RuntimeError, OSError) as error:
-        said = str(error).strip().splitlines()[0]
+        network.load_state_dict(state, assign=True)
+    except (safetensors.SafetensorError, RuntimeError, OSError, ValueError) as error:
+        said = str(error).strip().splitlines()[:2][-1].strip()  # torch's first line says only that there are errors
         raise ModelError(f"the weights in {folder} do not fit {manifest.architecture} ({said}): export again") from None
     for name, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():

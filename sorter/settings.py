@@ -6,7 +6,6 @@ are made from these fields, so a setting is added in this file alone.
 """
 
 import os
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,10 +23,22 @@ LogFormat = Literal["auto", "json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
+MAX_CONFIG_BYTES = 1_000_000
+
+
 def _not_empty(value: Any) -> Any:
     # Path("") is the current folder: an unset shell variable must not sort whatever folder one stands in.
     if value is None or str(value) == "":
         raise ValueError("must not be empty")
+    if "\0" in str(value):
+        raise ValueError("should be a path, which has no NUL")
+    return value
+
+
+def _no_truth_value(value: Any) -> Any:
+    # `min_confidence = true` would be 1.0, and every photo unsure.
+    if isinstance(value, bool):
+        raise ValueError("should be a number")
     return value
 
 
@@ -35,6 +46,8 @@ def _expanded(path: Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+Real = Annotated[float, BeforeValidator(_no_truth_value)]
+Whole = Annotated[int, BeforeValidator(_no_truth_value)]
 Folder = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_expanded)]
 
 
@@ -60,7 +73,7 @@ class Settings(BaseSettings):
 
     once: bool = _field(False, "sort what is there and end, instead of watching", group="What to do")
     dry_run: bool = _field(False, "say what would happen and change nothing", group="What to do")
-    min_confidence: float = _field(
+    min_confidence: Real = _field(
         0.0,
         "photos less sure than this go to unsure/; 0 sorts every photo",
         group="What to do",
@@ -77,12 +90,12 @@ class Settings(BaseSettings):
         metavar="DEVICE",
         pattern=r"^(auto|cpu|cuda(:\d{1,3})?|mps)$",
     )
-    batch_size: int = _field(32, "photos classified at a time", group="Model", metavar="N", ge=1, le=1024)
+    batch_size: Whole = _field(32, "photos classified at a time", group="Model", metavar="N", ge=1, le=1024)
 
-    settle_seconds: float = _field(
+    settle_seconds: Real = _field(
         2.0, "a file unchanged for this long is complete", group="Watching", metavar="S", ge=0, le=3600
     )
-    settle_timeout_seconds: float = _field(
+    settle_timeout_seconds: Real = _field(
         60.0,
         "with --once, how long to wait for files that are still changing",
         group="Watching",
@@ -90,21 +103,21 @@ class Settings(BaseSettings):
         ge=0,
         le=86400,
     )
-    rescan_seconds: float = _field(
+    rescan_seconds: Real = _field(
         60.0, "how often to list the whole inbox, whatever events said", group="Watching", metavar="S", ge=0.1, le=86400
     )
-    max_wait_ms: int = _field(
+    max_wait_ms: Whole = _field(
         50, "how long a photo may wait for others to share its batch", group="Watching", metavar="MS", ge=0, le=60000
     )
 
-    max_megapixels: float = _field(
+    max_megapixels: Real = _field(
         100.0, "larger pictures fail as too-many-pixels", group="Limits", metavar="MP", gt=0, le=1000
     )
-    max_jpeg_megapixels: float = _field(
+    max_jpeg_megapixels: Real = _field(
         250.0, "the same for JPEG, which is decoded scaled down", group="Limits", metavar="MP", gt=0, le=4000
     )
-    max_megabytes: float = _field(500.0, "larger files fail as too-large", group="Limits", metavar="MB", gt=0, le=1e6)
-    decode_timeout_seconds: float = _field(
+    max_megabytes: Real = _field(500.0, "larger files fail as too-large", group="Limits", metavar="MB", gt=0, le=1e6)
+    decode_timeout_seconds: Real = _field(
         20.0, "a picture that takes longer fails as decoder-timeout", group="Limits", metavar="S", gt=0, le=3600
     )
 
@@ -153,8 +166,9 @@ def load(flags: Mapping[str, Any]) -> Settings:
         raise ConfigurationError(
             f"unknown environment variable {', '.join(unknown)}: unset it, or see sorter run --help for the settings"
         )
-    if config is not None and not os.path.isfile(config := _expanded(Path(config))):
-        raise ConfigurationError(f"there is no configuration file {config}: check the path given with --config")
+    if config is not None:
+        config = _expanded(Path(config))
+        _check_file(config)
 
     class Loaded(Settings):
         model_config = SettingsConfigDict(toml_file=config)
@@ -167,8 +181,17 @@ def load(flags: Mapping[str, Any]) -> Settings:
         raise ConfigurationError(
             f"the configuration file {config} cannot be read ({error.strerror}): check its permissions"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and brackets in brackets
         raise ConfigurationError(f"the configuration file {config} is not valid TOML: {error}") from None
+
+
+def _check_file(config: Path) -> None:
+    if not os.path.isfile(config):
+        raise ConfigurationError(f"there is no configuration file {config}: check the path given with --config")
+    if os.path.getsize(config) > MAX_CONFIG_BYTES:
+        raise ConfigurationError(
+            f"{config} is too large to be a configuration file: check the path given with --config"
+        )
 
 
 def _sentence(error: ErrorDetails, given: Mapping[str, Any], variables: Mapping[str, str], config: Path | None) -> str:
@@ -182,10 +205,10 @@ def _sentence(error: ErrorDetails, given: Mapping[str, Any], variables: Mapping[
     elif field in variables:
         place = variables[field]
     else:
-        place = f"{field} in {config}"
+        place = f"{field if field.isprintable() else ascii(field)} in {config}"
     if error["type"] == "extra_forbidden":
         return f"{place}: there is no such setting; config/sorter.toml lists them all"
     if error["type"] == "string_pattern_mismatch":
         message = f"should be {Settings.model_fields[field].description}"
     message = message.removeprefix("Input ").split(", unable")[0]
-    return f"{place}: {message}, not {error['input']!r}"
+    return f"{place}: {message}, not {repr(error['input'])[:100]}"

@@ -1,6 +1,9 @@
 """A decoder that crashes, hangs or eats memory takes its own photo with it and nothing else."""
 
 import contextlib
+import fcntl
+import functools
+import gc
 import os
 import queue
 import signal
@@ -13,9 +16,11 @@ from pathlib import Path
 
 import pytest
 from conftest import LONG_AGO, make_tree, photo
+from pictures import encoded
+from PIL import Image
 
 from sorter.decoders import Decoded, Decoders
-from sorter.errors import Reason
+from sorter.errors import Reason, SorterError
 from sorter.images import Limits, Preprocessing
 from sorter.inbox import Inbox, Photo
 
@@ -42,7 +47,9 @@ def _command(pid: int) -> bytes:
 class Bench:
     """Decoders with a queue for what they deliver."""
 
-    def __init__(self, root: Path, *, workers: int = 1, timeout_seconds: float = 20) -> None:
+    def __init__(
+        self, root: Path, *, workers: int = 1, timeout_seconds: float = 20, max_bytes: int = 10_000_000
+    ) -> None:
         self.root = root
         self.results: queue.Queue[Decoded] = queue.Queue()
         self.errors: list[BaseException] = []
@@ -51,7 +58,7 @@ class Bench:
             rows=4,
             preprocessing=Preprocessing(32),
             limits=Limits(),
-            max_bytes=10_000_000,
+            max_bytes=max_bytes,
             timeout_seconds=timeout_seconds,
             deliver=self.results.put,
             fail=self.errors.append,
@@ -79,21 +86,23 @@ def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
     make_tree(tmp_path / "in", {"a.jpg": photo(1), "b.jpg": photo(2)})
     yield make
     for made in benches:
-        made.decoders.close()
+        with contextlib.suppress(OSError):  # closed by the test
+            made.decoders.close()
         assert made.errors == []
 
 
 @contextlib.contextmanager
-def every_worker_gets(number: signal.Signals) -> Iterator[None]:
-    """Send a signal to each worker as it appears."""
+def whoever_opens(path: Path, number: signal.Signals) -> Iterator[None]:
+    """Send a signal to each worker that has a file open, as if decoding it had that effect."""
     done = threading.Event()
 
     def send() -> None:
         while not done.is_set():
             for pid in workers():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
-            time.sleep(0.005)
+                if str(path) in open_files(pid):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, number)
+            time.sleep(0.002)
 
     thread = threading.Thread(target=send)
     thread.start()
@@ -102,6 +111,53 @@ def every_worker_gets(number: signal.Signals) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def open_files(pid: int) -> list[str]:
+    """What a process has open, as /proc names it."""
+    found = []
+    with contextlib.suppress(OSError):
+        for descriptor in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                found.append(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a worker runs, stopped or not; one that ended and is not waited for has no command any more."""
+    return b"sorter.decoders" in _command(pid)
+
+
+def forget_peak() -> None:
+    """Start measuring the workers' resident memory anew."""
+    for pid in workers():
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The most resident memory that any worker had since."""
+    peak = 0
+    for pid in workers():
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{pid}/status").read_text()
+            peak = max(peak, int(status.split("VmHWM:")[1].split()[0]) * 1024)
+    return peak
+
+
+def cpu_seconds() -> float:
+    """What the workers computed since they started; unlike the time on the wall, it is the same on a busy machine."""
+    ticks = 0
+    for pid in workers():
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        ticks += int(fields[11]) + int(fields[12])  # utime and stime: proc(5)
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+@functools.cache
+def slow() -> bytes:
+    """A picture that takes a decoder long enough to be caught at it."""
+    return encoded(Image.new("RGB", (5000, 5000)), "PNG", compress_level=1)
 
 
 def test_a_photo_becomes_pixels_in_its_row(bench: Callable[..., Bench]) -> None:
@@ -122,23 +178,125 @@ def test_a_hanging_decoder_is_killed_and_its_photo_tried_once_more(bench: Callab
     assert stopped not in workers()
 
 
-def test_a_photo_that_hangs_the_decoder_twice_fails_and_the_next_is_decoded(bench: Callable[..., Bench]) -> None:
-    made = bench(timeout_seconds=1)
-    with every_worker_gets(signal.SIGSTOP):
-        decoded = made.decode("a.jpg")
+def test_a_photo_that_hangs_the_decoder_twice_fails_and_the_next_is_decoded(
+    tmp_path: Path, bench: Callable[..., Bench]
+) -> None:
+    make_tree(tmp_path / "in", {"hangs.png": slow()})
+    made = bench(timeout_seconds=2)
+    with whoever_opens(tmp_path / "in/hangs.png", signal.SIGSTOP):
+        decoded = made.decode("hangs.png")
     assert (decoded.verdict, decoded.reason) == ("failed", Reason.DECODER_TIMEOUT)
-    for pid in workers():  # the replacement may have been stopped too
-        os.kill(pid, signal.SIGCONT)
     assert made.decode("b.jpg").verdict == "pixels"
 
 
-def test_a_photo_that_kills_the_decoder_twice_fails_and_the_next_is_decoded(bench: Callable[..., Bench]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT], ids=lambda n: n.name)
+def test_a_photo_that_kills_the_decoder_twice_fails_and_the_next_is_decoded(
+    number: signal.Signals, tmp_path: Path, bench: Callable[..., Bench]
+) -> None:
+    make_tree(tmp_path / "in", {"kills.png": slow()})
     made = bench()
-    with every_worker_gets(signal.SIGKILL):
-        decoded = made.decode("a.jpg")
+    with whoever_opens(tmp_path / "in/kills.png", number):
+        decoded = made.decode("kills.png")
     assert (decoded.verdict, decoded.reason) == ("failed", Reason.DECODER_CRASH)
-    assert "SIGKILL" in decoded.detail
+    assert number.name in decoded.detail
     assert made.decode("b.jpg").verdict == "pixels"
+
+
+def test_a_decoder_that_dies_once_gets_the_photo_a_second_time_in_a_new_process(
+    tmp_path: Path, bench: Callable[..., Bench]
+) -> None:
+    make_tree(tmp_path / "in", {"unlucky.png": slow()})
+    made = bench()
+    made.decode("a.jpg")
+    (first,) = workers()
+    assert made.decoders.submit(made.photo("unlucky.png"), timeout_seconds=5)
+    deadline = time.monotonic() + 10
+    while str(tmp_path / "in/unlucky.png") not in open_files(first):
+        assert time.monotonic() < deadline
+    os.kill(first, signal.SIGKILL)
+    assert made.results.get(timeout=60).verdict == "pixels"
+    assert first not in workers()
+
+
+@pytest.mark.parametrize(("python", "why"), [("/bin/false", "exit code 1"), ("/nothing", "No such file")])
+def test_decoders_that_cannot_start_are_not_held_against_a_photo(
+    python: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tree(tmp_path / "in", {"a.jpg": photo(1)})
+    monkeypatch.setattr(sys, "executable", python)  # as after an upgrade under a running daemon
+    made = Bench(tmp_path / "in")
+    with contextlib.closing(made.decoders):
+        deadline = time.monotonic() + 30
+        while not made.errors:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert made.decoders.submit(made.photo("a.jpg"), timeout_seconds=5)
+        (error,) = made.errors
+        assert isinstance(error, SorterError)
+        assert f"do not start ({why}" in str(error)
+        assert made.results.empty()
+
+
+@pytest.mark.parametrize("photos", [5, pytest.param(300, marks=[pytest.mark.torture, pytest.mark.timeout(900)])])
+def test_crash_after_crash_leaves_no_process_descriptor_or_row_behind(
+    photos: int, tmp_path: Path, bench: Callable[..., Bench]
+) -> None:
+    make_tree(tmp_path / "in", {"kills.png": slow()})
+    made = bench()
+    assert made.decode("kills.png").verdict == "pixels"
+    made.decoders.release(0)
+    gc.collect()  # what earlier tests left to it
+    descriptors, threads = len(open_files(os.getpid())), threading.active_count()
+    with whoever_opens(tmp_path / "in/kills.png", signal.SIGKILL):
+        for _ in range(photos):
+            assert made.decode("kills.png").reason is Reason.DECODER_CRASH
+    deadline = time.monotonic() + 10
+    while len(workers()) != 1:
+        assert time.monotonic() < deadline
+    assert (len(open_files(os.getpid())), threading.active_count()) == (descriptors, threads)
+    assert sorted(made.decode("a.jpg").row for _ in range(4)) == [0, 1, 2, 3], "every row is free again"
+    assert _zombies() == []
+
+
+def _zombies() -> list[str]:
+    states = []
+    for task in Path("/proc/self/task").iterdir():
+        for pid in (task / "children").read_text().split():
+            with contextlib.suppress(OSError):
+                states.append(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0])
+    return [state for state in states if state == "Z"]
+
+
+def test_a_worker_has_nothing_open_but_its_socket_and_the_shared_rows(
+    tmp_path: Path, bench: Callable[..., Bench]
+) -> None:
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        made = bench(workers=2)
+        made.decode("a.jpg")
+        for pid in workers():
+            kinds = {name.split(":")[0].removesuffix(" (deleted)") for name in open_files(pid)}
+            assert kinds <= {"/dev/null", "socket", "/memfd"}, "a lock would outlive the process that took it"
+
+
+def test_a_batch_larger_than_a_workers_memory_is_no_obstacle(tmp_path: Path) -> None:
+    make_tree(tmp_path / "in", {"a.jpg": photo(1)})
+    results: queue.Queue[Decoded] = queue.Queue()
+    decoders = Decoders(
+        workers=1,
+        rows=3 * 1024,
+        preprocessing=Preprocessing(512),  # 2.4 GB of rows, of which one is touched
+        limits=Limits(),
+        max_bytes=10_000_000,
+        timeout_seconds=20,
+        deliver=results.put,
+        fail=lambda error: results.put(error),  # type: ignore[arg-type]
+    )
+    with contextlib.closing(decoders):
+        box = Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0)
+        (found,) = box.scan(LONG_AGO + 10)
+        assert decoders.submit(found, timeout_seconds=5)
+        assert results.get(timeout=60).verdict == "pixels"
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, bench: Callable[..., Bench]) -> None:
@@ -173,23 +331,47 @@ def test_a_photo_that_may_not_be_read_is_left(tmp_path: Path, bench: Callable[..
     assert bench().decode("a.jpg").verdict == "left"
 
 
-def test_workers_die_with_their_parent(tmp_path: Path) -> None:
-    script = f"""
-import sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+_PARENT = """
+import os, signal, sys, time
+sys.path.insert(0, {tests!r})
 from pathlib import Path
 from test_decoders import Bench, workers
-bench = Bench(Path({str(make_tree(tmp_path / "in", {"a.jpg": photo(1)}))!r}), workers=2)
-bench.decode("a.jpg")
+bench = Bench(Path({inbox!r}))
+{then}
 print(*workers(), flush=True)
 time.sleep(60)
 """
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        "bench.decode('a.jpg')",
+        "bench.decode('a.jpg'); [os.kill(pid, signal.SIGSTOP) for pid in workers()]",
+        "bench.decode('a.jpg'); bench.decoders.submit(bench.photo('slow.png'), timeout_seconds=5)",
+        "time.sleep(0.02)",
+    ],
+    ids=["idle", "hung", "decoding", "starting"],
+)
+def test_workers_die_with_their_parent(then: str, tmp_path: Path) -> None:
+    inbox = make_tree(tmp_path / "in", {"a.jpg": photo(1), "slow.png": slow()})
+    script = _PARENT.format(tests=str(Path(__file__).parent), inbox=str(inbox), then=then)
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as parent:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
-        assert len(pids) == 2
+        assert pids
         parent.kill()
     deadline = time.monotonic() + 10
-    while any(b"sorter.decoders" in _command(pid) for pid in pids):
+    while any(map(is_alive, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_worker_ends_with_the_thread_that_looks_after_it(tmp_path: Path, bench: Callable[..., Bench]) -> None:
+    """Linux sends the signal of a parent's death when the thread ends that started the process."""
+    made = bench(workers=2)
+    made.decode("a.jpg")
+    pids = workers()
+    made.decoders.close()
+    assert not any(map(is_alive, pids))
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("decoder-")] == []

@@ -52,7 +52,13 @@ def open_engine(folder: Path, manifest: Manifest, device: str) -> Engine:
 
     engine = TorchEngine(folder, manifest, device)
     grey = np.full((1, manifest.input.size, manifest.input.size, 3), 128, np.uint8)
-    answer = engine.classify(grey)
+    try:
+        answer = engine.classify(grey)
+    except RuntimeError as error:  # a picture too small for the architecture, a device without memory
+        said = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
+        raise ModelError(
+            f"the model in {folder} cannot answer on {engine.device} ({said}): use another --device, or export it again"
+        ) from None
     if answer.shape != (1, len(manifest.classes)) or not np.isfinite(answer).all():
         raise ModelError(f"the model in {folder} answers with something else than probabilities: export it again")
     return engine
