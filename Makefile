@@ -9,11 +9,12 @@ SIZE ?= 144
 VENV := .venv
 BIN := $(VENV)/bin
 NEEDED_MB := 7000
+PREFIX ?= /usr/local
 
-export CALIBRATION DATA INBOX MODEL PYTHON WEIGHTS
+export CALIBRATION DATA DESTDIR INBOX MODEL NEEDED_MB PREFIX PYTHON WEIGHTS
 
 .DEFAULT_GOAL := help
-.PHONY: help sort model test long torture check format lowest clean
+.PHONY: help sort install uninstall model test long torture check format lowest clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -21,6 +22,12 @@ help: ## this list
 sort: $(VENV)/.installed ## sort the photos in INBOX (default ./inbox) into INBOX/cats and INBOX/dogs
 	@if [ "$$INBOX" = inbox ]; then mkdir -p inbox; echo "The inbox is $$PWD/inbox: drop photos there and run make sort again."; fi
 	@$(BIN)/sorter run --once --inbox "$$INBOX"
+
+install: ## install command and service below PREFIX (default /usr/local), as root; DESTDIR for packagers
+	@systemd/install install
+
+uninstall: ## take away what install put; photos, configuration and history stay
+	@systemd/install uninstall
 
 # The command that made the shipped model. Its backbone is where a new one starts from, unless WEIGHTS names another.
 model: $(VENV)/.installed-train ## fit a model folder MODEL (default ./mymodel) on the photos in DATA

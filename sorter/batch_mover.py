@@ -5,6 +5,7 @@ first photo is touched, and nothing is recorded as done before the folders are s
 """
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +17,9 @@ from sorter.history import History, Move
 from sorter.mover import Mover
 from sorter.recovery import Plan
 
+STEP_SECONDS = 60.0
+"""What any step may take beside its own time before it counts as hung: slow machines, cold disks, new processes."""
+NEVER = float("inf")
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 1.0, 60.0
 
 Result = TypeVar("Result")
@@ -42,6 +46,8 @@ class BatchMover:
         self._patient, self._stopping = patient, stopping
         self.blocked: str | None = None
         """Why nothing can be moved at present, while that is so."""
+        self.deadline = NEVER
+        """By when the step in hand has to be done, a monotonic time; later it counts as hung."""
 
     def move(self, batch: list[Decision], tell: Callable[[Outcome], None]) -> None:
         """Move a batch; `tell` gets each outcome once, when it is recorded, also when the rest could not be moved.
@@ -85,31 +91,36 @@ class BatchMover:
 
     def _move_one(self, decision: Decision, plan: Plan) -> Outcome:
         try:
-            self._patiently(lambda: self._mover.move(plan))
+            self._patiently(lambda: self._mover.move(plan), own_seconds=plan.photo.identity.size / 1e6)
         except ChangedError as error:
             return Outcome(plan.photo, "again", decision, detail=str(error))
         except StayedError as error:
             return Outcome(plan.photo, "left", decision, detail=str(error))
         return Outcome(plan.photo, decision.kind, decision, self._mover.path(plan))
 
-    def _patiently(self, step: Callable[[], Result]) -> Result:
+    def _patiently(self, step: Callable[[], Result], *, own_seconds: float = 0.0) -> Result:
         """Do one step; where storage refuses, a daemon tries it again until it is told to stop.
 
         Everything before this stage fills up and stands still meanwhile, and no photo is lost.
+
+        Args:
+            step: raises StorageError where nothing can be moved now.
+            own_seconds: what the step may take beside `STEP_SECONDS`.
         """
         delay_seconds = _FIRST_DELAY_SECONDS
         while True:
+            self.deadline = time.monotonic() + STEP_SECONDS + own_seconds
             try:
                 result = step()
             except StorageError as error:
                 if not self._patient:
                     raise
-                self.blocked = str(error)
+                self.blocked, self.deadline = str(error), NEVER
                 if self._stopping.wait(delay_seconds):
                     raise GivenUpError(str(error)) from error
                 delay_seconds = min(_LONGEST_DELAY_SECONDS, 2 * delay_seconds)
             else:
-                self.blocked = None
+                self.blocked, self.deadline = None, NEVER
                 return result
 
     def _intent(self, decision: Decision, plan: Plan) -> Move:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sorter.batch_mover import BatchMover
+from sorter.batch_mover import NEVER, STEP_SECONDS, BatchMover
 from sorter.decisions import FAILED, Decision, Outcome, complete_after, decide
 from sorter.decoders import Decoded, Decoders
 from sorter.engines import Engine
@@ -59,6 +59,10 @@ class Pipeline:
         self._stopping = threading.Event()
         self._decoding = 0  # photos between submit and the engine's queue
         self._decoding_lock = threading.Lock()
+        # By when each stage has to be done with its step in hand (monotonic, seconds), see `hung`. A photo that crashes
+        # or hangs its decoder is tried twice.
+        self._decode_seconds = STEP_SECONDS + 2 * settings.decode_timeout_seconds
+        self._deadlines = {"decode": NEVER, "classify": NEVER}
         self._closed = False
         self.backlog = False
         """True while more photos are about to be submitted: batches are then filled, however long that takes."""
@@ -101,9 +105,13 @@ class Pipeline:
         self._raise_error()
         with self._decoding_lock:
             self._decoding += 1
+            if self._decoding == 1:
+                self._deadlines["decode"] = time.monotonic() + self._decode_seconds
         if not self._decoders.submit(photo, timeout_seconds=timeout_seconds):
             with self._decoding_lock:
                 self._decoding -= 1
+                if not self._decoding:
+                    self._deadlines["decode"] = NEVER
             return False
         self.in_flight += 1
         return True
@@ -122,6 +130,16 @@ class Pipeline:
                 outcome = self._outcomes.get_nowait()
         except queue.Empty:
             self._raise_error()
+
+    @property
+    def hung(self) -> bool:
+        """Tell whether a stage has been at one step for longer than any healthy one takes; waiting for room is healthy.
+
+        That is a minute, and beside it what decoders may take, a second for each photo of a batch, and a second for
+        each megabyte of a photo that moves.
+        """
+        now = time.monotonic()
+        return any(now > deadline for deadline in (*self._deadlines.values(), self._mover.deadline))
 
     def close(self) -> None:
         """Finish the batch in hand, forget the photos that are not classified yet, and end the stages; idempotent."""
@@ -152,6 +170,7 @@ class Pipeline:
         self._decoded.put(decoded)
         with self._decoding_lock:
             self._decoding -= 1
+            self._deadlines["decode"] = time.monotonic() + self._decode_seconds if self._decoding else NEVER
 
     def _classify(self) -> None:
         """Batch what is decoded, classify it, and decide."""
@@ -166,7 +185,9 @@ class Pipeline:
             ready = [d for d in batch if d.verdict == "pixels"]
             if ready and not self._stopping.is_set():
                 rows = [d.row for d in ready]
+                self._deadlines["classify"] = time.monotonic() + STEP_SECONDS + len(ready)
                 probabilities = self._engine.classify(self._pixels[rows])  # (N, C)
+                self._deadlines["classify"] = NEVER
                 for decoded, row in zip(ready, probabilities.tolist(), strict=True):
                     passed.append(decide(decoded, row, self._manifest, self._settings.min_confidence, len(ready)))
             for decoded in ready:

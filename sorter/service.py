@@ -20,6 +20,7 @@ from sorter.decisions import FAILED, Outcome
 from sorter.errors import ExitCode, InboxGoneError
 from sorter.inbox import Identity, Inbox, Photo
 from sorter.lock import Lock
+from sorter.notify import Notifier
 from sorter.pipeline import Pipeline
 from sorter.settings import Settings
 from sorter.watcher import Watcher
@@ -137,6 +138,7 @@ class Service:
         self._skipped: set[int] = set()  # hashes of the versions of files that need nothing more
         self._met: set[int] = set()  # those of them that the rescan in progress has met
         self._blocked: str | None = None
+        self._notifier = Notifier()
 
     # --- the two ways to run -------------------------------------------------------------------------------------
 
@@ -178,9 +180,12 @@ class Service:
         """
         self._stop.wake = watcher.wake
         watcher.start(time.monotonic())
+        # What died in the middle of a move has been put right by now, and the model has answered once.
+        self._notifier.ready()
         try:
-            rescanned = 0.0
+            rescanned = float("-inf")
             while not self._stop.requested.is_set():
+                self._tell(watcher.trouble)
                 watcher.supervise(time.monotonic())
                 # Asked at each turn, since the watcher may begin or cease to poll meanwhile.
                 next_rescan = rescanned + min(self._settings.rescan_seconds, watcher.poll_seconds)
@@ -200,6 +205,7 @@ class Service:
                     watcher.wait(self._idle_seconds(min(next_rescan, watcher.next_check)))
             log.info("service.stopping")
         finally:
+            self._notifier.stopping()
             watcher.stop()
             self._finish()
         return self.tally
@@ -237,6 +243,7 @@ class Service:
         for photo in photos:
             if self._stop.requested.is_set():
                 return
+            self._tell()
             if photo.name in self._submitted or self._is_skipped(photo):
                 continue
             retry = self._retry.get(photo.name)
@@ -247,6 +254,7 @@ class Service:
             while not self._pipeline.submit(photo):
                 self._account()
                 self._report_blocked()
+                self._tell()
                 if self._stop.requested.is_set():
                     return
             self._submitted.add(photo.name)
@@ -263,7 +271,7 @@ class Service:
                 del self._retry[name]
 
     def _idle_seconds(self, wanted: float) -> float:
-        waits = [wanted - time.monotonic()]
+        waits = [self._notifier.alive_seconds, wanted - time.monotonic()]
         if self._inbox.changing:
             waits.append(self._settings.settle_seconds / 4)
         if self._retry:
@@ -341,6 +349,21 @@ class Service:
                 log.info("storage.ready")
             else:
                 log.error("storage.waiting", detail=self._blocked)
+
+    def _tell(self, trouble: str | None = None) -> None:
+        """Tell the service manager what goes on, and that the loop lives, unless the pipeline does not."""
+        if not self._pipeline.hung:
+            self._notifier.alive()
+        self._notifier.status(lambda: self._situation(trouble))
+
+    def _situation(self, trouble: str | None) -> str:
+        tally = self.tally
+        folders = ", ".join(f"{count} in {folder}/" for folder, count in sorted(tally.folders.items()))
+        waiting = len({*self._submitted, *self._inbox.changing, *self._retry})
+        counts = f"{waiting} waiting; {folders or 'none sorted yet'}; {tally.left} left"
+        if (why := self._pipeline.blocked or trouble) is not None:
+            return f"Waiting: {why}; {counts}"
+        return counts
 
     def _finish(self) -> None:
         """End the stages, account for what they still did, and say what the run did, however it ended."""

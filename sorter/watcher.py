@@ -96,6 +96,11 @@ class Watcher:
         if now >= self.next_check:
             self._mend(now, self._trouble)
 
+    @property
+    def trouble(self) -> str | None:
+        """What is wrong with the inbox while it is waited for, in a few words; None while nothing is."""
+        return self._trouble
+
     def take_names(self) -> list[str]:
         """The names, relative to the inbox, that events mentioned since the last call."""
         with self._lock:

@@ -77,14 +77,21 @@ class RedGreenEngine:
         return np.stack([cat, 1 - cat], 1).astype(np.float32)
 
 
-def pipeline_to(output: Path, engine: Engine, manifest: Manifest, settings: Settings, workers: int = 1) -> Pipeline:
+def pipeline_to(
+    output: Path,
+    engine: Engine,
+    manifest: Manifest,
+    settings: Settings,
+    workers: int = 1,
+    mover: type[Mover] = Mover,
+) -> Pipeline:
     """A pipeline with a real mover and history."""
     run, history = uuid4().hex, None
     if not settings.dry_run:
         (output / FOLDER).mkdir(parents=True, exist_ok=True)
         history = History(output)
         history.begin(Run(run, "0", "model"))
-    return Pipeline(engine, manifest, Mover(output), history, run, settings, workers)
+    return Pipeline(engine, manifest, mover(output), history, run, settings, workers)
 
 
 def small_manifest() -> Manifest:

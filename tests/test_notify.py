@@ -1,0 +1,340 @@
+"""What the service manager hears: a real datagram socket in its place, real loops, real hangs."""
+
+import itertools
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from conftest import GREEN, RED, RedGreenEngine, Running, make_tree, photo, pipeline_to, plain, read_tree
+
+from sorter import batch_mover, pipeline, watcher
+from sorter.errors import StorageError
+from sorter.inbox import Inbox, Photo
+from sorter.manifest import Manifest
+from sorter.mover import Mover
+from sorter.notify import Notifier
+from sorter.recovery import Plan
+from sorter.service import Service, Stop
+from sorter.settings import Settings
+from sorter.watcher import Watcher
+
+
+class Manager:
+    """The service manager's end of the socket: every message with its time."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.messages: list[tuple[float, str]] = []
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(address.replace("@", "\0", 1))
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while message := self._socket.recv(65536):
+            self.messages.append((time.monotonic(), message.decode()))
+
+    def heard(self, beginning: str) -> list[str]:
+        return [message for _, message in self.messages if message.startswith(beginning)]
+
+    def alive_since(self, moment: float) -> list[float]:
+        return [at for at, message in self.messages if message == "WATCHDOG=1" and at >= moment]
+
+    def close(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._socket.close()
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Manager]:
+    listening = Manager(str(tmp_path / "notify"))
+    yield listening
+    listening.close()
+
+
+def _wait_for(condition: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+# --- the messages ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["a path", "an abstract name"])
+def test_messages_reach_the_manager(tmp_path: Path, kind: str) -> None:
+    manager = Manager(str(tmp_path / "notify") if kind == "a path" else f"@sorter-test-{os.getpid()}")
+    notifier = Notifier({"NOTIFY_SOCKET": manager.address})
+    notifier.ready()
+    notifier.status(lambda: "3 waiting")
+    notifier.alive()  # nobody asked for signs of life
+    notifier.stopping()
+    _wait_for(lambda: len(manager.messages) == 3)
+    assert [message.splitlines()[0] for _, message in manager.messages] == ["READY=1", "STATUS=3 waiting", "STOPPING=1"]
+    manager.close()
+
+
+@pytest.mark.parametrize("address", [None, "", "vsock:2:1234", "/nowhere/notify", "/" + "x" * 500])
+def test_a_manager_that_is_not_there_disturbs_nothing(address: str | None) -> None:
+    notifier = Notifier({"WATCHDOG_USEC": "1"} | ({} if address is None else {"NOTIFY_SOCKET": address}))
+    notifier.ready()
+    notifier.alive()
+    notifier.status(lambda: "3 waiting")
+    notifier.stopping()
+
+
+def test_a_name_with_a_line_break_is_no_message_of_its_own(manager: Manager) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": manager.address})
+    notifier.status(lambda: "Waiting: no room for a\nMAINPID=1\r\n" + os.fsdecode(b"caf\xe9.jpg"))
+    _wait_for(lambda: manager.messages)
+    assert manager.messages[0][1] == "STATUS=Waiting: no room for a MAINPID=1 caf\\udce9.jpg"
+
+
+def test_signs_of_life_come_three_times_in_the_time_that_the_manager_gives(manager: Manager) -> None:
+    notifier = Notifier({"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "600000", "WATCHDOG_PID": str(os.getpid())})
+    start = time.monotonic()
+    notifier.ready()
+    while time.monotonic() < start + 1.1:
+        notifier.alive()
+    _wait_for(lambda: manager.alive_since(start))
+    assert 4 <= len(manager.alive_since(start)) <= 5
+    assert (
+        Notifier({"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "600000", "WATCHDOG_PID": "1"}).alive_seconds > 1e9
+    )
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------
+
+WATCHDOG_SECONDS = 1.5
+
+
+class Loop:
+    """A daemon in a thread, with an engine that needs no torch."""
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, box: type[Inbox], mover: type[Mover], rescan_seconds: float
+    ) -> None:
+        self.inbox, self.output = folder / "in", folder / "out"
+        self.inbox.mkdir()
+        settings = Settings(
+            inbox=self.inbox,
+            output=self.output,
+            batch_size=1,
+            settle_seconds=0,
+            rescan_seconds=rescan_seconds,
+            decode_timeout_seconds=10,
+        )
+        self.engine, self.stop = RedGreenEngine(), Stop(0)
+        self.pipeline = pipeline_to(self.output, self.engine, manifest, settings, mover=mover)
+        found = box(self.inbox, recursive=False, excluded=frozenset(), settle_seconds=0)
+        self.service = Service(settings, found, self.pipeline, self.stop, None, log_fields={})
+        self.thread = threading.Thread(target=self.service.run, args=(Watcher(found),))
+
+    def sort(self, name: str, color: tuple[int, int, int] = RED) -> None:
+        make_tree(self.inbox, {name: plain(color)})
+        _wait_for(lambda: (self.output / ("cats" if color == RED else "dogs") / name).exists())
+
+    def end(self) -> None:
+        self.stop.requested.set()
+        self.stop.wake()
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+Start = Callable[..., Loop]
+
+
+@pytest.fixture
+def loop(tmp_path: Path, manifest: Manifest, manager: Manager, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
+    monkeypatch.setenv("WATCHDOG_USEC", str(int(WATCHDOG_SECONDS * 1e6)))
+    monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
+    for module in (pipeline, batch_mover):
+        monkeypatch.setattr(module, "STEP_SECONDS", 0.5)
+    loops: list[Loop] = []
+
+    def run(box: type[Inbox] = Inbox, mover: type[Mover] = Mover, rescan_seconds: float = 60) -> Loop:
+        loops.append(Loop(tmp_path, manifest, box, mover, rescan_seconds))
+        loops[0].thread.start()
+        return loops[0]
+
+    yield run
+    loops[0].end()
+
+
+def _stays_alive(manager: Manager, seconds: float) -> bool:
+    """Whether signs of life come often enough from now on."""
+    moments = [time.monotonic()]
+    time.sleep(seconds)
+    moments += [*manager.alive_since(moments[0]), time.monotonic()]
+    return all(after - before < WATCHDOG_SECONDS for before, after in itertools.pairwise(moments))
+
+
+def _until(event: threading.Event) -> None:
+    event.wait(60)
+
+
+def test_a_hung_engine_ends_the_signs_of_life_and_a_healthy_one_does_not(loop: Start, manager: Manager) -> None:
+    running = loop()
+    running.sort("a.jpg")
+    assert _stays_alive(manager, 1.8)
+    go_on = threading.Event()
+    running.engine.before_batch = lambda: _until(go_on)
+    try:
+        make_tree(running.inbox, {"b.jpg": plain(GREEN)})
+        _wait_for(lambda: len(running.engine.batches) == 2)
+        time.sleep(2)  # half a second, and one for the photo
+        silent = time.monotonic()
+        for n in range(20):  # photos that go on arriving are no progress
+            make_tree(running.inbox, {f"more-{n}.jpg": plain(GREEN, n)})
+            time.sleep(0.1)
+        assert manager.alive_since(silent) == []
+    finally:
+        go_on.set()
+    running.sort("c.jpg")
+    assert _stays_alive(manager, 2)
+
+
+def test_waiting_for_room_is_no_hang(loop: Start, manager: Manager) -> None:
+    full = threading.Event()
+
+    class FullDisk(Mover):
+        def move(self, plan: Plan) -> None:
+            if full.is_set():
+                raise StorageError("no room in\nout")
+            super().move(plan)
+
+    running = loop(mover=FullDisk)
+    full.set()
+    make_tree(running.inbox, {"a.jpg": plain(RED)})
+    _wait_for(lambda: manager.heard("STATUS=Waiting: no room in out; 1 waiting"))
+    assert _stays_alive(manager, 5)  # longer than the time between two tries
+    full.clear()
+    running.sort("b.jpg")
+    _wait_for(lambda: manager.heard("STATUS=0 waiting; 2 in cats/"))
+
+
+def test_a_mover_that_hangs_ends_the_signs_of_life(loop: Start, manager: Manager) -> None:
+    stuck = threading.Event()
+
+    class StuckMover(Mover):
+        def move(self, plan: Plan) -> None:
+            stuck.wait(30)
+            super().move(plan)
+
+    running = loop(mover=StuckMover)
+    try:
+        make_tree(running.inbox, {"a.jpg": plain(RED)})
+        _wait_for(lambda: running.pipeline.hung, 10)
+        silent = time.monotonic() + 0.1
+        time.sleep(2)
+        assert manager.alive_since(silent) == []
+    finally:
+        stuck.set()
+
+
+def _decoder() -> int:
+    (pid,) = (
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and _parent(entry) == os.getpid() and b"sorter.decoders" in _command(entry)
+    )
+    return pid
+
+
+def _parent(entry: Path) -> int:
+    try:
+        return int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _command(entry: Path) -> bytes:
+    try:
+        return (entry / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_photo_that_takes_long_to_decode_is_no_hang(loop: Start, manager: Manager) -> None:
+    running = loop()
+    running.sort("a.jpg")
+    decoder = _decoder()
+    os.kill(decoder, signal.SIGSTOP)
+    try:
+        # More than there is room for: the loop waits for it.
+        make_tree(running.inbox, {f"b-{n}.jpg": plain(RED, n) for n in range(10)})
+        _wait_for(lambda: running.pipeline.in_flight)
+        assert _stays_alive(manager, 2.5)
+        assert running.pipeline.in_flight
+    finally:
+        os.kill(decoder, signal.SIGCONT)
+    _wait_for(lambda: len(read_tree(running.output / "cats")) == 11)
+
+
+def test_a_rescan_that_takes_long_is_no_hang(loop: Start, manager: Manager) -> None:
+    class SlowInbox(Inbox):
+        def scan(self, now: float) -> Iterator[Photo]:
+            for found in super().scan(now):
+                time.sleep(0.03)
+                yield found
+
+    running = loop(box=SlowInbox, rescan_seconds=0.5)
+    make_tree(running.inbox, {f"{n}.txt": b"no photo" for n in range(60)})
+    _wait_for(lambda: running.service.tally.skipped == 60)
+    assert _stays_alive(manager, 3)
+
+
+def test_an_inbox_that_is_gone_is_waited_for_and_said(
+    loop: Start, manager: Manager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watcher, "CHECK_SECONDS", 0.2)
+    running = loop()
+    running.sort("a.jpg")
+    running.inbox.rename(running.inbox.with_name("away"))
+    _wait_for(lambda: manager.heard("STATUS=Waiting: the inbox was renamed"))
+    assert _stays_alive(manager, 2)
+
+
+# --- the program -------------------------------------------------------------------------------------------------
+
+
+def test_sorter_run_tells_the_manager_what_it_does(
+    tmp_path: Path, manager: Manager, start: Callable[..., Running]
+) -> None:
+    make_tree(tmp_path / "in", {f"{n}.jpg": photo(n) for n in range(5)})
+    environment = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "3000000"}
+    running = start("run", "--inbox", tmp_path / "in", "--output", tmp_path / "out", **environment)
+    running.wait_for(lambda: manager.messages)
+    assert manager.messages[0][1] == "READY=1"
+    assert running.events("service.started"), "the model had answered"
+    running.wait_for(lambda: any("0 waiting; " in text and " in " in text for text in manager.heard("STATUS=")))
+    sorted_by_folder = [f"{len(os.listdir(tmp_path / 'out' / name))} in {name}/" for name in ("cats", "dogs")
+                        if (tmp_path / "out" / name).is_dir()]  # fmt: skip
+    assert manager.heard("STATUS=")[-1] == f"STATUS=0 waiting; {', '.join(sorted_by_folder)}; 0 left"
+    idle = time.monotonic()
+    running.wait_for(lambda: len(manager.alive_since(idle)) >= 2)
+    assert manager.heard("STOPPING=1") == []
+    running.process.send_signal(signal.SIGTERM)
+    code, _ = running.finish()
+    assert code == 0
+    assert len(manager.heard("STOPPING=1")) == 1
+    assert len(manager.heard("READY=1")) == 1
+    assert len(read_tree(tmp_path / "out")) == 5
+
+
+def test_a_model_that_cannot_answer_is_never_ready(
+    tmp_path: Path, manager: Manager, start: Callable[..., Running]
+) -> None:
+    make_tree(tmp_path / "in", {"a.jpg": photo(1)})
+    running = start("run", "--inbox", tmp_path / "in", "--model", tmp_path / "no-model", NOTIFY_SOCKET=manager.address)
+    code, _ = running.finish()
+    assert code == 2
+    assert manager.messages == []

@@ -1,0 +1,188 @@
+"""The service under a real systemd, its units, and what `make install` puts where."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import systemd_scenario as scenario
+from conftest import SHARED
+
+from sorter.engines import open_engine
+from sorter.manifest import read
+from sorter.settings import SHIPPED_MODEL
+
+ROOT = Path(__file__).resolve().parents[1]
+SANDBOX = SHARED.parent / "tools" / "systemd-sandbox"
+CLONE = ("Makefile", "pyproject.toml", "README.md", "LICENSE", ".ci", "config", "sorter", "systemd", "trainer")
+
+Boot = Callable[..., dict[str, dict[str, Any]]]
+
+
+def _boot(host: Path, photos: list[Path], steps: list[str], limit_seconds: int) -> dict[str, dict[str, Any]]:
+    """Run steps of the scenario in a machine of their own."""
+    if os.geteuid() != 0 or not SANDBOX.is_file():
+        pytest.skip("needs root and ../shared/tools/systemd-sandbox, which is not part of the project")
+    for name in ("clone", "photos"):
+        (host / name).mkdir(parents=True)
+    os.chmod(host, 0o755)
+    for name in CLONE:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, host / "clone" / name)
+    for photo in photos:
+        shutil.copy(photo, host / "photos" / photo.name)
+    shutil.copy(scenario.__file__, host / "scenario.py")
+    where = {
+        "executable": os.path.realpath(sys.executable),
+        "prefix": os.path.realpath(sys.base_prefix),
+        "packages": sysconfig.get_path("purelib"),
+        "precision": open_engine(SHIPPED_MODEL, read(SHIPPED_MODEL), "cpu").precision,
+    }
+    (host / "where.json").write_text(json.dumps(where))
+    script = host.parent / "boot.sh"
+    script.write_text(f"exec {where['executable']} /run/host/scenario.py {' '.join(steps)}\n")
+    done = subprocess.run(
+        [SANDBOX, script, host], env={**os.environ, "LIMIT_S": str(limit_seconds)}, capture_output=True, text=True
+    )
+    assert (host / "results.json").is_file(), done.stdout + done.stderr
+    results: dict[str, dict[str, Any]] = json.loads((host / "results.json").read_text())
+    return results
+
+
+def _analyze(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("needs systemd-analyze")
+    return subprocess.run(
+        ["systemd-analyze", *arguments], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+
+
+def _make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # There may be no network: pip finds the packages of the tests. PIP_NO_BUILD_ISOLATION=0 is "do not isolate".
+    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PYTHONPATH": ""}
+    return subprocess.run(["make", "-C", ROOT, *arguments], env=environment, capture_output=True, text=True)
+
+
+# --- units -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("unit", "limit"), [("sorter.service", 1.0), ("sorter@.service", 1.0), ("gpu", 1.5)])
+def test_the_service_is_confined(tmp_path: Path, unit: str, limit: float) -> None:
+    folder, name = ROOT / "systemd", "sorter.service" if unit == "gpu" else unit
+    shutil.copy(folder / name, tmp_path)
+    if unit == "gpu":
+        (tmp_path / "sorter.service.d").mkdir()
+        shutil.copy(folder / "sorter-gpu.conf", tmp_path / "sorter.service.d")
+    # The threshold counts tenths.
+    done = _analyze("security", "--offline=true", "--no-pager", f"--threshold={10 * limit:.0f}", tmp_path / name)
+    print(done.stdout.splitlines()[-1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("char-nvidia" in done.stdout) == (unit == "gpu")
+
+
+@pytest.mark.parametrize("unit", ["sorter.service", "sorter@.service", "user/sorter.service"])
+def test_units_verify(tmp_path: Path, unit: str) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sorter").symlink_to(sys.executable)  # it wants to find a program there
+    copy = tmp_path / Path(unit).name
+    copy.write_text((ROOT / "systemd" / unit).read_text().replace("/usr/local", str(tmp_path)))
+    done = _analyze("verify", *(["--user"] if "/" in unit else []), copy, XDG_RUNTIME_DIR=str(tmp_path))
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_an_instance_differs_from_the_service_in_its_configuration_alone() -> None:
+    one, many = ((ROOT / "systemd" / name).read_text().splitlines() for name in ("sorter.service", "sorter@.service"))
+    differ = [line for line in many if line not in one]
+    assert len(one) == len(many)
+    assert [line.partition("=")[0] for line in differ] == ["Description", "ExecStart"]
+    assert differ[1].endswith("/etc/sorter/%i.toml")
+
+
+# --- make install ------------------------------------------------------------------------------------------------
+
+
+def _files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
+
+
+def test_a_package_names_no_folder_of_its_building_and_goes_as_it_came(tmp_path: Path) -> None:
+    root, library = tmp_path / "package", tmp_path / "package/usr/local/lib/sorter"
+    for name in ("etc/sorter/sorter.toml", "usr/local/bin/other"):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_text("# mine\n")
+    before = _files(root)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", library], check=True)
+    (site,) = library.glob("lib/python*/site-packages")
+    (site / "tests.pth").write_text(sysconfig.get_path("purelib"))
+    (library / "my-model").mkdir()
+    (library / "my-model" / "manifest.json").write_text("{}")
+
+    installed = _make("install", f"DESTDIR={root}")
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    assert "systemctl enable --now sorter" in installed.stdout
+    assert (root / "etc/sorter/sorter.toml").read_text() == "# mine\n"
+    assert os.readlink(root / "usr/local/bin/sorter") == "/usr/local/lib/sorter/bin/sorter"
+    assert (library / "bin/sorter").read_text().startswith("#!/usr/local/lib/sorter/bin/python")
+    naming = [path for path in root.rglob("*") if path.is_file() and os.fsencode(root) in path.read_bytes()]
+    assert naming == []
+    assert (site / "sorter/models/catdog-resnet50/weights.safetensors").is_file()
+    removed = _make("uninstall", f"DESTDIR={root}")
+    assert removed.returncode == 0, removed.stdout + removed.stderr
+    assert _files(root) == before | {"usr/local/lib/sorter/my-model/manifest.json"}
+
+
+def test_install_goes_over_no_command_of_another_program(tmp_path: Path) -> None:
+    other = tmp_path / "usr/local/bin/sorter"
+    other.parent.mkdir(parents=True)
+    other.write_text("#!/bin/sh\n")
+    installed = _make("install", f"DESTDIR={tmp_path}")
+    assert installed.returncode != 0
+    assert "belongs to something else" in installed.stderr
+    _make("uninstall", f"DESTDIR={tmp_path}")
+    assert _files(tmp_path) == {"usr/local/bin/sorter"}
+
+
+# --- a real systemd ----------------------------------------------------------------------------------------------
+
+STEPS = [
+    "make_install_brings_a_service_that_verifies",
+    "what_the_group_drops_is_sorted_and_the_journal_is_json",
+    "a_killed_service_starts_again_and_sorts_the_rest",
+    "a_service_that_hangs_is_started_again_by_the_watchdog",
+    "a_wrong_configuration_is_said_once_and_not_tried_again",
+    "a_second_instance_waits_while_its_disk_is_full_and_goes_on",
+    "a_stop_finishes_the_batch_in_hand_and_leaves_the_rest",
+    "make_uninstall_takes_the_service_away_and_leaves_the_photos",
+]
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    photos = [path for path in sorted((SHARED / "photos").glob("*")) if path.suffix != ".csv"]
+    return _boot(tmp_path_factory.mktemp("systemd") / "host", photos[:340], STEPS, 250)
+
+
+@pytest.mark.shared
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("step", STEPS)
+def test_systemd(machine: dict[str, dict[str, Any]], step: str) -> None:
+    error = machine[step]["error"] if step in machine else "not reached: an earlier step failed"
+    if error is not None:
+        pytest.fail(error, pytrace=False)
+
+
+@pytest.mark.shared
+@pytest.mark.torture
+@pytest.mark.timeout(1700)
+def test_twenty_restarts_under_load_lose_nothing_and_sort_nothing_twice(tmp_path: Path) -> None:
+    photos = sorted((SHARED / "kaggle-180").rglob("*.jpg"))[:2000]
+    restarts = "twenty_restarts_under_load_lose_nothing_and_sort_nothing_twice"
+    results = _boot(tmp_path / "host", photos, [STEPS[0], "a_user_sorts_in_folders_of_their_own", restarts], 1600)
+    print({step: result["seconds"] for step, result in results.items()})
+    assert [result["error"] for result in results.values()] == [None] * 3
