@@ -9,6 +9,7 @@ before it and memory stays the same for ten photos and for a million. A photo th
 by: its failure never touches the batch of the others.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -26,6 +27,8 @@ from sorter.inbox import Photo
 from sorter.manifest import Manifest
 from sorter.mover import Mover
 from sorter.settings import Settings
+
+_MOST_DECIDED = 2
 
 
 class Pipeline:
@@ -53,7 +56,8 @@ class Pipeline:
     ) -> None:
         self._engine, self._manifest, self._settings = engine, manifest, settings
         self._decoded: queue.SimpleQueue[Decoded | None] = queue.SimpleQueue()
-        self._decided: queue.SimpleQueue[list[Decision | Outcome] | None] = queue.SimpleQueue()
+        # Bounded, so that nothing piles up while the disk is full: the stages before it stand still then.
+        self._decided: queue.Queue[list[Decision | Outcome] | None] = queue.Queue(_MOST_DECIDED)
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._error: BaseException | None = None
         self._stopping = threading.Event()
@@ -177,7 +181,7 @@ class Pipeline:
         try:
             self._classify_all()
         finally:
-            self._decided.put(None)
+            self._hand_over(None)
 
     def _classify_all(self) -> None:
         while (batch := self._next_batch()) is not None:
@@ -192,7 +196,15 @@ class Pipeline:
                     passed.append(decide(decoded, row, self._manifest, self._settings.min_confidence, len(ready)))
             for decoded in ready:
                 self._decoders.release(decoded.row)
-            self._decided.put(passed)
+            self._hand_over(passed)
+
+    def _hand_over(self, decided: list[Decision | Outcome] | None) -> None:
+        """Wait for the mover to take one more batch; one that has failed takes none any more."""
+        mover = self._threads[-1]
+        while mover.is_alive():
+            with contextlib.suppress(queue.Full):
+                self._decided.put(decided, timeout=0.2)
+                return
 
     def _next_batch(self) -> list[Decoded] | None:
         """Wait for photos: a full batch in a backlog, what `max_wait_ms` brings otherwise; None at the end."""
@@ -202,12 +214,13 @@ class Pipeline:
         batch, pictures = [first], int(first.verdict == "pixels")
         deadline = time.monotonic() + self._settings.max_wait_ms / 1000
         while pictures < self._settings.batch_size and len(batch) < 4 * self._settings.batch_size:
+            # In a backlog only the end of the photos that are on their way dispatches early. Asked before the look into
+            # the queue: what arrives in between is not on its way any more.
+            patient = self._settings.once or time.monotonic() < deadline
+            on_their_way = self.backlog or (self._decoding > 0 and patient)
             try:
-                # In a backlog only the end of the photos that are on their way dispatches early.
-                decoded = self._decoded.get(timeout=0.005 if self._decoding or self.backlog else 0)
+                decoded = self._decoded.get(timeout=0.005 if on_their_way else 0)
             except queue.Empty:
-                patient = self._settings.once or time.monotonic() < deadline
-                on_their_way = self.backlog or (self._decoding > 0 and patient)
                 if on_their_way and not self._stopping.is_set():
                     continue
                 break

@@ -352,7 +352,8 @@ class Service:
 
     def _tell(self, trouble: str | None = None) -> None:
         """Tell the service manager what goes on, and that the loop lives, unless the pipeline does not."""
-        if not self._pipeline.hung:
+        # A sign of life after the manager's SIGTERM would wind its watchdog up again, which nobody feeds at the end.
+        if not self._pipeline.hung and not self._stop.requested.is_set():
             self._notifier.alive()
         self._notifier.status(lambda: self._situation(trouble))
 

@@ -170,6 +170,26 @@ def test_the_daemon_waits_until_the_output_takes_photos_again(tmp_path: Path, ma
     assert set(read_tree(tmp_path)) == {"out/cats/a.jpg"}
 
 
+def test_while_the_output_takes_no_photos_the_stages_before_it_stand_still(tmp_path: Path, manifest: Manifest) -> None:
+    make_tree(tmp_path, {"out/cats": b"a file is in the way", **{f"in/{n}.jpg": plain(RED, n) for n in range(100)}})
+    settings = Settings(inbox=tmp_path / "in", batch_size=4)
+    pipeline = pipeline_to(tmp_path / "out", RedGreenEngine(), manifest, settings)
+    box = Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0)
+    taken = 0
+    for found in box.scan(LONG_AGO + 10):
+        if not pipeline.submit(found, timeout_seconds=2):
+            break
+        taken += 1
+    assert 4 < taken < 40
+    (tmp_path / "out/cats").unlink()
+    deadline = time.monotonic() + 30
+    while pipeline.in_flight:
+        list(pipeline.outcomes(timeout_seconds=0.1))
+        assert time.monotonic() < deadline
+    pipeline.close()
+    assert len(read_tree(tmp_path / "out/cats")) == taken
+
+
 def test_an_engine_that_fails_stops_the_pipeline_with_its_error(tmp_path: Path, manifest: Manifest) -> None:
     make_tree(tmp_path / "in", {"a.jpg": plain(RED)})
     engine = RedGreenEngine()
