@@ -44,20 +44,27 @@ def hidden_name(token: str) -> str:
     return f".{token}{PARTIAL_SUFFIX}"
 
 
-def take_away(folder: int, base: str, identity: Identity, token: str) -> None:
-    """Unlink a name if it still is this file; the file is known to exist, durably, under another name."""
+def take_away(folder: int, base: str, identity: Identity, token: str) -> bool:
+    """Unlink a name if it still is this file; the file is known to exist, durably, under another name.
+
+    Returns:
+        False if the name is gone already.
+
+    Raises:
+        ChangedError: the name is another file's, or the file has changed.
+    """
     hidden = hidden_name(token)
     try:
         _rename_away(folder, base, hidden)
     except FileNotFoundError:
-        return
+        return False
     if Identity.of(os.stat(hidden, dir_fd=folder, follow_symlinks=False)).is_same_file(identity):
         try:
             os.unlink(hidden, dir_fd=folder)
         except OSError:
             give_back(folder, hidden, folder, base)
             raise
-        return
+        return True
     give_back(folder, hidden, folder, base)
     raise ChangedError("changed while it was moved: both versions are kept")
 

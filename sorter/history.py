@@ -128,6 +128,8 @@ class History:
             ) from None
 
     def _connect(self) -> None:
+        with contextlib.suppress(OSError):  # then SQLite says why it cannot be opened
+            self.path.parent.mkdir(exist_ok=True)
         self._connection = sqlite3.connect(
             self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -176,10 +178,13 @@ class History:
             raise
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, *, anew: bool = False) -> Iterator[None]:
+        """One transaction, in a file begun anew if it must be and may be."""
         try:
             if self._file is None or self._file != self._identity():
                 # Its disk was away, or somebody took the file away: what is open now would be written for nobody.
+                if not anew and not self.path.is_file():
+                    raise sqlite3.OperationalError("it is gone")
                 self._connection.close()
                 self._connect()
                 if self._run is not None:
@@ -229,7 +234,7 @@ class History:
         """
         if not moves:
             return
-        with self._writing():
+        with self._writing(anew=True):
             self._connection.executemany(
                 f"INSERT INTO moves ({_COLUMNS}) VALUES ({', '.join('?' * len(_row(moves[0])))})",  # noqa: S608
                 map(_row, moves),

@@ -38,6 +38,7 @@ from sorter.atomic import (
     take_away,
 )
 from sorter.errors import StorageError
+from sorter.history import FOLDER, NAME
 from sorter.inbox import Identity, Photo, open_file, open_folder, opened_folder
 from sorter.recovery import Plan, resolve
 
@@ -121,7 +122,7 @@ class Mover:
         with opened_folder(plan.photo.root, source_folder) as source:
             self._check(source, base, plan.photo.identity)
             check_removable(source, base)
-            with self._target(plan.folder) as target:
+            with self._target(plan.photo.root, plan.folder) as target:
                 self._place(plan, source, target, base)
 
     def _arrived(self, plan: Plan) -> bool:
@@ -152,17 +153,34 @@ class Mover:
             return ChangedError("is gone")
         return StayedError(f"cannot be moved: {error.strerror}")
 
-    @contextlib.contextmanager
-    def _target(self, folder: str) -> Iterator[int]:
-        """The descriptor of a destination folder, made where it is missing."""
+    def check_output(self, inbox: Path) -> None:
+        """Make sure that the output is there; it is made at first, or where it lies in the inbox.
+
+        Raises:
+            StorageError: it is gone, or what is there now is not the folder that it was.
+        """
         try:
-            if self._folder is None:
+            comes_with_inbox = self.output.is_relative_to(inbox)
+            if self._folder is None or comes_with_inbox:
                 make_folder(self.output)
             status = self.output.stat()
-            if self._folder not in (None, (status.st_dev, status.st_ino)):
-                # A disk that was unmounted leaves an empty folder behind: nothing belongs there.
+            folder = status.st_dev, status.st_ino
+            # A disk that was unmounted leaves an empty folder: nothing belongs there. One that comes back has the
+            # history, and perhaps another number.
+            known = self._folder in (None, folder) or comes_with_inbox or (self.output / FOLDER / NAME).is_file()
+            if not known:
                 raise OSError(errno.ENODEV, "it is not the folder any more that it was at the start")
-            self._folder = (status.st_dev, status.st_ino)
+            self._folder = folder
+        except OSError as error:
+            raise StorageError(
+                f"{self.output} takes no photos ({error.strerror}): mount or make it again, or start again"
+            ) from error
+
+    @contextlib.contextmanager
+    def _target(self, inbox: Path, folder: str) -> Iterator[int]:
+        """The descriptor of a destination folder, made where it is missing."""
+        self.check_output(inbox)
+        try:
             if not os.path.lexists(self.output / folder):
                 (self.output / folder).mkdir(exist_ok=True)
                 self._touched.add((self.output, ""))
@@ -232,7 +250,8 @@ class Mover:
             take_away(target, plan.name, Identity.of(arrived), plan.token)  # a second name, the file keeps its first
             raise ChangedError("changed while it was moved")
         self._note_links(arrived)
-        self._finish(plan, source, base, target)
+        if not self._finish(plan, source, base, target):
+            self._check_only(plan, target, os.stat(plan.name, dir_fd=target, follow_symlinks=False), own_names=1)
 
     def _copy_across(self, plan: Plan, source: int, target: int, base: str) -> None:
         photo, partial = plan.photo, hidden_name(plan.token)
@@ -247,25 +266,39 @@ class Mover:
                 os.fsync(copy)
             finally:
                 os.close(copy)
+            self._check(source, base, photo.identity)
+            try:
+                publish(target, partial, target, [plan.name])
+            except FileExistsError:
+                # Somebody else's file, whatever is in it: nothing may take it for our copy.
+                os.unlink(partial, dir_fd=target)
+                raise
+            self._note_links(status)
+            if not self._finish(plan, source, base, target):
+                self._check_only(plan, target, os.fstat(original), own_names=0)
         finally:
             os.close(original)
-        self._check(source, base, photo.identity)
-        try:
-            publish(target, partial, target, [plan.name])
-        except FileExistsError:
-            # Somebody else's file, whatever is in it: nothing may take it for our copy.
-            os.unlink(partial, dir_fd=target)
-            raise
-        self._note_links(status)
-        self._finish(plan, source, base, target)
 
-    def _finish(self, plan: Plan, source: int, base: str, target: int) -> None:
-        """Make the new name durable, then take the old one away."""
+    def _finish(self, plan: Plan, source: int, base: str, target: int) -> bool:
+        """Make the new name durable, then take the old one away; False if it was not the photo's any more."""
         sync_folder(target)
         try:
-            take_away(source, base, plan.photo.identity, plan.token)
+            return take_away(source, base, plan.photo.identity, plan.token)
+        except ChangedError:
+            return False
         except OSError as error:
             raise StayedError(f"may not be taken out of its folder ({error.strerror})") from error
+
+    def _check_only(self, plan: Plan, target: int, status: os.stat_result, *, own_names: int) -> None:
+        """Give up the new name if the photo, or what became of it, still has another one that nobody took away.
+
+        A version that its owner overwrote or deleted meanwhile is kept.
+        """
+        is_whole = own_names or Identity.of(status).is_same_file(plan.photo.identity)
+        if status.st_nlink > own_names and is_whole:
+            copy = Identity.of(os.stat(plan.name, dir_fd=target, follow_symlinks=False))
+            take_away(target, plan.name, copy, plan.token)
+            raise ChangedError("was renamed or changed while it was moved")
 
     def _note_links(self, status: os.stat_result) -> None:
         """Remember a file that has other names: moving one of them changes the status of all."""

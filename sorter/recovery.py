@@ -103,8 +103,9 @@ def _took_away(source: int, original: str, target: int, there: os.stat_result, p
         if original == hidden:
             os.unlink(hidden, dir_fd=source)
         else:
-            here = os.stat(base, dir_fd=source, follow_symlinks=False)
-            take_away(source, base, Identity.of(here), plan.token)
+            # The version whose contents were compared, not whatever has the name by now.
+            compared = plan.photo.identity._replace(device=os.fstat(source).st_dev)
+            take_away(source, base, compared, plan.token)
     except ChangedError:  # another photo now has the old name
         return True
     except OSError:

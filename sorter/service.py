@@ -343,12 +343,14 @@ class Service:
         return True
 
     def _report_blocked(self) -> None:
-        if self._pipeline.blocked != self._blocked:
-            self._blocked = self._pipeline.blocked
-            if self._blocked is None:
+        blocked = self._pipeline.blocked
+        # Another reason, as the disk fills up, is the same wait.
+        if (blocked is None) != (self._blocked is None):
+            if blocked is None:
                 log.info("storage.ready")
             else:
-                log.error("storage.waiting", detail=self._blocked)
+                log.error("storage.waiting", detail=blocked)
+        self._blocked = blocked
 
     def _tell(self, trouble: str | None = None) -> None:
         """Tell the service manager what goes on, and that the loop lives, unless the pipeline does not."""

@@ -139,9 +139,9 @@ def test_a_history_that_was_taken_away_is_begun_anew(output: Path) -> None:
     history.begin(RUN)
     history.intend([move(1)])
     (output / FOLDER).rename(output / "away")
-    with pytest.raises(StorageError, match="mend"):
-        history.intend([move(2)])
-    (output / FOLDER).mkdir()
+    with pytest.raises(StorageError, match="gone"):
+        history.settle([move(1)], [])
+    assert not (output / FOLDER).exists()
     history.intend([move(2)])
     assert history.unfinished() == [move(2)]
     assert rows(output, "SELECT id FROM runs") == [("r1",)]

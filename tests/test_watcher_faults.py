@@ -160,6 +160,20 @@ def test_an_inbox_deleted_and_recreated_is_sorted_again(tmp_path: Path, daemon: 
     assert photos_in(inbox) == []
 
 
+@pytest.mark.parametrize("output", ["", "sorted"])
+def test_an_inbox_with_its_output_in_it_that_is_deleted_and_recreated_is_sorted_again(
+    tmp_path: Path, daemon: Daemon, output: str
+) -> None:
+    inbox = tmp_path / "in"
+    running = daemon(inbox, output=str(inbox / output))
+    shutil.rmtree(inbox)
+    running.wait_for_event("watcher.waiting")
+    drop(inbox, "a.jpg")
+    wait_until_sorted(running, "a.jpg")
+    assert (inbox / output / "cats/a.jpg").exists()
+    assert running.events("storage.waiting") == []
+
+
 def test_an_inbox_renamed_away_and_back_is_sorted_again(tmp_path: Path, daemon: Daemon) -> None:
     inbox, away = tmp_path / "in", tmp_path / "away"
     running = daemon(inbox)

@@ -8,6 +8,7 @@ Exit codes: 0 every photo was moved, 1 the storage refused, 2 it could not start
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import structlog
@@ -31,7 +32,7 @@ def decide(photo: Photo) -> Decision:
     return Decision(Decoded(photo, "pixels"), "sorted", folder, folder[:-1], 0.9, BATCH_SIZE)
 
 
-def sort(inbox: Path, output: Path) -> int:
+def sort(inbox: Path, output: Path, decide: Callable[[Photo], Decision | None] = decide) -> int:
     make_folder(output)
     for folder in (inbox, output):
         Lock(folder).take()
@@ -44,7 +45,8 @@ def sort(inbox: Path, output: Path) -> int:
     photos = sorted(Inbox(inbox, recursive=True, excluded=excluded, settle_seconds=0).scan(time.time()), key=str)
     outcomes: list[Outcome] = []
     for start in range(0, len(photos), BATCH_SIZE):
-        mover.move([decide(photo) for photo in photos[start : start + BATCH_SIZE]], outcomes.append)
+        decisions = map(decide, photos[start : start + BATCH_SIZE])
+        mover.move([decision for decision in decisions if decision is not None], outcomes.append)
     history.finish(run)
     history.close()
     return 0 if all(outcome.destination for outcome in outcomes) else 3
