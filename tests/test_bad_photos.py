@@ -190,7 +190,7 @@ QUICK = ("png, 8-bit RGB with a transparent colour", "png, interlaced 16-bit RGB
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.torture) for name in LARGEST]
 )
 def test_the_largest_pictures_stay_under_10_seconds_and_1_gb(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, proved: Callable[[str], None]
 ) -> None:
     make, reason = LARGEST[name]
     make_tree(tmp_path / "in", {"large": make()})
@@ -199,11 +199,10 @@ def test_the_largest_pictures_stay_under_10_seconds_and_1_gb(
         decoded = bench.decode("large")
         seconds, peak = cpu_seconds(), peak_bytes()
     said = decoded.reason or decoded.verdict
-    with capsys.disabled():
-        print(f"\n{name}: {said}, {seconds:.1f} s of a processor, {peak / 1e6:.0f} MB", end=" ")
     assert (decoded.verdict, decoded.reason) == (("failed", reason) if reason else ("pixels", None))
     assert peak < MAX_BYTES
     assert seconds < MAX_SECONDS
+    proved(f"{name}: {said}, {seconds:.1f} s of a processor, {peak / 1e6:.0f} MB")
     (tmp_path / "in/large").unlink()
 
 
