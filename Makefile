@@ -34,8 +34,8 @@ model: $(VENV)/.installed-train ## fit a model folder MODEL (default ./mymodel) 
 	@test -n "$$DATA" || { echo "Name the dataset's folder or zip: make model DATA=cat-and-dog.zip" >&2; exit 2; }
 	@$(BIN)/trainer fit --data "$$DATA" --output "$$MODEL" --weights "$$WEIGHTS" --image-size $(SIZE) --recipe head $${CALIBRATION:+--calibration "$$CALIBRATION"}
 
-test: $(VENV)/.installed-dev ## run every test
-	@$(BIN)/python -m pytest
+test: $(VENV)/.installed-dev ## run every test but the long ones
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 long: $(VENV)/.installed-dev ## run the tests that take minutes
 	@$(BIN)/python -m pytest -m long
