@@ -16,8 +16,7 @@ from pathlib import Path
 
 from sorter.inbox import FILE_FLAGS, Identity
 
-PARTIAL_SUFFIX = ".sorter-part"
-"""Ends every hidden name made here: an unfinished copy in a destination, in the inbox a photo that was copied."""
+_PARTIAL_SUFFIX, _AWAY_SUFFIX = ".sorter-part", ".sorter-away"
 
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 """The file system cannot do what was asked; nothing has changed."""
@@ -39,9 +38,14 @@ def new_token() -> str:
     return secrets.token_hex(8)
 
 
-def hidden_name(token: str) -> str:
-    """The hidden name that belongs to one photo's move, in whichever folder."""
-    return f".{token}{PARTIAL_SUFFIX}"
+def partial_name(token: str) -> str:
+    """The hidden name of a move's unfinished copy: whatever has it was made by that move, and exists elsewhere."""
+    return f".{token}{_PARTIAL_SUFFIX}"
+
+
+def away_name(token: str) -> str:
+    """The hidden name of what a move takes away: it may turn out to be somebody else's, and the only one of that."""
+    return f".{token}{_AWAY_SUFFIX}"
 
 
 def take_away(folder: int, base: str, identity: Identity, token: str) -> bool:
@@ -53,7 +57,7 @@ def take_away(folder: int, base: str, identity: Identity, token: str) -> bool:
     Raises:
         ChangedError: the name is another file's, or the file has changed.
     """
-    hidden = hidden_name(token)
+    hidden = away_name(token)
     try:
         _rename_away(folder, base, hidden)
     except FileNotFoundError:
@@ -179,8 +183,10 @@ def copy_contents(original: int, copy: int, status: os.stat_result) -> None:
             for attribute in os.listxattr(original):
                 with contextlib.suppress(OSError):
                     os.setxattr(copy, attribute, os.getxattr(original, attribute))
-    os.fchmod(copy, stat.S_IMODE(status.st_mode))
-    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    # A photo that runs as its owner would run as the sorter's user, where the owner could not be kept.
+    os.fchmod(copy, stat.S_IMODE(status.st_mode) & ~(stat.S_ISUID | stat.S_ISGID))
+    with contextlib.suppress(OverflowError):  # a date that the other file system cannot hold
+        os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def same_contents(folder: int, name: str, other_folder: int, other_name: str) -> bool:

@@ -87,10 +87,15 @@ class BatchMover:
             withdrawn = [move for move in moves if move not in done and move not in unclear]
             try:
                 self._patiently(self._mover.settle)
-                self._patiently(lambda: history.settle(done, withdrawn))
+                if done or withdrawn:
+                    self._patiently(lambda: self._settle(history, done, withdrawn))
             finally:
                 for outcome in outcomes:
                     tell(outcome)
+
+    def _settle(self, history: History, done: list[Move], withdrawn: list[Move]) -> None:
+        self._mover.check_output((done + withdrawn)[0].root)
+        history.settle(done, withdrawn)
 
     def _move_one(self, decision: Decision, plan: Plan) -> Outcome:
         try:

@@ -29,8 +29,8 @@ _EXIT_CODES = """\
 exit codes:
   0  done, also when files that are no photos were skipped
   1  could not go on: disk full, inbox vanished
-  2  configuration, model or usage is wrong; nothing was touched
-  3  done, but some photos went to failed/ or were left in the inbox
+  2  configuration, model or usage is wrong, or another sorter has the inbox; no photo was touched
+  3  done, but some photos went to failed/ or were left in the inbox, or it was interrupted
 """
 _DESCRIPTION = "Sorts photos into cats/ and dogs/ with a ResNet50, and never overwrites or deletes one."
 _CONFIG_HELP = "TOML file with any of these settings, its keys named like the flags with _ for - (also SORTER_CONFIG)"

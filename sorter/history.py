@@ -9,8 +9,9 @@ crash the rows without done are exactly the photos whose place has to be looked 
 import contextlib
 import os
 import sqlite3
+import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ _MIGRATIONS = (
         device INTEGER NOT NULL,
         inode INTEGER NOT NULL,
         size INTEGER NOT NULL, -- bytes
-        mtime_ns INTEGER NOT NULL,
+        mtime_ns TEXT NOT NULL, -- a number that may need more than 64 bits
         kind TEXT NOT NULL, -- sorted, unsure, failed
         label TEXT,
         confidence REAL,
@@ -63,6 +64,7 @@ _MIGRATIONS = (
 _COLUMNS = (
     "token, run, root, source, folder, name, device, inode, size, mtime_ns, kind, label, confidence, reason, detail"
 )
+_INSERT = f"INSERT INTO moves ({_COLUMNS}) VALUES ({', '.join('?' * len(_COLUMNS.split(',')))})"  # noqa: S608
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +124,12 @@ class History:
         except sqlite3.OperationalError as error:  # no permission, no space, no such folder
             raise ConfigurationError(f"the history {self.path} cannot be opened ({error}): mend its folder") from None
         except sqlite3.DatabaseError as error:
-            raise ConfigurationError(
-                f"the history {self.path} is damaged ({error}): move it away, the photos are not touched by that, "
-                "and start again"
-            ) from None
+            raise self._damaged(error) from None
 
     def _connect(self) -> None:
         with contextlib.suppress(OSError):  # then SQLite says why it cannot be opened
             self.path.parent.mkdir(exist_ok=True)
+        self._check_files()
         self._connection = sqlite3.connect(
             self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -139,6 +139,14 @@ class History:
             self._connection.close()
             raise
         self._file = self._identity()
+
+    def _check_files(self) -> None:
+        """Refuse links, which would have us write somewhere else."""
+        for name in (NAME, f"{NAME}-wal", f"{NAME}-shm", f"{NAME}-journal"):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                status = os.lstat(self.path.with_name(name))
+                if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                    raise ConfigurationError(f"{self.path.with_name(name)} is not a file of the sorter: move it away")
 
     def _identity(self) -> tuple[int, int] | None:
         try:
@@ -178,13 +186,11 @@ class History:
             raise
 
     @contextlib.contextmanager
-    def _writing(self, *, anew: bool = False) -> Iterator[None]:
-        """One transaction, in a file begun anew if it must be and may be."""
+    def _writing(self) -> Iterator[None]:
+        """One transaction, in a file begun anew if it was taken away."""
         try:
             if self._file is None or self._file != self._identity():
                 # Its disk was away, or somebody took the file away: what is open now would be written for nobody.
-                if not anew and not self.path.is_file():
-                    raise sqlite3.OperationalError("it is gone")
                 self._connection.close()
                 self._connect()
                 if self._run is not None:
@@ -234,13 +240,10 @@ class History:
         """
         if not moves:
             return
-        with self._writing(anew=True):
-            self._connection.executemany(
-                f"INSERT INTO moves ({_COLUMNS}) VALUES ({', '.join('?' * len(_row(moves[0])))})",  # noqa: S608
-                map(_row, moves),
-            )
+        with self._writing():
+            self._connection.executemany(_INSERT, map(_row, moves))
 
-    def settle(self, done: Iterable[Move], withdrawn: Iterable[Move]) -> None:
+    def settle(self, done: Sequence[Move], withdrawn: Sequence[Move]) -> None:
         """Record what did happen, durably, in one transaction; what was withdrawn leaves no row.
 
         Raises:
@@ -248,15 +251,30 @@ class History:
         """
         now = time.time()
         with self._writing():
+            # Somebody may have taken the history away since the intents were written.
+            self._connection.executemany(f"{_INSERT} ON CONFLICT (token) DO NOTHING", map(_row, done))
             self._connection.executemany("UPDATE moves SET done = ? WHERE token = ?", [(now, m.token) for m in done])
             self._connection.executemany(
                 "DELETE FROM moves WHERE token = ? AND done IS NULL", [(m.token,) for m in withdrawn]
             )
 
     def unfinished(self) -> list[Move]:
-        """The intents without their done, in the order of their making."""
-        rows = self._connection.execute(f"SELECT {_COLUMNS} FROM moves WHERE done IS NULL ORDER BY id")  # noqa: S608
-        return [_move(row) for row in rows]
+        """The intents without their done, in the order of their making.
+
+        Raises:
+            ConfigurationError: the file is damaged.
+        """
+        query = f"SELECT {_COLUMNS} FROM moves WHERE done IS NULL ORDER BY id"  # noqa: S608
+        try:
+            return [_move(row) for row in self._connection.execute(query)]
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: sqlite3.DatabaseError) -> ConfigurationError:
+        return ConfigurationError(
+            f"the history {self.path} is damaged ({error}): move it away, the photos are not touched by that, "
+            "and start again"
+        )
 
 
 def _row(move: Move) -> tuple[object, ...]:
@@ -271,7 +289,7 @@ def _row(move: Move) -> tuple[object, ...]:
         _signed(device),
         _signed(inode),
         size,
-        mtime_ns,
+        str(mtime_ns),
         move.kind,
         move.label,
         move.confidence,
@@ -282,7 +300,7 @@ def _row(move: Move) -> tuple[object, ...]:
 
 def _move(row: Sequence[Any]) -> Move:
     token, run, root, source, folder, name, device, inode, size, mtime_ns, *why = row
-    identity = Identity(_unsigned(device), _unsigned(inode), size, mtime_ns, 0)
+    identity = Identity(_unsigned(device), _unsigned(inode), size, int(mtime_ns), 0)
     return Move(token, run, Path(os.fsdecode(root)), os.fsdecode(source), folder, os.fsdecode(name), identity, *why)
 
 

@@ -157,6 +157,7 @@ class Inbox:
         self.settle_seconds = settle_seconds
         self._real_root = os.path.realpath(root)
         self._excluded = excluded
+        self._excluded_files: frozenset[tuple[int, int]] = frozenset()  # the same by device and inode
         status = root.stat()
         self._folder = (status.st_dev, status.st_ino)
         self.unlisted: list[str] = []
@@ -189,6 +190,7 @@ class Inbox:
             InboxGoneError: the inbox itself cannot be listed; a subfolder that cannot is in `unlisted` afterwards.
         """
         self.unlisted = []
+        self._excluded_files = frozenset(filter(None, map(_file, self._excluded)))
         folders = [""]
         while folders:
             folder = folders.pop()
@@ -200,6 +202,8 @@ class Inbox:
                     continue
                 raise _gone(self.root, error) from error
             try:
+                if folder and _file(descriptor) in self._excluded_files:  # reached by another path, as a mount
+                    continue
                 # A descriptor, not a path: the listing cannot be led out of the inbox.
                 with os.scandir(descriptor) as entries:
                     for entry in entries:
@@ -272,6 +276,14 @@ class Inbox:
             return Photo(self.root, name, identity, seen)
         self._changing[name] = (identity, seen)
         return None
+
+
+def _file(path: str | int) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _gone(root: Path, error: OSError) -> InboxGoneError:

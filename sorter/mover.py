@@ -28,10 +28,10 @@ from sorter.atomic import (
     check_removable,
     copy_contents,
     give_back,
-    hidden_name,
     make_folder,
     new_token,
     numbered,
+    partial_name,
     publish,
     rename_noreplace,
     sync_folder,
@@ -58,6 +58,10 @@ _STORAGE = (
     errno.ENFILE,
     errno.ENOMEM,
 )
+
+
+# With less room than this a disk is full for all photos, and waited for.
+_ROOM_BYTES = 20_000_000
 
 
 class Mover:
@@ -123,6 +127,8 @@ class Mover:
             self._check(source, base, plan.photo.identity)
             check_removable(source, base)
             with self._target(plan.photo.root, plan.folder) as target:
+                if os.path.sameopenfile(source, target):
+                    raise StayedError("is in its folder already: the output is a part of the inbox under another path")
                 self._place(plan, source, target, base)
 
     def _arrived(self, plan: Plan) -> bool:
@@ -161,7 +167,7 @@ class Mover:
         """
         try:
             comes_with_inbox = self.output.is_relative_to(inbox)
-            if self._folder is None or comes_with_inbox:
+            if self._folder is None or (comes_with_inbox and inbox.is_dir()):
                 make_folder(self.output)
             status = self.output.stat()
             folder = status.st_dev, status.st_ino
@@ -208,8 +214,9 @@ class Mover:
                 with opened_folder(root, folder) as descriptor:
                     sync_folder(descriptor)
             except OSError as error:
-                # A folder that was taken away since holds nothing that could be lost by not syncing it.
-                if error.errno not in _GONE:
+                # A folder that was taken away since holds nothing that could be lost by not syncing it, and a rename is
+                # durable with its new folder: one that may not be read any more holds up nobody else.
+                if error.errno not in _GONE and not (root != self.output and isinstance(error, PermissionError)):
                     raise StorageError(f"{root / folder} cannot be synced ({error.strerror}): mend its disk") from error
             self._touched.discard((root, folder))
 
@@ -254,12 +261,13 @@ class Mover:
             self._check_only(plan, target, os.stat(plan.name, dir_fd=target, follow_symlinks=False), own_names=1)
 
     def _copy_across(self, plan: Plan, source: int, target: int, base: str) -> None:
-        photo, partial = plan.photo, hidden_name(plan.token)
+        photo, partial = plan.photo, partial_name(plan.token)
         original = open_file(photo)
         try:
             status = os.fstat(original)
             if not Identity.of(status).is_same_file(photo.identity):
                 raise ChangedError("changed while it was moved")
+            _check_room(target, status.st_size)
             copy = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
             try:
                 copy_contents(original, copy, status)
@@ -323,3 +331,11 @@ class Mover:
         while True:
             number = self._next_number[folder, base] = self._next_number.get((folder, base), 0) + 1
             yield numbered(base, number)
+
+
+def _check_room(folder: int, size: int) -> None:
+    """Leave one photo that does not fit where others do: it must not hold them up."""
+    room = os.fstatvfs(folder)
+    free = room.f_bavail * room.f_frsize
+    if size > free >= _ROOM_BYTES:
+        raise StayedError(f"needs {size / 1e6:.0f} MB and the output has {free / 1e6:.0f} MB free: make room")

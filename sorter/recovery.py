@@ -9,7 +9,8 @@ The names that exist say how far a move came:
     link     source | source, destination | hidden source, destination | destination
     copy     source | source, partial | source, destination | hidden source, destination | destination
 
-A hidden name and a partial one hold the plan's token, 64 random bits, so whatever has one is ours.
+A hidden name and a partial one hold the plan's token, 64 random bits. What is partial is ours; what is hidden was taken
+away for a look at it, in the destination too where a move is undone, and may be somebody else's.
 """
 
 import contextlib
@@ -22,7 +23,15 @@ from pathlib import Path
 
 import structlog
 
-from sorter.atomic import ChangedError, give_back, hidden_name, same_contents, sync_folder, take_away
+from sorter.atomic import (
+    ChangedError,
+    away_name,
+    give_back,
+    partial_name,
+    same_contents,
+    sync_folder,
+    take_away,
+)
 from sorter.history import History, Move
 from sorter.inbox import Identity, Photo, opened_folder
 
@@ -55,14 +64,23 @@ def resolve(output: Path, plan: Plan) -> bool:
     """
     folder, _, base = plan.photo.name.rpartition("/")
     with _perhaps(plan.photo.root, folder) as source, _perhaps(output, plan.folder) as target:
+        partial = _status(target, partial_name(plan.token))
+        away = _status(target, away_name(plan.token))
         there = _status(target, plan.name)
-        partial = _status(target, hidden_name(plan.token))
-        if source is None and (there or partial) and not os.path.isdir(plan.photo.root):
+        if source is None and (there or partial or away) and not os.path.isdir(plan.photo.root):
             # A disk that is not plugged in may still have the photo: then the copy is not its only name.
             raise FileNotFoundError(errno.ENOENT, "its inbox is away")
         original = _original(source, base, plan)
         if target is not None and partial is not None:
-            os.unlink(hidden_name(plan.token), dir_fd=target)
+            os.unlink(partial_name(plan.token), dir_fd=target)
+        if target is not None and away is not None:
+            _put_back(source, original, target, plan)
+            there = _status(target, plan.name)
+        mine = _status(source, base)
+        if target is not None and there is not None and original is None and mine and os.path.samestat(mine, there):
+            # Two names of one file, which has changed since it was judged: it keeps the old one, and is judged anew.
+            take_away(target, plan.name, Identity.of(there), plan.token)
+            there = None
         if original is None or source is None:
             arrived = there is not None and _is_it(there, plan.photo.identity)
         else:
@@ -80,9 +98,18 @@ def resolve(output: Path, plan: Plan) -> bool:
         return arrived
 
 
+def _put_back(source: int | None, original: str | None, target: int, plan: Plan) -> None:
+    """End the undoing of a move: what the destination had goes if it is the photo's copy, and back if it is not."""
+    hidden = away_name(plan.token)
+    if source is not None and original is not None and same_contents(source, original, target, hidden):
+        os.unlink(hidden, dir_fd=target)
+    else:
+        give_back(target, hidden, target, plan.name)
+
+
 def _original(source: int | None, base: str, plan: Plan) -> str | None:
     """The name that the photo has in its old folder, its own or the hidden one; somebody else's file is put back."""
-    hidden = hidden_name(plan.token)
+    hidden = away_name(plan.token)
     mine, away = _status(source, base), _status(source, hidden)
     is_mine = mine is not None and _is_version(mine, plan.photo.identity)
     if source is not None and away is not None:
@@ -98,7 +125,7 @@ def _original(source: int | None, base: str, plan: Plan) -> str | None:
 def _took_away(source: int, original: str, target: int, there: os.stat_result, plan: Plan) -> bool:
     """Take the old name away; where that is refused, take back the new one, so that none has two for good."""
     sync_folder(target)
-    hidden, base = hidden_name(plan.token), os.path.basename(plan.photo.name)
+    hidden, base = away_name(plan.token), os.path.basename(plan.photo.name)
     try:
         if original == hidden:
             os.unlink(hidden, dir_fd=source)

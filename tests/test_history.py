@@ -117,6 +117,38 @@ def test_the_next_version_of_the_schema_keeps_what_is_there(output: Path, monkey
     assert rows(output, "SELECT stars FROM moves") == [(None,)]
 
 
+def test_dates_that_need_more_than_64_bits_come_back(output: Path) -> None:
+    history = History(output)
+    history.begin(RUN)
+    moves = [move(n, identity=Identity(1, 2, 3, mtime, 0)) for n, mtime in enumerate((1 << 80, -(1 << 70)))]
+    history.intend(moves)
+    assert history.unfinished() == moves
+
+
+@pytest.mark.parametrize("name", [NAME, f"{NAME}-wal"])
+def test_a_history_that_is_a_link_is_refused(output: Path, name: str) -> None:
+    (output / FOLDER / name).symlink_to(output / "elsewhere")
+    with pytest.raises(ConfigurationError, match="not a file of the sorter"):
+        History(output)
+    assert not (output / "elsewhere").exists()
+
+
+def test_a_history_whose_moves_are_damaged_is_refused_with_what_to_do(output: Path) -> None:
+    history = History(output)
+    history.begin(RUN)
+    history.intend([move(n) for n in range(200)])
+    history.close()
+    ((page,),) = rows(output, "SELECT rootpage FROM sqlite_schema WHERE name = 'moves_unfinished'")
+    ((size,),) = rows(output, "PRAGMA page_size")
+    assert isinstance(page, int)
+    assert isinstance(size, int)
+    with (output / FOLDER / NAME).open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    with pytest.raises(ConfigurationError, match="move it away"):
+        History(output).unfinished()
+
+
 @pytest.mark.parametrize("content", [b"not a database at all" * 100, b"SQLite format 3\0" + b"\xff" * 5000])
 def test_a_damaged_history_is_refused_with_what_to_do(output: Path, content: bytes) -> None:
     make_tree(output, {f"{FOLDER}/{NAME}": content})
@@ -139,9 +171,10 @@ def test_a_history_that_was_taken_away_is_begun_anew(output: Path) -> None:
     history.begin(RUN)
     history.intend([move(1)])
     (output / FOLDER).rename(output / "away")
-    with pytest.raises(StorageError, match="gone"):
-        history.settle([move(1)], [])
-    assert not (output / FOLDER).exists()
+    history.settle([move(1)], [])
     history.intend([move(2)])
     assert history.unfinished() == [move(2)]
+    assert rows(output, "SELECT token FROM moves WHERE done IS NOT NULL") == [(move(1).token,)], (
+        "what did happen is told"
+    )
     assert rows(output, "SELECT id FROM runs") == [("r1",)]

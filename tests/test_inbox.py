@@ -2,10 +2,11 @@
 
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import as_nobody, make_tree
+from conftest import LONG_AGO, as_nobody, make_tree
 
 from sorter.errors import InboxGoneError
 from sorter.inbox import Identity, Inbox, Photo, is_temporary, open_file
@@ -19,6 +20,20 @@ def inbox(root: Path, *, recursive: bool = False, excluded: frozenset[str] = fro
 
 def names(box: Inbox, now: float = NOW) -> set[str]:
     return {photo.name for photo in box.scan(now)}
+
+
+def test_a_destination_mounted_into_the_inbox_is_not_scanned(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"in/a.jpg": b"x", "in/sorted/cats/b.jpg": b"x"})
+    (tmp_path / "out").mkdir()
+    mount = ["mount", "--bind", str(tmp_path / "in/sorted"), str(tmp_path / "out")]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        pytest.skip("needs root, and the right to mount")
+    try:
+        excluded = frozenset({str(tmp_path / "out/cats")})
+        box = Inbox(tmp_path / "in", recursive=True, excluded=excluded, settle_seconds=0)
+        assert [photo.name for photo in box.scan(LONG_AGO + 10)] == ["a.jpg"]
+    finally:
+        subprocess.run(["umount", str(tmp_path / "out")], check=True)
 
 
 def test_a_file_modified_long_ago_is_settled_at_one_look(tmp_path: Path) -> None:

@@ -89,6 +89,55 @@ def test_time_mode_and_extended_attributes_survive(tmp_path: Path, output: Path)
         raise
 
 
+def test_a_copy_runs_as_nobody_else(tmp_path: Path, other_file_system: Path) -> None:
+    path = make_tree(tmp_path / "in", {"a.jpg": b"photo"}) / "a.jpg"
+    path.chmod(0o6755)
+    moved = Path(move(Mover(other_file_system), found(tmp_path / "in")))
+    assert stat.S_IMODE(moved.stat().st_mode) == 0o755
+
+
+def test_a_photo_that_does_not_fit_holds_up_nobody_else(
+    tmp_path: Path, other_file_system: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tree(tmp_path / "in", {"large.jpg": b""})
+    with (tmp_path / "in/large.jpg").open("r+b") as file:
+        file.truncate(1 << 42)
+    photo = found(tmp_path / "in")
+    with pytest.raises(StayedError, match="make room"):
+        move(Mover(other_file_system), photo)
+    monkeypatch.setattr(mover_module, "_ROOM_BYTES", 1 << 60)  # a disk that is full for all
+    monkeypatch.setattr(mover_module, "copy_contents", no_space)
+    with pytest.raises(StorageError, match="No space"):
+        move(Mover(other_file_system), photo)
+    assert read_tree(other_file_system) == {}
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("output", [".", "deep/out"])
+def test_an_inbox_that_is_gone_is_not_made_anew_for_its_output(tmp_path: Path, output: str) -> None:
+    inbox = make_tree(tmp_path / "in", {"a.jpg": b"photo"})
+    target = Mover(inbox / output)
+    move(target, found(inbox))
+    inbox.rename(tmp_path / "away")
+    with pytest.raises(StorageError, match="No such file"):
+        target.check_output(inbox)
+    assert [p.name for p in tmp_path.iterdir()] == ["away"]
+    inbox.mkdir()
+    target.check_output(inbox)
+    assert (inbox / output).is_dir()
+
+
+def test_a_photo_that_is_in_its_folder_already_stays(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"in/cats/a.jpg": b"photo"})
+    (photo,) = Inbox(tmp_path / "in", recursive=True, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)
+    with pytest.raises(StayedError, match="already"):
+        move(Mover(tmp_path / "in"), photo)
+    assert read_tree(tmp_path) == {"in/cats/a.jpg": b"photo"}
+
+
 def test_names_of_any_bytes_survive(tmp_path: Path, output: Path) -> None:
     name = os.fsdecode("katze 🐈\n".encode() + b"\xff\xfe.jpg")
     make_tree(tmp_path / "in", {name: b"photo"})
@@ -148,7 +197,9 @@ def test_another_file_that_slips_in_during_the_move_goes_back(
         move(Mover(output), photo)
     assert (tmp_path / "in/a.jpg").read_bytes() == b"other photo"
     assert set(before) <= set(hashes(tmp_path) + hashes(output))
-    assert not any(name.endswith(".sorter-part") for name in [*read_tree(output), *read_tree(tmp_path)])
+    assert not any(
+        name.endswith((".sorter-part", ".sorter-away")) for name in [*read_tree(output), *read_tree(tmp_path)]
+    )
 
 
 def test_a_copy_that_does_not_fit_leaves_the_photo_and_no_partial_file(

@@ -176,7 +176,7 @@ class Machine(RuleBasedStateMachine):
         """At every instant."""
         found = self.files()
         assert self.there <= set(found.values()), f"lost: {self.there - set(found.values())}, found: {found}"
-        whole = {content for path, content in found.items() if not path.name.endswith(".sorter-part")}
+        whole = {content for path, content in found.items() if not path.name.endswith((".sorter-part", ".sorter-away"))}
         assert whole <= self.there | self.gone, "something half is under a name that people see"
         assert {path.name: path.read_text() for path in (self.outside / "trap").iterdir()} == TRAP
         assert all((self.output / name).read_text() == content for name, content in self.placed.items())

@@ -72,6 +72,15 @@ def test_a_photo_that_cannot_be_decoded_does_not_touch_its_batch(tmp_path: Path,
     assert [o.photo.name for o in outcomes if o.kind == "skipped"] == ["note.txt"]
 
 
+def test_a_photo_of_a_far_year_is_sorted(tmp_path: Path, sort: Sort) -> None:
+    make_tree(tmp_path / "in", {"early.jpg": plain(RED, 1)}, modified=-9_000_000_000)
+    make_tree(tmp_path / "in", {"late.jpg": plain(RED, 2)}, modified=12_000_000_000)
+    if (tmp_path / "in/late.jpg").stat().st_mtime < 1e10:
+        pytest.skip("this file system knows no such year")
+    sort()
+    assert set(read_tree(tmp_path / "out")) == {"cats/early.jpg", "cats/late.jpg"}
+
+
 def test_every_photo_has_exactly_one_outcome(tmp_path: Path, sort: Sort) -> None:
     make_tree(tmp_path / "in", {f"{n}.jpg": photo(n) for n in range(100)})
     outcomes, _ = sort()

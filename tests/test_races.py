@@ -143,7 +143,7 @@ class Target:
         assert self._specials() == self.specials
         inside = list(read_tree(self.inbox).values())
         assert inside.count(picture(BYSTANDER, 1)) == 1
-        assert not [name for name in read_tree(self.inbox) if name.endswith(".sorter-part")]
+        assert not [name for name in read_tree(self.inbox) if name.endswith((".sorter-part", ".sorter-away"))]
         if (self.inbox / "deep/.other").exists():
             assert inside.count(picture(BYSTANDER, 0)) == 1
 

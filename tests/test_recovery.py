@@ -8,13 +8,13 @@ import pytest
 from conftest import LONG_AGO, make_tree, read_tree
 from structlog.testing import capture_logs
 
-from sorter.atomic import hidden_name
+from sorter.atomic import away_name, partial_name
 from sorter.history import FOLDER, History, Move, Run
 from sorter.inbox import Identity, Inbox
 from sorter.recovery import recover
 
 TOKEN = "0123456789abcdef"
-HIDDEN = hidden_name(TOKEN)
+PARTIAL, HIDDEN = partial_name(TOKEN), away_name(TOKEN)
 
 
 @pytest.fixture
@@ -74,8 +74,14 @@ def test_killed_after_a_hard_link(tmp_path: Path, history: History) -> None:
     assert recovered(history, tmp_path) == ({"out/cats/a-1.jpg": b"photo"}, "done")
 
 
+def test_killed_after_a_hard_link_of_a_file_that_has_changed_since(tmp_path: Path, history: History) -> None:
+    os.link(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
+    make_tree(tmp_path / "in", {"a.jpg": b"photo, edited"})
+    assert recovered(history, tmp_path) == ({"in/a.jpg": b"photo, edited"}, "withdrawn")
+
+
 def test_killed_while_copying(tmp_path: Path, history: History) -> None:
-    make_tree(tmp_path / "out/cats", {HIDDEN: b"pho"})
+    make_tree(tmp_path / "out/cats", {PARTIAL: b"pho"})
     assert recovered(history, tmp_path) == ({"in/a.jpg": b"photo"}, "withdrawn")
 
 
@@ -86,7 +92,7 @@ def test_killed_after_the_copy_got_its_name(tmp_path: Path, history: History) ->
 
 def test_killed_while_the_copy_had_both_names(tmp_path: Path, history: History) -> None:
     copied(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
-    os.link(tmp_path / "out/cats/a-1.jpg", tmp_path / "out/cats" / HIDDEN)
+    os.link(tmp_path / "out/cats/a-1.jpg", tmp_path / "out/cats" / PARTIAL)
     assert recovered(history, tmp_path) == ({"out/cats/a-1.jpg": b"photo"}, "done")
 
 
@@ -150,6 +156,23 @@ def test_devices_may_have_other_numbers_after_a_restart_of_the_machine(tmp_path:
     history.intend([Move(TOKEN, "run", tmp_path / "in", "a.jpg", "cats", "a-1.jpg", other, "sorted")])
     copied(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
     assert recovered(history, tmp_path) == ({"out/cats/a-1.jpg": b"photo"}, "done")
+
+
+def test_killed_while_a_copy_was_taken_back(tmp_path: Path, history: History) -> None:
+    copied(tmp_path / "in/a.jpg", tmp_path / "out/cats" / HIDDEN)
+    assert recovered(history, tmp_path) == ({"in/a.jpg": b"photo"}, "withdrawn")
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_killed_while_a_copy_was_taken_back_over_which_its_owner_had_saved_another(
+    tmp_path: Path, history: History, original: bool
+) -> None:
+    make_tree(tmp_path / "out/cats", {HIDDEN: b"edited by its owner"})
+    kept = {"in/a.jpg": b"photo"} if original else {}
+    if not original:
+        (tmp_path / "in/a.jpg").unlink()
+    tree = {"out/cats/a-1.jpg": b"edited by its owner", **kept}
+    assert recovered(history, tmp_path) == (tree, "withdrawn")
 
 
 def test_a_link_on_the_way_leads_nowhere(tmp_path: Path, history: History) -> None:

@@ -243,6 +243,14 @@ def test_a_summary_that_cannot_be_written_does_not_turn_success_into_failure(tmp
     assert done.returncode == 0, done.stderr
 
 
+def test_closed_standard_streams_are_no_obstacle(tmp_path: Path) -> None:
+    inbox = make_tree(tmp_path / "in", {f"{n}.jpg": photo(n) for n in range(5)})
+    command = [sys.executable, "-m", "sorter", "run", "--once", "--log-level", "debug", "--inbox", str(inbox)]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], timeout=60, check=False)
+    assert done.returncode == 0
+    assert all(name.startswith(("cats/", "dogs/")) for name in read_tree(inbox))
+
+
 def test_what_was_moved_before_the_disk_was_full_is_logged(tmp_path: Path, start: Start) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -261,7 +269,7 @@ def test_what_was_moved_before_the_disk_was_full_is_logged(tmp_path: Path, start
         assert len(running.events("photo.sorted")) == len(read_tree(disk)) > 0
         assert len(running.events("run.finished")) == 1
         assert "make room" in running.events("run.failed")[0]["detail"]
-        assert [name for name in read_tree(disk) if name.endswith(".sorter-part")] == []
+        assert [name for name in read_tree(disk) if name.endswith((".sorter-part", ".sorter-away"))] == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 

@@ -117,7 +117,7 @@ def test_what_is_durable_comes_in_the_right_order(parents: tuple[Path, Path]) ->
         return next((i for i in range(start, len(calls)) if re.search(pattern, calls[i])), len(calls))
 
     written, synced = r"^pwrite64\(.*-wal>", r"^f(data)?sync\(.*-wal>"
-    taken_away = rf'^renameat2\(.*/in>, "b\.jpg", .*{"sorter-part" if across else "b.jpg"}"'
+    taken_away = rf'^renameat2\(.*/in>, "b\.jpg", .*{"sorter-away" if across else "b.jpg"}"'
     published = r'^renameat2\(.*/out/cats>, ".*sorter-part", .*"b\.jpg"' if across else taken_away
     intent = max(i for i in range(find(published)) if re.search(written, calls[i]))
     assert intent < find(synced, intent) < find(published), "the intent is on the disk before its photo moves"
