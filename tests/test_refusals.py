@@ -29,9 +29,11 @@ COMMANDS = (["run", "--once"], ["run"], ["check"])
 # The heavy modules are imported once: each request runs in a fork of this process.
 _SERVER = """
 import json, os, signal, sys, tempfile
-import torch, torchvision
+import torch
 from sorter import network
 from sorter.cli import main
+
+network.torchvision_models()
 
 for line in sys.stdin:
     request = json.loads(line)
