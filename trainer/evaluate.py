@@ -178,6 +178,10 @@ def fit_temperature(logits: Floats, labels: npt.NDArray[np.intp]) -> float:
 def calibration_error(answers: Floats, labels: npt.NDArray[np.intp]) -> float:
     """Expected calibration error over 15 bins of confidence, 0 to 1 (Guo et al. 2017)."""
     import torch
+
+    from sorter.network import torchvision_models
+
+    torchvision_models()  # torchmetrics imports torchvision too
     from torchmetrics.functional.classification import multiclass_calibration_error
 
     error = multiclass_calibration_error(
