@@ -31,7 +31,8 @@ if not Path("/proc/self/task").is_dir():
 def workers(parent: int | None = None) -> list[int]:
     """The decoder processes of a process."""
     found = []
-    for task in Path(f"/proc/{parent or os.getpid()}/task").iterdir():
+    # Not iterdir: the parent may end meanwhile.
+    for task in Path(f"/proc/{parent or os.getpid()}/task").glob("*"):
         with contextlib.suppress(OSError):
             found += [int(pid) for pid in (task / "children").read_text().split()]
     return [pid for pid in found if b"sorter.decoders" in _command(pid)]
