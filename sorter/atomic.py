@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sorter.inbox import FILE_FLAGS, Identity
+from sorter.inbox import FILE_FLAGS, Identity, opened_folder
 
 _PARTIAL_SUFFIX, _AWAY_SUFFIX = ".sorter-part", ".sorter-away"
 
@@ -97,11 +97,8 @@ def make_folder(path: Path) -> None:
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
-        descriptor = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with opened_folder(folder.parent, "") as descriptor:
             sync_folder(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def give_back(target: int, name: str, source: int, base: str) -> None:
@@ -116,7 +113,7 @@ def publish(folder: int, name: str, target: int, names: Sequence[str]) -> str:
         OSError: the file system refused, or no name was free.
     """
     try:
-        return first_free(names, lambda free: rename_noreplace(folder, name, target, free))
+        return _first_free(names, lambda free: rename_noreplace(folder, name, target, free))
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
@@ -124,12 +121,12 @@ def publish(folder: int, name: str, target: int, names: Sequence[str]) -> str:
     def link(free: str) -> None:
         os.link(name, free, src_dir_fd=folder, dst_dir_fd=target, follow_symlinks=False)
 
-    published = first_free(names, link)
+    published = _first_free(names, link)
     os.unlink(name, dir_fd=folder)
     return published
 
 
-def first_free(names: Sequence[str], place: Callable[[str], None]) -> str:
+def _first_free(names: Sequence[str], place: Callable[[str], None]) -> str:
     """Try names until `place` finds one that is not taken, and return it.
 
     Raises:

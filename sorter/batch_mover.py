@@ -74,9 +74,8 @@ class BatchMover:
         moves = [self._intent(decision, plan) for decision, plan in zip(batch, plans, strict=True)]
         outcomes: list[Outcome] = []
         try:
-            if plans:
-                # Before the history, which belongs into the output and not where its disk is not mounted.
-                self._patiently(lambda: self._mover.check_output(plans[0].photo.root))
+            # Before the history, which belongs into the output and not where its disk is not mounted.
+            self._patiently(lambda: self._mover.check_output(moves[0].root))
             self._patiently(lambda: history.intend(moves))
             for decision, plan in zip(batch, plans, strict=True):
                 outcomes.append(self._move_one(decision, plan))

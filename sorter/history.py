@@ -18,7 +18,7 @@ from typing import Any
 
 from sorter import file_systems
 from sorter.errors import ConfigurationError, StorageError
-from sorter.inbox import Identity
+from sorter.inbox import Identity, file_of
 
 FOLDER = ".sorter"
 """The hidden folder of the output, and of the inbox, that holds what the sorter needs for itself."""
@@ -138,7 +138,7 @@ class History:
         except BaseException:
             self._connection.close()
             raise
-        self._file = self._identity()
+        self._file = file_of(self.path)
 
     def _check_files(self) -> None:
         """Refuse links, which would have us write somewhere else."""
@@ -147,13 +147,6 @@ class History:
                 status = os.lstat(self.path.with_name(name))
                 if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                     raise ConfigurationError(f"{self.path.with_name(name)} is not a file of the sorter: move it away")
-
-    def _identity(self) -> tuple[int, int] | None:
-        try:
-            status = os.stat(self.path)
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino
 
     def _prepare(self, *, on_network: bool) -> None:
         # WAL needs memory shared between its users, which machines on a network do not have.
@@ -189,7 +182,7 @@ class History:
     def _writing(self) -> Iterator[None]:
         """One transaction, in a file begun anew if it was taken away."""
         try:
-            if self._file is None or self._file != self._identity():
+            if self._file is None or self._file != file_of(self.path):
                 # Its disk was away, or somebody took the file away: what is open now would be written for nobody.
                 self._connection.close()
                 self._connect()
@@ -238,8 +231,6 @@ class History:
         Raises:
             StorageError: the disk refused; nothing was recorded.
         """
-        if not moves:
-            return
         with self._writing():
             self._connection.executemany(_INSERT, map(_row, moves))
 

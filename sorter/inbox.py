@@ -190,7 +190,7 @@ class Inbox:
             InboxGoneError: the inbox itself cannot be listed; a subfolder that cannot is in `unlisted` afterwards.
         """
         self.unlisted = []
-        self._excluded_files = frozenset(filter(None, map(_file, self._excluded)))
+        self._excluded_files = frozenset(filter(None, map(file_of, self._excluded)))
         folders = [""]
         while folders:
             folder = folders.pop()
@@ -202,7 +202,7 @@ class Inbox:
                     continue
                 raise _gone(self.root, error) from error
             try:
-                if folder and _file(descriptor) in self._excluded_files:  # reached by another path, as a mount
+                if folder and file_of(descriptor) in self._excluded_files:  # reached by another path, as a mount
                     continue
                 # A descriptor, not a path: the listing cannot be led out of the inbox.
                 with os.scandir(descriptor) as entries:
@@ -278,7 +278,8 @@ class Inbox:
         return None
 
 
-def _file(path: str | int) -> tuple[int, int] | None:
+def file_of(path: Path | str | int) -> tuple[int, int] | None:
+    """The device and inode of a path or a descriptor, None where nothing is to be found."""
     try:
         status = os.stat(path)
     except OSError:

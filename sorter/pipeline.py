@@ -249,4 +249,5 @@ class Pipeline:
             for item in batch:
                 if isinstance(item, Outcome):
                     self._outcomes.put(item)
-            self._mover.move([item for item in batch if isinstance(item, Decision)], self._outcomes.put)
+            if decisions := [item for item in batch if isinstance(item, Decision)]:
+                self._mover.move(decisions, self._outcomes.put)

@@ -6,9 +6,8 @@ import os
 import signal
 import struct
 import threading
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import pytest
 from conftest import RED, Running, hashes, make_tree, plain, read_tree
 from pictures import HAS_AVIF, claiming, encoded
 from PIL import Image
-from test_decoders import Bench, cpu_seconds, forget_peak, open_files, peak_bytes, slow, workers
+from test_decoders import Bench, again_and_again, cpu_seconds, forget_peak, open_files, peak_bytes, slow, workers
 
 from sorter.errors import Reason
 
@@ -37,28 +36,19 @@ def red(kind: str, width: int, height: int) -> bytes:
     return encoded(Image.new("RGB", (width, height), RED), kind)
 
 
-@contextlib.contextmanager
-def when_opened(parent: int, actions: dict[str, Callable[[int], None]]) -> Iterator[None]:
+def when_opened(parent: int, actions: dict[str, Callable[[int], None]]) -> contextlib.AbstractContextManager[None]:
     """Do something to each worker of a sorter that has a file of that name open, once for each worker."""
-    done, treated = threading.Event(), set[tuple[int, str]]()
+    treated = set[tuple[int, str]]()
 
     def look() -> None:
-        while not done.is_set():
-            for pid in workers(parent):
-                for name in {os.path.basename(path) for path in open_files(pid)} & set(actions):
-                    if (pid, name) not in treated:
-                        treated.add((pid, name))
-                        with contextlib.suppress(ProcessLookupError):
-                            actions[name](pid)
-            time.sleep(0.002)
+        for pid in workers(parent):
+            for name in {os.path.basename(path) for path in open_files(pid)} & set(actions):
+                if (pid, name) not in treated:
+                    treated.add((pid, name))
+                    with contextlib.suppress(ProcessLookupError):
+                        actions[name](pid)
 
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+    return again_and_again(look)
 
 
 def nap(pid: int) -> None:

@@ -93,25 +93,34 @@ def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
 
 
 @contextlib.contextmanager
-def whoever_opens(path: Path, number: signal.Signals) -> Iterator[None]:
-    """Send a signal to each worker that has a file open, as if decoding it had that effect."""
+def again_and_again(look: Callable[[], None]) -> Iterator[None]:
+    """Do something every few milliseconds, in a thread."""
     done = threading.Event()
 
-    def send() -> None:
+    def run() -> None:
         while not done.is_set():
-            for pid in workers():
-                if str(path) in open_files(pid):
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, number)
+            look()
             time.sleep(0.002)
 
-    thread = threading.Thread(target=send)
+    thread = threading.Thread(target=run)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
+
+
+def whoever_opens(path: Path, number: signal.Signals) -> contextlib.AbstractContextManager[None]:
+    """Send a signal to each worker that has a file open, as if decoding it had that effect."""
+
+    def send() -> None:
+        for pid in workers():
+            if str(path) in open_files(pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    return again_and_again(send)
 
 
 def open_files(pid: int) -> list[str]:
