@@ -1,3 +1,8 @@
 """Sorts the photos in a folder into cats and dogs."""
 
+import sys
+
 __version__ = "0.1.0"
+
+# OpenVINO and NNCF report home through this package unless it cannot be imported: nothing leaves this machine.
+sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]

@@ -53,34 +53,56 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sorter", description=_DESCRIPTION, epilog=_EXIT_CODES, formatter_class=_Formatter)
     parser.add_argument("--version", action="version", version=f"sorter {sorter.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+    folders, settings_ = "[--inbox DIR] [--output DIR] [--config FILE]", None
     described = {
-        "run": ("sort the inbox: once, or whatever is dropped into it until stopped", _run),
-        "check": ("check configuration, model, device and permissions; touch no photo", _check),
+        "run": ("sort the inbox: once, or whatever is dropped into it until stopped", _run, folders, settings_),
+        "check": ("check configuration, model, device and permissions; touch no photo", _check, folders, settings_),
+        "bench": ("measure how fast this machine sorts, on copies of photos", _bench, "[--photos DIR]", ("Model",)),
     }
-    for name, (what, action) in described.items():
+    for name, (what, action, usage, groups) in described.items():
         sentence = what[0].upper() + what[1:] + "."
         description = textwrap.fill(
             sentence + " Settings come from flags, then SORTER_... variables, then the TOML file."
         )
         command = commands.add_parser(
             name,
-            usage=f"sorter {name} [--inbox DIR] [--output DIR] [--config FILE] [option ...]",
+            usage=f"sorter {name} {usage} [option ...]",
             help=what,
             description=description,
             epilog=_EXIT_CODES,
             formatter_class=_Formatter,
         )
         command.set_defaults(action=action)
-        _add_settings(command)
+        if name == "bench":
+            _add_bench_options(command)
+        _add_settings(command, groups)
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser) -> None:
+def _add_bench_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what to measure")
+    group.add_argument("--photos", metavar="DIR", type=Path, help="sort copies of these (default: generated ones)")
+    group.add_argument(
+        "--count", metavar="N", type=_positive, default=500, help="copies, photos repeated as needed (default: 500)"
+    )
+    group.add_argument("--runs", metavar="N", type=_positive, default=3, help="how often, medians count (default: 3)")
+    group.add_argument("--json", action="store_true", help="print one line of JSON")
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def _add_settings(parser: argparse.ArgumentParser, only: Sequence[str] | None) -> None:
     groups: dict[str, Any] = {}
     for name, field in Settings.model_fields.items():
         extra = field.json_schema_extra
         assert isinstance(extra, dict)
         title = str(extra["group"])
+        if only is not None and title not in only:
+            continue
         if title not in groups:
             groups[title] = parser.add_argument_group(title.lower())
             if title == "Folders":
@@ -108,9 +130,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, action = flags.pop("command"), flags.pop("action")
     log_format, log_level = flags.get("log_format", "auto"), flags.get("log_level", "info")
     try:
+        options = {name: flags.pop(name) for name in ("photos", "count", "runs", "json") if name in flags}
         chosen = settings.load(flags)
         log_format, log_level = chosen.log_format, chosen.log_level
-        return int(action(chosen))
+        return int(action(chosen, **options))
     except Exception as error:
         # Standard error is a log from the first line on where a program reads it.
         if command == "run" and logs.is_json(log_format) and not structlog.is_configured():
@@ -134,6 +157,7 @@ def _run(chosen: Settings) -> ExitCode:
     log = structlog.get_logger()
 
     # Heavy from here on: everything that can be wrong without them has been said.
+    from sorter.decoders import default_workers
     from sorter.pipeline import Pipeline
     from sorter.service import Service, Stop
     from sorter.watcher import Watcher
@@ -149,7 +173,7 @@ def _run(chosen: Settings) -> ExitCode:
         settle_seconds=chosen.settle_seconds,
     )
     # Last of what can be wrong at the start, so that nothing was touched when the process ends with 2.
-    engine = open_engine(chosen.model, model, chosen.device)
+    engine = open_engine(chosen.model, model, chosen.engine, chosen.device, chosen.batch_size)
     run = Run(uuid4().hex[:12], sorter.__version__, model.name)
     output = chosen.output_folder.absolute()
     with ExitStack() as stack:
@@ -164,6 +188,7 @@ def _run(chosen: Settings) -> ExitCode:
             "service.started",
             **fields,
             version=run.version,
+            engine=engine.name,
             device=engine.device,
             precision=engine.precision,
             batch_size=chosen.batch_size,
@@ -178,7 +203,7 @@ def _run(chosen: Settings) -> ExitCode:
             total = None if chosen.recursive else _count(chosen.inbox)
             shown = stack.enter_context(console.bar(stream, total))
             progress = {"on_outcome": shown.advance, "on_waiting": shown.waiting}
-        pipeline = Pipeline(engine, model, mover, history, run.id, chosen, workers=_workers())
+        pipeline = Pipeline(engine, model, mover, history, run.id, chosen, workers=default_workers())
         stack.callback(pipeline.close)
         service = Service(chosen, inbox, pipeline, stop, lock, log_fields=fields, **progress)
         tally = service.run_once() if chosen.once else service.run(Watcher(inbox))
@@ -211,10 +236,12 @@ def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> Hist
     return history
 
 
-def _workers() -> int:
-    from sorter.engines.torch_engine import available_cpus
+def _bench(chosen: Settings, *, photos: Path | None, count: int, runs: int, json: bool) -> ExitCode:
+    from sorter.bench import report
 
-    return min(available_cpus(), 16)
+    measured = report.measure(chosen, photos, count, runs, lambda what: print(what, file=sys.stderr, flush=True))
+    print(report.as_json(measured) if json else report.as_text(measured))
+    return ExitCode.DONE
 
 
 def _count(inbox: Path) -> int:
@@ -227,7 +254,7 @@ def _check(chosen: Settings) -> ExitCode:
     preflight.check_folders(chosen, model)
     from sorter.engines import open_engine
 
-    engine = open_engine(chosen.model, model, chosen.device)
+    engine = open_engine(chosen.model, model, chosen.engine, chosen.device, chosen.batch_size)
     accuracy = "not measured" if model.accuracy is None else f"{model.accuracy:.2%} on photos it never saw"
     rows = {
         "inbox": f"{chosen.inbox.absolute()}" + (" and its subfolders" if chosen.recursive else ""),
@@ -235,7 +262,7 @@ def _check(chosen: Settings) -> ExitCode:
         "folders": ", ".join(f"{folder}/" for folder in preflight.destinations(model)),
         "model": f"{model.name}, {model.architecture} at {model.input.size} px",
         "accuracy": accuracy,
-        "device": f"{engine.device}, {engine.precision}, batches of {chosen.batch_size}",
+        "engine": f"{engine.name} on {engine.device}, {engine.precision}, batches of {chosen.batch_size}",
     }
     for name, value in rows.items():
         print(f"{name:<9} {value.encode(errors='backslashreplace').decode()}")

@@ -31,6 +31,7 @@ from sorter import images
 from sorter.errors import PhotoError, Reason, SorterError
 from sorter.images import Limits, Preprocessing
 from sorter.inbox import Identity, Photo, open_file
+from sorter.processors import available_cpus
 
 WORKER_MEMORY_BYTES = 970_000_000
 """What a worker may allocate before its photo fails as out-of-memory. With the libraries that are mapped it stays
@@ -38,6 +39,7 @@ under 1 GB: a picture of 100 megapixels takes 400 MB once, a progressive JPEG of
 START_SECONDS = 60.0
 """How long a worker may take to start; it is a fraction of a second where the machine is not overloaded."""
 
+_MOST_WORKERS = 16
 _REQUEST = struct.Struct("<I")  # row
 _REPLY = struct.Struct("<BfI")  # kind, seconds, bytes of text that follow
 _OK, _FAILED, _UNREADABLE = range(3)
@@ -65,6 +67,11 @@ class Decoded:
     reason: Reason | None = None
     detail: str = ""
     milliseconds: float = 0.0
+
+
+def default_workers() -> int:
+    """How many worker processes there are: one a processor, and no more than one process can hand out photos to."""
+    return min(available_cpus(), _MOST_WORKERS)
 
 
 class Decoders:

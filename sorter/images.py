@@ -177,8 +177,8 @@ def _check_size(image: Image.Image, limits: Limits) -> None:
 def _shrink(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     short = preprocessing.size if preprocessing.crop == "squash" else preprocessing.resize
     if image.format in ("JPEG", "MPO"):
-        # libjpeg scales while it decodes; twice the size asked for leaves the resize something to average.
-        image.draft(None, (2 * short, 2 * short))
+        # libjpeg scales while it decodes, to the smallest of 1/8, 1/4, 1/2 that still covers what is asked for.
+        image.draft(None, (short, short))
     image.load()
     orientation = _orientation(image)  # after loading: Pillow turns TIFFs itself, and then says so
     width, height = image.size

@@ -2,6 +2,8 @@
 
     manifest.json         everything the sorter must know: classes and folders, preprocessing, figures, digests
     weights.safetensors   the network's state dict in torchvision's names, fp16
+    openvino.xml, .bin    the same network for OpenVINO, in 8 bits if that passed its gate
+    openvino-fp16.xml, .bin   otherwise
     README.md             the model card, for people
 
 `read` verifies versions and digests before anything is used, `write` makes a folder that `read` accepts. Nothing is
@@ -27,6 +29,8 @@ from sorter.images import Preprocessing
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
+OPENVINO_INT8 = ("openvino.xml", "openvino.bin")
+OPENVINO_FP16 = ("openvino-fp16.xml", "openvino-fp16.bin")
 RESERVED_FOLDERS = frozenset({"unsure", "failed"})
 MAX_MANIFEST_BYTES = 10_000_000
 _MAX_NAME_BYTES = 255  # of a folder, on the usual file systems

@@ -2,7 +2,7 @@
 
 In: settled `Photo`s, through `submit`. Out: one `Outcome` for each, through `outcomes`.
 
-    submit → decoders (processes) → [decoded] → engine (a thread) → [decided] → mover (a thread) → [outcomes]
+    submit → decoders (processes) → [decoded] → engine (threads) → [decided] → mover (a thread) → [outcomes]
 
 The brackets are queues; decoded photos are bounded by the rows of shared memory, so a slow stage holds up the ones
 before it and memory stays the same for ten photos and for a million. A photo that cannot be decoded passes the engine
@@ -10,6 +10,7 @@ by: its failure never touches the batch of the others.
 """
 
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -35,7 +36,7 @@ class Pipeline:
     """The stages and the threads that run them.
 
     Args:
-        engine: classifies; used by one thread only.
+        engine: classifies; used by `engine.concurrency` threads.
         manifest: of the engine's model.
         mover: moves; used by one thread only.
         history: records; used by that thread only; None for a dry run.
@@ -62,11 +63,14 @@ class Pipeline:
         self._error: BaseException | None = None
         self._stopping = threading.Event()
         self._decoding = 0  # photos between submit and the engine's queue
-        self._decoding_lock = threading.Lock()
+        self._counting = threading.Lock()
         # By when each stage has to be done with its step in hand (monotonic, seconds), see `hung`. A photo that crashes
         # or hangs its decoder is tried twice.
         self._decode_seconds = STEP_SECONDS + 2 * settings.decode_timeout_seconds
-        self._deadlines = {"decode": NEVER, "classify": NEVER}
+        self._decode_deadline = NEVER
+        self._classify_deadlines = [NEVER] * engine.concurrency
+        self._batching = threading.Lock()  # held by the thread that forms the next batch
+        self._classifying = engine.concurrency  # threads that have not ended
         self._closed = False
         self.backlog = False
         """True while more photos are about to be submitted: batches are then filled, however long that takes."""
@@ -74,8 +78,8 @@ class Pipeline:
         self.in_flight = 0
         """Photos submitted whose outcome has not been taken yet."""
 
-        # Two batches beside the one that is being filled, so that neither decoders nor engine wait for the other.
-        rows = 3 * settings.batch_size + workers
+        # Those in the engine, one that is ready and one that is being filled, so that neither decoders nor engine wait.
+        rows = (engine.concurrency + 2) * settings.batch_size + workers
         self._decoders = Decoders(
             workers=workers,
             rows=rows,
@@ -88,9 +92,10 @@ class Pipeline:
         )
         side = manifest.input.size
         self._pixels = np.frombuffer(self._decoders.pixels, np.uint8).reshape(rows, side, side, 3)
+        classify = [functools.partial(self._classify, number) for number in range(engine.concurrency)]
         self._threads = [
-            threading.Thread(target=self._guarded, args=(stage,), name=stage.__name__.strip("_"), daemon=True)
-            for stage in (self._classify, self._move)
+            threading.Thread(target=self._guarded, args=(stage,), name=name, daemon=True)
+            for name, stage in [*(("classify", stage) for stage in classify), ("move", self._move)]
         ]
         for thread in self._threads:
             thread.start()
@@ -107,15 +112,15 @@ class Pipeline:
             SorterError: a stage could not go on; nothing is half moved.
         """
         self._raise_error()
-        with self._decoding_lock:
+        with self._counting:
             self._decoding += 1
             if self._decoding == 1:
-                self._deadlines["decode"] = time.monotonic() + self._decode_seconds
+                self._decode_deadline = time.monotonic() + self._decode_seconds
         if not self._decoders.submit(photo, timeout_seconds=timeout_seconds):
-            with self._decoding_lock:
+            with self._counting:
                 self._decoding -= 1
                 if not self._decoding:
-                    self._deadlines["decode"] = NEVER
+                    self._decode_deadline = NEVER
             return False
         self.in_flight += 1
         return True
@@ -143,7 +148,7 @@ class Pipeline:
         each megabyte of a photo that moves.
         """
         now = time.monotonic()
-        return any(now > deadline for deadline in (*self._deadlines.values(), self._mover.deadline))
+        return any(now > d for d in (self._decode_deadline, *self._classify_deadlines, self._mover.deadline))
 
     def close(self) -> None:
         """Finish the batch in hand, forget the photos that are not classified yet, and end the stages; idempotent."""
@@ -172,26 +177,30 @@ class Pipeline:
 
     def _deliver(self, decoded: Decoded) -> None:
         self._decoded.put(decoded)
-        with self._decoding_lock:
+        with self._counting:
             self._decoding -= 1
-            self._deadlines["decode"] = time.monotonic() + self._decode_seconds if self._decoding else NEVER
+            self._decode_deadline = time.monotonic() + self._decode_seconds if self._decoding else NEVER
 
-    def _classify(self) -> None:
+    def _classify(self, number: int) -> None:
         """Batch what is decoded, classify it, and decide."""
         try:
-            self._classify_all()
+            self._classify_all(number)
         finally:
-            self._hand_over(None)
+            with self._counting:
+                self._classifying -= 1
+                is_last = not self._classifying
+            if is_last:
+                self._hand_over(None)
 
-    def _classify_all(self) -> None:
+    def _classify_all(self, number: int) -> None:
         while (batch := self._next_batch()) is not None:
             passed: list[Decision | Outcome] = [self._unclassified(d) for d in batch if d.verdict != "pixels"]
             ready = [d for d in batch if d.verdict == "pixels"]
             if ready and not self._stopping.is_set():
                 rows = [d.row for d in ready]
-                self._deadlines["classify"] = time.monotonic() + STEP_SECONDS + len(ready)
+                self._classify_deadlines[number] = time.monotonic() + STEP_SECONDS + len(ready)
                 probabilities = self._engine.classify(self._pixels[rows])  # (N, C)
-                self._deadlines["classify"] = NEVER
+                self._classify_deadlines[number] = NEVER
                 for decoded, row in zip(ready, probabilities.tolist(), strict=True):
                     passed.append(decide(decoded, row, self._manifest, self._settings.min_confidence, len(ready)))
             for decoded in ready:
@@ -208,8 +217,13 @@ class Pipeline:
 
     def _next_batch(self) -> list[Decoded] | None:
         """Wait for photos: a full batch in a backlog, what `max_wait_ms` brings otherwise; None at the end."""
+        with self._batching:
+            return self._filled_batch()
+
+    def _filled_batch(self) -> list[Decoded] | None:
         first = self._decoded.get()
         if first is None:
+            self._decoded.put(None)  # for the other threads
             return None
         batch, pictures = [first], int(first.verdict == "pixels")
         deadline = time.monotonic() + self._settings.max_wait_ms / 1000

@@ -90,6 +90,12 @@ class Settings(BaseSettings):
         metavar="DEVICE",
         pattern=r"^(auto|cpu|cuda(:\d{1,3})?|mps)$",
     )
+    engine: Literal["auto", "openvino", "torch"] = _field(
+        "auto",
+        "auto, openvino or torch; auto is OpenVINO on a processor and PyTorch on a GPU",
+        group="Model",
+        metavar="ENGINE",
+    )
     batch_size: Whole = _field(32, "photos classified at a time", group="Model", metavar="N", ge=1, le=1024)
 
     settle_seconds: Real = _field(

@@ -18,7 +18,6 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-import trainer  # noqa: F401 - keeps OpenVINO's telemetry out, before a test imports OpenVINO
 from sorter.engines import Engine
 from sorter.history import FOLDER, History, Run
 from sorter.images import Preprocessing
@@ -63,7 +62,7 @@ def hashes(root: Path) -> list[str]:
 class RedGreenEngine:
     """Calls a picture a cat if it is redder than green. Real enough to sort, and it needs no torch."""
 
-    device, precision = "test", "exact"
+    name, device, precision, concurrency = "test", "test", "exact", 2
 
     def __init__(self) -> None:
         self.batches: list[int] = []

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fit(options: argparse.Namespace) -> ExitCode:
-    from sorter.engines.torch_engine import available_cpus
+    from sorter.processors import available_cpus
     from trainer import build
     from trainer.options import MLP_HEAD, Options
     from trainer.progress import open_reporter
@@ -173,7 +173,7 @@ def _export(options: argparse.Namespace) -> ExitCode:
         return ExitCode.DONE
     if options.data is None:
         raise ConfigurationError("the 8-bit network is made from photos: name the model's dataset with --data")
-    from sorter.engines.torch_engine import available_cpus
+    from sorter.processors import available_cpus
     from trainer import build
     from trainer.progress import open_reporter
 
@@ -196,7 +196,7 @@ def _classify(
     from sorter.engines import open_engine
     from trainer import evaluate
 
-    engine = open_engine(options.model, model, options.device)
+    engine = open_engine(options.model, model, "auto", options.device, evaluate.BATCH)
     batches = evaluate.probabilities(engine, samples, model.input.preprocessing)
     total, console = len(samples) / evaluate.BATCH, Console(stderr=True)
     found = list(track(batches, "classifying", total=total, console=console, transient=True))

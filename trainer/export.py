@@ -3,7 +3,7 @@
 In: a fitted network and its figures. Out: a folder that `sorter run --model` takes.
 
 The 8-bit network is calibrated on training photos and has to agree with the 32-bit one on the calibration part;
-otherwise it is left out, and the sorter uses the weights.
+otherwise one in 16 bits takes its place.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch import nn
 
 from sorter import manifest as manifest_module
 from sorter import network
-from sorter.manifest import WEIGHTS, Int8, Manifest
+from sorter.manifest import OPENVINO_FP16, OPENVINO_INT8, WEIGHTS, Int8, Manifest
 from trainer import files
 from trainer.features import Floats, answers, batches, on_openvino
 from trainer.layouts import Sample
@@ -27,8 +27,6 @@ from trainer.layouts import Sample
 INT8_PHOTOS = 300
 """Training photos that the 8-bit ranges are taken from."""
 LEAST_AGREEMENT = 0.99
-
-OPENVINO_FILES = ("openvino.xml", "openvino.bin")
 
 
 def export(
@@ -61,10 +59,10 @@ def export(
     mine = answers(on_openvino(quantised), calibration, manifest.input.preprocessing)
     agreement = float((mine.argmax(1) == calibration_logits.argmax(1)).mean())
     int8 = Int8(photos=len(calibration), agreement=round(agreement, 4))
-    if agreement >= LEAST_AGREEMENT:
-        contents |= _saved(quantised)
+    passed = agreement >= LEAST_AGREEMENT
+    contents |= _saved(quantised, OPENVINO_INT8) if passed else _saved(converted, OPENVINO_FP16)
     said = f"it agrees with the 32-bit network on {agreement:.1%} of {len(calibration)} calibration photos"
-    if agreement < LEAST_AGREEMENT:
+    if not passed:
         said = f"left out: {said}, and {LEAST_AGREEMENT:.0%} are needed"
     complete = manifest.model_copy(update={"int8": int8})
     return manifest_module.write(folder, complete, contents, card.replace("{int8}", said))
@@ -85,10 +83,10 @@ def _quantise(model: openvino.Model, training: Sequence[Sample], manifest: Manif
     return quantised
 
 
-def _saved(model: openvino.Model) -> dict[str, bytes]:
+def _saved(model: openvino.Model, names: tuple[str, str]) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        openvino.save_model(model, Path(folder) / OPENVINO_FILES[0])
-        return {name: (Path(folder) / name).read_bytes() for name in OPENVINO_FILES}
+        openvino.save_model(model, Path(folder) / names[0])  # compresses what is float to 16 bits
+        return {name: (Path(folder) / name).read_bytes() for name in names}
 
 
 class _Probabilities(nn.Module):

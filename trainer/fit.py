@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from sorter import network
-from sorter.engines.torch_engine import available_cpus, choose_device, multiplies_bf16
+from sorter.engines.torch_engine import choose_device, multiplies_bf16
 from sorter.manifest import digest_of
+from sorter.processors import available_cpus
 from trainer import checkpoint, evaluate, features, loop, weights
 from trainer.data import Dataset
 from trainer.layouts import Sample

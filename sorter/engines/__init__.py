@@ -1,34 +1,44 @@
 """Engines: uint8 pixels in, class probabilities out, whatever computes them.
 
-`open_engine` chooses one for a device. An engine keeps its weights resident for the life of the process.
+`open_engine` chooses one: OpenVINO on a CPU, torch on a GPU. An engine keeps its weights resident for the life of the
+process.
 """
 
+import os
+import sys
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from sorter.errors import ModelError
+from sorter.errors import ConfigurationError, ModelError
 from sorter.manifest import Manifest
+
+# What the drivers of NVIDIA's and AMD's GPUs put there. Asking torch would take seconds.
+_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 class Engine(Protocol):
     """Anything that classifies.
 
     Attributes:
+        name: `openvino` or `torch`.
         device: where it computes, `cpu`, `cuda:0`, `mps`.
-        precision: of the weights and activations, `fp32`, `bf16`, `fp16`.
+        precision: of the weights and activations, `int8`, `bf16`, `fp16`, `fp32`.
+        concurrency: how many threads may be in `classify` at a time, for the most photos a second.
     """
 
+    name: str
     device: str
     precision: str
+    concurrency: int
 
     def classify(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Classify a batch.
 
         Args:
-            pixels: uint8 (N, S, S, 3), RGB, N at most the batch size.
+            pixels: uint8 (N, S, S, 3), RGB.
 
         Returns:
             float32 (N, C), probabilities that add up to 1, in the order of the manifest's classes.
@@ -36,29 +46,52 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(folder: Path, manifest: Manifest, device: str) -> Engine:
+def open_engine(folder: Path, manifest: Manifest, engine: str, device: str, batch_size: int) -> Engine:
     """Load a model's weights onto a device and let it answer once.
 
     Args:
         folder: the model folder.
         manifest: what `manifest.read` made of it.
+        engine: `auto`, `openvino` or `torch`.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        batch_size: the largest batch that will be asked for.
 
     Raises:
         ModelError: the weights cannot be used, or their answers are no probabilities.
-        ConfigurationError: there is no such device.
+        ConfigurationError: there is no such device, or the engine does not run there.
     """
-    from sorter.engines.torch_engine import TorchEngine  # seconds to import: only when there is something to classify
-
-    engine = TorchEngine(folder, manifest, device)
+    opened = _open(folder, manifest, engine, device, batch_size)
     grey = np.full((1, manifest.input.size, manifest.input.size, 3), 128, np.uint8)
     try:
-        answer = engine.classify(grey)
+        answer = opened.classify(grey)
     except RuntimeError as error:  # a picture too small for the architecture, a device without memory
         said = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
         raise ModelError(
-            f"the model in {folder} cannot answer on {engine.device} ({said}): use another --device, or export it again"
+            f"the model in {folder} cannot answer on {opened.device} ({said}): use another --device, or export it again"
         ) from None
     if answer.shape != (1, len(manifest.classes)) or not np.isfinite(answer).all():
         raise ModelError(f"the model in {folder} answers with something else than probabilities: export it again")
-    return engine
+    return opened
+
+
+def _open(folder: Path, manifest: Manifest, engine: str, device: str, batch_size: int) -> Engine:
+    # Each is imported only where it runs: a sort with OpenVINO does without the seconds that importing torch takes.
+    if engine == "openvino" and device not in ("auto", "cpu"):
+        raise ConfigurationError(f"--engine openvino runs on the processor: leave out --device {device}")
+    may_have_gpu = sys.platform == "darwin" or any(map(os.path.exists, _GPU_DEVICES))
+    on_cpu = device == "cpu" or (device == "auto" and not may_have_gpu)
+    from sorter.engines import openvino_engine
+
+    has_network = openvino_engine.network_files(manifest) is not None
+    if engine == "openvino" and not has_network:
+        raise ConfigurationError(
+            f"the model in {folder} has no network for OpenVINO: make one with trainer export, or use --engine torch"
+        )
+    if engine == "openvino" or (engine == "auto" and on_cpu and has_network):
+        return openvino_engine.OpenVinoEngine(folder, manifest)
+    from sorter.engines.torch_engine import TorchEngine, choose_device
+
+    chosen = choose_device(device)
+    if engine == "auto" and chosen.type == "cpu" and has_network:  # a driver, but no GPU that torch can use
+        return openvino_engine.OpenVinoEngine(folder, manifest)
+    return TorchEngine(folder, manifest, chosen, batch_size)

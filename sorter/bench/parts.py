@@ -1,0 +1,106 @@
+"""What each part of the pipeline does alone, in photos a second, with all processors to itself."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from sorter import __version__
+from sorter.batch_mover import BatchMover
+from sorter.decisions import Decision
+from sorter.decoders import Decoded, Decoders
+from sorter.engines import Engine
+from sorter.history import History, Run
+from sorter.images import Limits
+from sorter.inbox import Inbox, Photo
+from sorter.manifest import Manifest
+from sorter.mover import Mover
+
+_ENGINE_SECONDS = 5.0
+
+
+def _settled(folder: Path) -> list[Photo]:
+    inbox = Inbox(folder, recursive=False, excluded=frozenset(), settle_seconds=0)
+    return list(inbox.scan(time.time()))
+
+
+def decode(folder: Path, manifest: Manifest, workers: int) -> float:
+    """Decode every photo in a folder, as the pipeline does, and throw the pixels away."""
+    photos = _settled(folder)
+    left = threading.Semaphore(0)
+    failures: list[BaseException] = []
+
+    def deliver(decoded: Decoded) -> None:
+        if decoded.verdict == "pixels":
+            decoders.release(decoded.row)
+        left.release()
+
+    def fail(error: BaseException) -> None:
+        failures.append(error)
+        left.release()
+
+    decoders = Decoders(
+        workers=workers,
+        rows=4 * workers,
+        preprocessing=manifest.input.preprocessing,
+        limits=Limits(),
+        max_bytes=1 << 40,
+        timeout_seconds=60,
+        deliver=deliver,
+        fail=fail,
+    )
+    try:
+        for photo in photos[:workers]:  # until the processes have started
+            decoders.submit(photo, timeout_seconds=60)
+        for _ in photos[:workers]:
+            left.acquire()
+        started = time.perf_counter()
+        for photo in photos:
+            decoders.submit(photo, timeout_seconds=60)
+        for _ in photos:
+            left.acquire()
+        seconds = time.perf_counter() - started
+    finally:
+        decoders.close()
+    if failures:
+        raise failures[0]
+    return len(photos) / seconds
+
+
+def classify(engine: Engine, manifest: Manifest, batch_size: int) -> float:
+    """Classify arrays that lie ready in memory, for five seconds."""
+    side = manifest.input.size
+    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, side, side, 3), np.uint8)
+    engine.classify(pixels)
+    started = time.perf_counter()
+
+    def work(_number: int) -> int:
+        photos = 0
+        while time.perf_counter() < started + _ENGINE_SECONDS:
+            photos += len(engine.classify(pixels))
+        return photos
+
+    with ThreadPoolExecutor(engine.concurrency) as pool:
+        photos = sum(pool.map(work, range(engine.concurrency)))
+    return photos / (time.perf_counter() - started)
+
+
+def move(folder: Path, output: Path, manifest: Manifest, batch_size: int) -> float:
+    """Move every photo in a folder, with its record in a history."""
+    photos = _settled(folder)
+    output.mkdir()
+    history, run = History(output), Run("bench", __version__, manifest.name)
+    history.begin(run)
+    mover = BatchMover(Mover(output), history, run=run.id, patient=False, stopping=threading.Event())
+    chosen = manifest.classes[0]
+    started = time.perf_counter()
+    for start in range(0, len(photos), batch_size):
+        decoded = [Decoded(photo, "pixels") for photo in photos[start : start + batch_size]]
+        mover.move(
+            [Decision(d, "sorted", chosen.folder, chosen.label, 1.0, batch_size) for d in decoded], lambda _: None
+        )
+    seconds = time.perf_counter() - started
+    history.close()
+    return len(photos) / seconds

@@ -1,0 +1,114 @@
+"""Whole programs: the sorter as a person starts it, and the loop to compare it with."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from sorter.errors import SorterError
+
+PLAIN_LOOP = Path(__file__).resolve().parents[2] / "tests" / "benchmarks" / "plain_loop.py"
+_LOOK_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Sorted:
+    """One run of the sorter.
+
+    Attributes:
+        rate: photos a second, without the start.
+        start_seconds: from the command to the first photo in its folder.
+        peak_mb: the most resident memory that each process had, added up; what they share counts for each.
+    """
+
+    rate: float
+    start_seconds: float
+    peak_mb: float
+
+
+def sort(inbox: Path, flags: Sequence[str], log: Path) -> Sorted:
+    """Sort a folder with `sorter run --once`."""
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "sorter",
+        "run",
+        "--once",
+        "--log-format",
+        "json",
+        "--inbox",
+        str(inbox),
+        *flags,
+    ]
+    started = time.time()
+    with log.open("wb") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=_environment())
+        peaks: dict[int, int] = {}
+        while True:
+            _note_peaks(process.pid, peaks)
+            try:
+                process.wait(_LOOK_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+    first, last = "", "{}"
+    with log.open(encoding="utf-8") as lines:
+        for last in lines:
+            first = first or (last if '"event": "photo.' in last else "")
+    finished = json.loads(last)
+    if finished.get("event") != "run.finished" or not first:
+        raise SorterError(f"the sorter did not sort the copies: {finished.get('detail', 'no photo was sorted')}")
+    begun = datetime.fromisoformat(json.loads(first)["timestamp"]).timestamp()
+    return Sorted(finished["photos_per_second"], begun - started, sum(peaks.values()) / 1e6)
+
+
+def plain_loop(model: Path, folder: Path, batch_size: int) -> float:
+    """Sort a folder with the plain loop; photos a second, without the start."""
+    command = [sys.executable, str(PLAIN_LOOP), str(model), str(folder), str(batch_size)]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
+    if done.returncode:
+        raise SorterError(f"the plain loop failed: {(done.stderr.strip().splitlines() or ['it does not say why'])[-1]}")
+    said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return float(said["photos"] / said["seconds"])
+
+
+def folders(output: Path) -> dict[str, str]:
+    """The folder that each photo is in, by the photo's name."""
+    return {path.name: path.parent.name for path in output.glob("[!.]*/*")}
+
+
+def _environment() -> dict[str, str]:
+    # Settings of the person's own are not what is measured.
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith("SORTER_")} | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path))
+    }
+
+
+def _note_peaks(root: int, peaks: dict[int, int]) -> None:
+    """Note the most memory, in bytes, that a process and those below it have had so far."""
+    parents: dict[int, int] = {}
+    found: dict[int, int] = {}
+    for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
+        if not entry.isdigit():
+            continue
+        try:
+            status = Path("/proc", entry, "status").read_text(encoding="utf-8", errors="replace")
+        except OSError:  # it has ended
+            continue
+        fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+        parents[int(entry)] = int(fields["PPid"])
+        if "VmHWM" in fields:
+            found[int(entry)] = int(fields["VmHWM"].split()[0]) * 1024
+    for process, peak in found.items():
+        above = process
+        while above and above != root:
+            above = parents.get(above, 0)
+        if above == root:
+            peaks[process] = max(peak, peaks.get(process, 0))
