@@ -14,7 +14,7 @@ PREFIX ?= /usr/local
 export CALIBRATION DATA DESTDIR INBOX MODEL NEEDED_MB PREFIX PYTHON WEIGHTS
 
 .DEFAULT_GOAL := help
-.PHONY: help sort install uninstall model test long torture check format lowest clean
+.PHONY: help sort install uninstall model bench steps test long torture check format lowest clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,12 @@ uninstall: ## take away what install put; photos, configuration and history stay
 model: $(VENV)/.installed-train ## fit a model folder MODEL (default ./mymodel) on the photos in DATA
 	@test -n "$$DATA" || { echo "Name the dataset's folder or zip: make model DATA=cat-and-dog.zip" >&2; exit 2; }
 	@$(BIN)/trainer fit --data "$$DATA" --output "$$MODEL" --weights "$$WEIGHTS" --image-size $(SIZE) --recipe head $${CALIBRATION:+--calibration "$$CALIBRATION"}
+
+bench: $(VENV)/.installed ## measure photos a second on copies of PHOTOS, or on generated ones, beside the plain loop
+	@$(BIN)/sorter bench --json --runs 5 $${PHOTOS:+--photos "$$PHOTOS"} $${COUNT:+--count "$$COUNT"} $${MODELDIR:+--model "$$MODELDIR"}
+
+steps: $(VENV)/.installed-train ## measure what each step towards that speed brought
+	@$(BIN)/python tests/benchmarks/steps.py $${PHOTOS:+--photos "$$PHOTOS"}
 
 test: $(VENV)/.installed-dev ## run every test but the long ones
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile

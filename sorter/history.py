@@ -134,7 +134,8 @@ class History:
             self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
         try:
-            self._prepare(on_network=file_systems.is_network(self.path.parent))
+            self._on_network = file_systems.is_network(self.path.parent)
+            self._prepare()
         except BaseException:
             self._connection.close()
             raise
@@ -148,10 +149,9 @@ class History:
                 if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                     raise ConfigurationError(f"{self.path.with_name(name)} is not a file of the sorter: move it away")
 
-    def _prepare(self, *, on_network: bool) -> None:
+    def _prepare(self) -> None:
         # WAL needs memory shared between its users, which machines on a network do not have.
-        self._connection.execute(f"PRAGMA journal_mode = {'DELETE' if on_network else 'WAL'}")
-        self._connection.execute("PRAGMA synchronous = FULL")
+        self._connection.execute(f"PRAGMA journal_mode = {'DELETE' if self._on_network else 'WAL'}")
         self._connection.execute("PRAGMA foreign_keys = ON")
         (version,) = self._connection.execute("PRAGMA user_version").fetchone()
         (owner,) = self._connection.execute("PRAGMA application_id").fetchone()
@@ -168,7 +168,9 @@ class History:
                 self._connection.execute(f"PRAGMA user_version = {number + 1}")
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
+    def _transaction(self, *, durably: bool = True) -> Iterator[None]:
+        # Only a write-ahead log may lose its end and nothing else; NORMAL spares it the wait for the disk.
+        self._connection.execute(f"PRAGMA synchronous = {'FULL' if durably or self._on_network else 'NORMAL'}")
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -179,7 +181,7 @@ class History:
             raise
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, *, durably: bool = True) -> Iterator[None]:
         """One transaction, in a file begun anew if it was taken away."""
         try:
             if self._file is None or self._file != file_of(self.path):
@@ -188,7 +190,7 @@ class History:
                 self._connect()
                 if self._run is not None:
                     self._insert(self._run)
-            with self._transaction():
+            with self._transaction(durably=durably):
                 yield
         except (sqlite3.DatabaseError, ConfigurationError) as error:
             self._file = None
@@ -235,13 +237,15 @@ class History:
             self._connection.executemany(_INSERT, map(_row, moves))
 
     def settle(self, done: Sequence[Move], withdrawn: Sequence[Move]) -> None:
-        """Record what did happen, durably, in one transaction; what was withdrawn leaves no row.
+        """Record what did happen, in one transaction; what was withdrawn leaves no row.
+
+        It is durable with the next intents: after a power cut before them the recovery finds out anew.
 
         Raises:
             StorageError: the disk refused; the moves are intents still.
         """
         now = time.time()
-        with self._writing():
+        with self._writing(durably=False):
             # Somebody may have taken the history away since the intents were written.
             self._connection.executemany(f"{_INSERT} ON CONFLICT (token) DO NOTHING", map(_row, done))
             self._connection.executemany("UPDATE moves SET done = ? WHERE token = ?", [(now, m.token) for m in done])

@@ -169,6 +169,14 @@ class Inbox:
         """Names of the files that were seen and are not settled yet."""
         return list(self._changing)
 
+    def next_look(self, now: float) -> float:
+        """When the first of them can be settled if nothing changes any more, in seconds since the epoch."""
+        first_seen = [
+            min(seen, identity.mtime_ns / 1e9) if identity.mtime_ns / 1e9 <= now else seen
+            for identity, seen in self._changing.values()
+        ]
+        return min(first_seen, default=float("inf")) + self.settle_seconds
+
     def check(self) -> None:
         """Make sure that the inbox is still the folder it was, and can be listed.
 

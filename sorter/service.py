@@ -272,10 +272,10 @@ class Service:
 
     def _idle_seconds(self, wanted: float) -> float:
         waits = [self._notifier.alive_seconds, wanted - time.monotonic()]
-        if self._inbox.changing:
-            waits.append(self._settings.settle_seconds / 4)
+        now = time.time()
+        waits.append(self._inbox.next_look(now) - now)
         if self._retry:
-            waits.append(min(retry.due for retry in self._retry.values()) - time.time())
+            waits.append(min(retry.due for retry in self._retry.values()) - now)
         return max(0.05, min(waits))
 
     # --- accounting ----------------------------------------------------------------------------------------------
@@ -331,6 +331,8 @@ class Service:
             log.warning("photo.left", path=photo.path, reason=reason)
 
     def _ignore(self, photo: Photo) -> None:
+        if self._settings.once:  # it lists the inbox once
+            return
         self._skipped.add(_version(photo))
         self._met.add(_version(photo))
 

@@ -188,8 +188,8 @@ def test_check_says_what_it_found(checked: Checked) -> None:
     assert (rows["inbox"], rows["output"]) == (str(checked.inbox), str(checked.inbox))
     assert rows["folders"] == "cats/, dogs/, unsure/, failed/"
     assert rows["model"] == "catdog-resnet50, resnet50 at 144 px"
-    assert rows["device"].startswith("cpu, ")
-    assert rows["device"].endswith(", batches of 7")
+    assert rows["engine"].startswith("openvino on cpu, ")
+    assert rows["engine"].endswith(", batches of 7")
 
 
 def test_check_says_how_good_the_model_is_on_photos_it_never_saw(checked: Checked) -> None:

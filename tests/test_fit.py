@@ -71,7 +71,7 @@ def sort(model: Path, inbox: Path) -> dict[str, bytes]:
     """Sort an inbox with a model, in this process."""
     manifest = manifest_module.read(model)
     settings = Settings(inbox=inbox, once=True, model=model)
-    engine = open_engine(model, manifest, "cpu")
+    engine = open_engine(model, manifest, "auto", "cpu", 32)
     pipeline = pipeline_to(inbox, engine, manifest, settings)
     box = Inbox(inbox, recursive=False, excluded=frozenset(), settle_seconds=0)
     submitted = [pipeline.submit(photo, timeout_seconds=30) for photo in box.scan(LONG_AGO + 10)]

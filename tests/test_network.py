@@ -34,7 +34,7 @@ def state() -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def engine(shipped: Manifest) -> Engine:
-    return open_engine(SHIPPED_MODEL, shipped, "cpu")
+    return open_engine(SHIPPED_MODEL, shipped, "torch", "cpu", 32)
 
 
 def photos(count: int, size: int) -> npt.NDArray[np.uint8]:
@@ -203,7 +203,7 @@ def test_the_same_photos_get_the_same_answer_again(engine: Engine, shipped: Mani
 def test_a_model_whose_answers_are_no_numbers_is_refused(shipped: Manifest) -> None:
     zero = shipped.model_copy(update={"input": shipped.input.model_copy(update={"std": (0.0, 0.0, 0.0)})})
     with pytest.raises(ModelError, match="something else than probabilities"):
-        open_engine(SHIPPED_MODEL, zero, "cpu")
+        open_engine(SHIPPED_MODEL, zero, "torch", "cpu", 32)
 
 
 # --- devices ---
@@ -237,6 +237,6 @@ def test_auto_finds_a_device_on_every_machine() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_cuda_gpu_answers_what_the_processor_does(engine: Engine, shipped: Manifest) -> None:
     pixels = photos(6, shipped.input.size)
-    gpu = open_engine(SHIPPED_MODEL, shipped, "cuda")
+    gpu = open_engine(SHIPPED_MODEL, shipped, "auto", "cuda", 32)
     assert gpu.precision == "fp16"
     assert np.abs(gpu.classify(pixels) - engine.classify(pixels)).max() < NOISE

@@ -129,6 +129,7 @@ def test_a_photo_that_changes_while_it_is_classified_stays(tmp_path: Path, manif
 def test_closing_finishes_the_batch_in_hand_and_leaves_the_rest(tmp_path: Path, manifest: Manifest) -> None:
     make_tree(tmp_path / "in", {f"{n}.jpg": plain(RED, n) for n in range(20)})
     engine = RedGreenEngine()
+    engine.concurrency = 1
     classifying, go_on = threading.Event(), threading.Event()
 
     def hold() -> None:

@@ -42,7 +42,7 @@ def _boot(host: Path, photos: list[Path], steps: list[str], limit_seconds: int) 
         "executable": os.path.realpath(sys.executable),
         "prefix": os.path.realpath(sys.base_prefix),
         "packages": _packages(host),
-        "precision": open_engine(SHIPPED_MODEL, read(SHIPPED_MODEL), "cpu").precision,
+        "precision": open_engine(SHIPPED_MODEL, read(SHIPPED_MODEL), "auto", "cpu", 32).precision,
     }
     (host / "where.json").write_text(json.dumps(where))
     script = host.parent / "boot.sh"

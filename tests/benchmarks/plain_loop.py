@@ -2,8 +2,8 @@
 
     python tests/benchmarks/plain_loop.py MODEL FOLDER BATCH
 
-Sorts the photos in FOLDER and prints a line of JSON: how many, in how many seconds, without the start. It gets what is
-fair: batches, inference mode, all processors, a network that has answered once. It is what `sorter bench` compares with.
+Sorts the photos in FOLDER and prints a line of JSON: how many, in how many seconds, without the start. It gets what
+is fair: batches, inference mode, all processors, a network that has answered once. `sorter bench` compares with it.
 """
 
 import json
@@ -22,7 +22,7 @@ from sorter.processors import available_cpus
 
 def main(model: Path, folder: Path, batch_size: int) -> None:
     network.torchvision_models()  # so that torchvision can be imported also where it was built for another torch
-    from torchvision import transforms
+    from torchvision import transforms  # type: ignore[import-untyped]
 
     described = manifest.read(model)
     side = described.input.size

@@ -1,0 +1,140 @@
+"""JPEG decoders against each other: photos a second on one core, and labels that differ from a whole decode.
+
+    python tests/benchmarks/decoders.py DIR [--model DIR] [--runs 3]
+
+Pillow is what the sorter uses. The others are tried where they are installed:
+pip install simplejpeg opencv-python-headless 'pyvips[binary]' PyTurboJPEG (the last needs the library libturbojpeg).
+"""
+
+import argparse
+import importlib
+import io
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sorter import manifest
+from sorter.bench import photos
+from sorter.engines.openvino_engine import OpenVinoEngine
+from sorter.settings import SHIPPED_MODEL
+
+os.environ["VIPS_CONCURRENCY"] = "1"
+
+Decode = Callable[[bytes, int], Any]
+"""From a JPEG and a side S to RGB, uint8 (S, S, 3)."""
+
+
+def resized(pixels: Any, side: int) -> Any:
+    return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BILINEAR))
+
+
+def pillow(times: float) -> Decode:
+    """Pillow at the smallest scale that covers so many times the side; 0 decodes the whole picture."""
+
+    def decode(jpeg: bytes, side: int) -> Any:
+        picture = Image.open(io.BytesIO(jpeg))
+        if times:
+            picture.draft(None, (int(times * side), int(times * side)))
+        small = picture.convert("RGB").resize(
+            (side, side), Image.Resampling.BILINEAR, reducing_gap=3 if times else None
+        )
+        return np.asarray(small)
+
+    return decode
+
+
+def others() -> Iterator[tuple[str, Decode]]:
+    try:
+        simplejpeg = importlib.import_module("simplejpeg")
+    except ImportError:
+        pass
+    else:
+
+        def covering(jpeg: bytes, side: int) -> Any:
+            return resized(simplejpeg.decode_jpeg(jpeg, "RGB", min_height=side, min_width=side, min_factor=1), side)
+
+        yield "simplejpeg", covering
+    try:
+        turbo = importlib.import_module("turbojpeg").TurboJPEG()
+    except (ImportError, RuntimeError):
+        pass
+    else:
+
+        def eighths(jpeg: bytes, side: int) -> Any:
+            width, height, *_ = turbo.decode_header(jpeg)
+            eighth = next((k for k in range(1, 8) if min(width, height) * k >= 8 * side), 8)
+            scale = Fraction(eighth, 8).as_integer_ratio()
+            return resized(turbo.decode(jpeg, pixel_format=0, scaling_factor=scale), side)
+
+        yield "PyTurboJPEG", eighths
+    try:
+        cv2 = importlib.import_module("cv2")
+    except ImportError:
+        pass
+    else:
+        cv2.setNumThreads(1)
+        reduced = {
+            8: cv2.IMREAD_REDUCED_COLOR_8,
+            4: cv2.IMREAD_REDUCED_COLOR_4,
+            2: cv2.IMREAD_REDUCED_COLOR_2,
+            1: cv2.IMREAD_COLOR,
+        }
+
+        def area(jpeg: bytes, side: int) -> Any:
+            short = min(Image.open(io.BytesIO(jpeg)).size)
+            flag = next(flag for scale, flag in reduced.items() if short // scale >= side or scale == 1)
+            picture = cv2.imdecode(np.frombuffer(jpeg, np.uint8), flag)
+            return cv2.cvtColor(cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2RGB)
+
+        yield "OpenCV, area", area
+    try:
+        pyvips = importlib.import_module("pyvips")
+    except ImportError:
+        pass
+    else:
+
+        def thumbnail(jpeg: bytes, side: int) -> Any:
+            return pyvips.Image.thumbnail_buffer(jpeg, side, height=side, size="force").numpy()[:, :, :3]
+
+        yield "libvips", thumbnail
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure JPEG decoders.")
+    parser.add_argument("photos", type=Path, metavar="DIR")
+    parser.add_argument("--model", type=Path, default=SHIPPED_MODEL)
+    parser.add_argument("--runs", type=int, default=3)
+    options = parser.parse_args()
+    jpegs = [jpeg for path in photos.find(options.photos) if (jpeg := path.read_bytes()).startswith(b"\xff\xd8\xff")]
+    described = manifest.read(options.model)
+    side, engine = described.input.size, OpenVinoEngine(options.model, described)
+    ways = {
+        "Pillow, whole": pillow(0),
+        "Pillow, at least twice the side": pillow(2),
+        "Pillow, at least the side (the sorter)": pillow(1),
+        **dict(others()),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    labels: dict[str, list[int]] = {}
+    for _ in range(options.runs):
+        for name, decode in ways.items():
+            started = time.perf_counter()
+            pictures = [decode(jpeg, side) for jpeg in jpegs]
+            rates[name].append(len(jpegs) / (time.perf_counter() - started))
+            if name not in labels:
+                labels[name] = engine.classify(np.stack(pictures)).argmax(1).tolist()
+    print(f"| {len(jpegs)} JPEGs, {side} px | photos/s a core | other labels |\n|---|---|---|")
+    for name in ways:
+        differing = sum(one != other for one, other in zip(labels[name], labels["Pillow, whole"], strict=True))
+        print(f"| {name} | {statistics.median(rates[name]):,.0f} | {differing} |")
+
+
+if __name__ == "__main__":
+    main()

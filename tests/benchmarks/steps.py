@@ -1,0 +1,172 @@
+"""What each step brought: the engine, the decoder and the mover, each measured alone, as a table in Markdown.
+
+    python tests/benchmarks/steps.py [--photos DIR] [--model DIR] [--runs 5]
+
+Every row is measured once in each round, and the medians count. Without photos, some are generated.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import openvino
+import torch
+from PIL import Image, ImageOps
+
+from sorter import images, manifest, network
+from sorter.bench import parts, photos
+from sorter.decoders import default_workers
+from sorter.engines.openvino_engine import OpenVinoEngine
+from sorter.engines.torch_engine import TorchEngine, multiplies_bf16
+from sorter.processors import available_cpus
+from sorter.settings import SHIPPED_MODEL
+from trainer import features
+
+BATCH, SECONDS, MOST_PHOTOS = 32, 3.0, 200
+
+Way = Callable[[], float]
+"""Measures once, in photos a second."""
+
+
+def repeated(classify: Callable[[], object], count: int) -> float:
+    """How many photos a second, over some seconds."""
+    classify()
+    started, done = time.perf_counter(), 0
+    while time.perf_counter() < started + SECONDS:
+        classify()
+        done += count
+    return done / (time.perf_counter() - started)
+
+
+def engines(model: Path) -> Iterator[tuple[str, Way]]:
+    """From the network as torchvision gives it to what the sorter runs."""
+    described = manifest.read(model)
+    side = described.input.size
+    pixels = np.random.default_rng(0).integers(0, 256, (BATCH, side, side, 3), np.uint8)
+    normalised = torch.randn(BATCH, 3, side, side)
+    torch.set_num_threads(available_cpus())
+
+    def torch_way(net: torch.nn.Module, batch: torch.Tensor) -> Way:
+        def way() -> float:
+            with torch.inference_mode():
+                return repeated(lambda: net(batch), BATCH)
+
+        return way
+
+    plain = network.load(model, described)
+    yield "PyTorch, eager, fp32", torch_way(plain, normalised)
+    folded = network.fold_batch_norm(network.load(model, described)).to(memory_format=torch.channels_last)
+    last = normalised.to(memory_format=torch.channels_last)
+    yield "… channels-last, batch-norms folded", torch_way(folded, last)
+    if multiplies_bf16():
+        engine = TorchEngine(model, described, torch.device("cpu"), BATCH)
+        yield "… bf16 (`--engine torch`)", lambda: repeated(lambda: engine.classify(pixels), BATCH)
+    converted = features.convert(network.load(model, described), described.input.mean, described.input.std, side)
+    for precision in ("f32", "bf16") if multiplies_bf16() else ("f32",):
+        yield f"OpenVINO, {precision.replace('f32', 'fp32')}", openvino_way(converted, precision, pixels)
+    eight = openvino.Core().read_model(model / manifest.OPENVINO_INT8[0])
+    eight.reshape([BATCH, side, side, 3])
+    yield "OpenVINO, 8 bits, all cores on one batch", openvino_way(eight, "f32", pixels)
+    final = OpenVinoEngine(model, described)
+    yield "… four photos a core (the sorter)", lambda: parts.classify(final, described, BATCH)
+
+
+def openvino_way(model: openvino.Model, precision: str, pixels: np.ndarray) -> Way:
+    """A network as OpenVINO runs it with all cores on one batch."""
+    settings = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": available_cpus()}
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    return lambda: repeated(lambda: compiled([pixels]), len(pixels))
+
+
+def decoders(model: Path, folder: Path) -> Iterator[tuple[str, Way]]:
+    """From a whole decode to what the sorter does."""
+    described = manifest.read(model)
+    side = described.input.size
+    paths = sorted(folder.iterdir())
+
+    def one_by_one(decode: Callable[[Path], object]) -> Way:
+        def way() -> float:
+            started = time.perf_counter()
+            for path in paths:
+                decode(path)
+            return len(paths) / (time.perf_counter() - started)
+
+        return way
+
+    def whole(path: Path) -> object:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+
+    def scaled(path: Path) -> object:
+        with path.open("rb") as file:
+            return images.decode(file.fileno(), described.input.preprocessing, images.Limits())
+
+    yield "Pillow, the whole picture, one core", one_by_one(whole)
+    yield "… JPEGs at the smallest scale that covers the input", one_by_one(scaled)
+    yield "… in a process a core (the sorter)", lambda: parts.decode(folder, described, default_workers())
+
+
+def movers(model: Path, folder: Path) -> Iterator[tuple[str, Way]]:
+    """From `shutil.move` to what the sorter does."""
+    described = manifest.read(model)
+
+    @contextmanager
+    def copies() -> Iterator[tuple[Path, Path]]:
+        with tempfile.TemporaryDirectory() as name:
+            photos.copy(sorted(folder.iterdir()), Path(name) / "in", len(os.listdir(folder)))
+            yield Path(name) / "in", Path(name) / "out"
+
+    def plainly() -> float:
+        with copies() as (source, target):
+            target.mkdir()
+            paths = sorted(source.iterdir())
+            started = time.perf_counter()
+            for path in paths:
+                shutil.move(path, target / path.name)
+            return len(paths) / (time.perf_counter() - started)
+
+    def safely(batch: int) -> Way:
+        def way() -> float:
+            with copies() as (source, target):
+                return parts.move(source, target, described, batch)
+
+        return way
+
+    yield "`shutil.move`: may overwrite, knows nothing after a crash", plainly
+    yield "recorded and synced, photo by photo", safely(1)
+    yield "… 32 at a time (the sorter)", safely(BATCH)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what each step brought.")
+    parser.add_argument("--photos", type=Path)
+    parser.add_argument("--model", type=Path, default=SHIPPED_MODEL)
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        originals = photos.find(options.photos) if options.photos else photos.generate(Path(name) / "generated")
+        folder = Path(name) / "photos"
+        photos.copy(originals, folder, min(len(originals), MOST_PHOTOS))
+        ways = [
+            *(("engine", *way) for way in engines(options.model)),
+            *(("decode", *way) for way in decoders(options.model, folder)),
+            *(("move", *way) for way in movers(options.model, folder)),
+        ]
+        rates: list[list[float]] = [[] for _ in ways]
+        for _ in range(options.runs):
+            for (_, _, way), found in zip(ways, rates, strict=True):
+                found.append(way())
+    print("| part | step | photos/s |\n|---|---|---|")
+    for (part, step, _), found in zip(ways, rates, strict=True):
+        print(f"| {part} | {step} | {statistics.median(found):,.0f} |")
+
+
+if __name__ == "__main__":
+    main()

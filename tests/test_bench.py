@@ -1,0 +1,58 @@
+"""`sorter bench`, on a few photos; what it measures is never judged here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_tree, read_tree
+from pictures import encoded, smooth
+
+
+def bench(*flags: str | Path, temporary: Path) -> "subprocess.CompletedProcess[str]":
+    temporary.mkdir()
+    return subprocess.run(
+        [sys.executable, "-m", "sorter", "bench", *map(str, flags)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        timeout=110,
+    )
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    files = {f"{n}.jpg": encoded(smooth(n, (300, 200)), "JPEG") for n in range(10)}
+    return make_tree(tmp_path_factory.mktemp("photos"), files | {"notes.txt": b"not a photo"})
+
+
+def test_it_measures_copies_and_leaves_nothing_behind(photos: Path, tmp_path: Path) -> None:
+    before = read_tree(photos)
+    done = bench("--photos", photos, "--count", "24", "--runs", "1", "--json", temporary=tmp_path / "tmp")
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert (found["photos"], found["distinct"], found["runs"], found["compared"]) == (24, 10, 1, 10)
+    assert found["image_size"] == 144
+    assert found["differing"] <= found["compared"]
+    for rate in ("decode", "classify", "move", "sorter", "plain_loop", "ratio", "start_seconds", "peak_mb"):
+        assert found[rate] > 0, rate
+    assert read_tree(photos) == before
+    assert list((tmp_path / "tmp").glob("sorter-*")) == []
+
+
+def test_a_folder_without_photos_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    done = bench("--photos", tmp_path / "empty", temporary=tmp_path / "tmp")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1] == f"sorter: --photos {tmp_path / 'empty'}: there are no photos in it"
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "many"])
+def test_a_count_that_is_none_is_refused(count: str, tmp_path: Path) -> None:
+    done = bench("--count", count, temporary=tmp_path / "tmp")
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "--count" in done.stderr
