@@ -3,20 +3,19 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from sorter.logs import LogStream
 from sorter.service import Tally
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 
 class Bar:
     """A progress bar on the log's terminal; log lines pass above it."""
 
-    def __init__(self, progress: Progress, task: Any) -> None:
+    def __init__(self, progress: "Progress", task: Any) -> None:
         self._progress, self._task = progress, task
 
     def advance(self, tally: Tally) -> None:
@@ -33,6 +32,11 @@ class Bar:
 @contextmanager
 def bar(stream: LogStream, total: int | None) -> Iterator[Bar]:
     """Show a bar for about `total` files, None where nobody counted them."""
+    # A third of a second to import, which nothing but a terminal needs.
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
     console = Console(file=stream, force_terminal=True)  # type: ignore[arg-type]
     columns = (
         SpinnerColumn(),

@@ -81,10 +81,27 @@ def test_a_batch_is_recorded_whole_or_not_at_all(output: Path) -> None:
     assert history.unfinished() == []
 
 
-def test_every_commit_is_synced_and_writes_ahead(output: Path) -> None:
+def test_intents_are_synced_and_what_is_done_follows_with_the_next_ones(output: Path) -> None:
     history = History(output)
-    assert history._connection.execute("PRAGMA synchronous").fetchone() == (2,)
     assert history._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    full, normal = (2,), (1,)
+    planned = move(1)
+    seen = []
+
+    def note() -> None:
+        seen.append(history._connection.execute("PRAGMA synchronous").fetchone())
+
+    history.begin(RUN)
+    note()
+    history.intend([planned])
+    note()
+    history.settle([planned], [])
+    note()
+    history.intend([move(2)])
+    note()
+    history.finish(RUN)
+    note()
+    assert seen == [full, full, normal, full, full]
 
 
 def test_on_a_network_file_system_the_journal_is_rolled_back(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

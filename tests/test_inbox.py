@@ -51,6 +51,17 @@ def test_a_young_file_needs_two_looks_that_far_apart(tmp_path: Path) -> None:
     assert box.changing == []
 
 
+def test_the_next_look_is_when_the_first_file_can_be_settled(tmp_path: Path) -> None:
+    box = inbox(tmp_path)
+    assert box.next_look(NOW) == float("inf")
+    make_tree(tmp_path, {"a.jpg": b"x"}, modified=NOW - 0.5)
+    make_tree(tmp_path, {"b.jpg": b"x"}, modified=NOW + 9999)
+    assert names(box) == set()
+    assert box.next_look(NOW) == NOW + 1.5
+    assert names(box, NOW + 1.6) == {"a.jpg"}
+    assert box.next_look(NOW + 1.6) == NOW + 2.0
+
+
 def test_a_file_from_the_future_needs_two_looks_that_far_apart(tmp_path: Path) -> None:
     make_tree(tmp_path, {"a.jpg": b"x"}, modified=NOW + 9999)
     box = inbox(tmp_path)

@@ -1,5 +1,6 @@
 """The README and the map of the rooms are true."""
 
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -48,13 +49,13 @@ def test_every_reason_and_exit_code_is_in_the_readme() -> None:
 
 def test_every_flag_in_the_readme_is_a_setting() -> None:
     known = {"--" + name.replace("_", "-") for name in Settings.model_fields} | {"--config", "--help", "--data"}
-    known |= _trainer_options()
+    known |= _options(arguments.build_parser()) | _options(cli.build_parser())
     ours = re.sub(r"torchrun .* -m trainer|systemctl .*", "", README)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)) <= known
 
 
-def _trainer_options() -> set[str]:
-    commands = next(action.choices for action in arguments.build_parser()._actions if isinstance(action.choices, dict))
+def _options(parser: argparse.ArgumentParser) -> set[str]:
+    commands = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
     return {flag for command in commands.values() for action in command._actions for flag in action.option_strings}
 
 

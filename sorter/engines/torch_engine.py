@@ -1,17 +1,28 @@
-"""PyTorch on a GPU or a CPU: weights loaded once, half precision where the device has it, channels-last."""
+"""PyTorch on a GPU or a CPU: weights loaded once, half precision where the device has it, channels-last.
 
-import os
+On CUDA two batches are under way: one computes while the next is copied, from memory that the GPU reads by itself. On a
+CPU the same code runs, only that nothing has to be copied.
+"""
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import structlog
 import torch
 
 from sorter import network
 from sorter.errors import ConfigurationError
 from sorter.manifest import Manifest
+from sorter.processors import available_cpus
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+log = structlog.get_logger()
 
 
 class TorchEngine:
@@ -20,39 +31,142 @@ class TorchEngine:
     Args:
         folder: the model folder.
         manifest: its manifest.
-        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
+        device: as `choose_device` gives it.
+        batch_size: the largest batch that is computed at a time.
 
     Raises:
-        ConfigurationError: there is no such device.
         ModelError: the weights cannot be used.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, device: str) -> None:
-        self._device = choose_device(device)
-        self._dtype = _choose_precision(self._device)
-        self.device, self.precision = str(self._device), _PRECISIONS[self._dtype]
-        if self._device.type == "cpu":
+    name = "torch"
+
+    def __init__(self, folder: Path, manifest: Manifest, device: torch.device, batch_size: int) -> None:
+        self._device, dtype = device, _choose_precision(device)
+        self.device, self.precision = str(device), _PRECISIONS[dtype]
+        self._on_cuda = device.type == "cuda"
+        self.concurrency = 2 if self._on_cuda else 1
+        if device.type == "cpu":
             torch.set_num_threads(available_cpus())
+        # Few shapes: cuDNN tries its algorithms once for each, and memory for each is reserved once.
+        torch.backends.cudnn.benchmark = True
+        self._shapes = shapes(batch_size)
+        self._most = batch_size
         folded = network.fold_batch_norm(network.load(folder, manifest))
-        resident = folded.to(self._device, self._dtype).to(memory_format=torch.channels_last)
-        self._classifier = network.Classifier(resident, manifest.input.mean, manifest.input.std).to(self._device)
+        resident = folded.to(device, dtype).to(memory_format=torch.channels_last)
+        self._classifier = network.Classifier(resident, manifest.input.mean, manifest.input.std).to(device)
         self._temperature = manifest.temperature
+        self._launching = threading.Lock()
+        self._slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        with self._current():
+            self._stream = torch.cuda.Stream() if self._on_cuda else None
+            for _ in range(self.concurrency):
+                self._slots.put(_Slot(batch_size, manifest.input.size, len(manifest.classes), device))
 
-    @torch.inference_mode()
     def classify(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """See `Engine.classify`."""
-        batch = torch.from_numpy(pixels)  # (N, S, S, 3)
-        if self._device.type == "cuda":
-            batch = batch.pin_memory()
-        batch = batch.to(self._device, non_blocking=True)
-        logits = self._classifier(batch)  # (N, C)
-        probabilities: npt.NDArray[np.float32] = (logits / self._temperature).softmax(1).cpu().numpy()
-        return probabilities
+        """See `Engine.classify`. A batch that the device has no memory for is halved, from then on."""
+        answers = []
+        start = 0
+        while start < len(pixels):
+            some = pixels[start : start + self._most]
+            if (answer := self._classified(some)) is None:
+                self._take_less(len(some))
+                continue
+            answers.append(answer)
+            start += len(some)
+        return np.concatenate(answers)
+
+    def _classified(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32] | None:
+        """Classify at most a batch; None if there is no memory for it."""
+        slot = self._slots.get()
+        count = len(pixels)
+        shape = next(shape for shape in self._shapes if shape >= count)
+        try:
+            with self._current(), torch.inference_mode():
+                batch = slot.copied_in(pixels, shape)
+                # Whole batches, one after the other: kernels of two that alternate would finish both late.
+                with self._launching, self._computing(slot):
+                    probabilities = (self._classifier(batch) / self._temperature).softmax(1)  # (shape, C)
+                    slot.copy_out(probabilities)
+                return slot.answers(count)
+        except torch.OutOfMemoryError:
+            if count == 1:
+                raise
+            with self._current():
+                slot.wait()  # what was begun may still read the slot
+            return None
+        finally:
+            self._slots.put(slot)
+
+    def _take_less(self, count: int) -> None:
+        # Another thread may have halved it already.
+        if (half := count // 2) < self._most:
+            self._most = half
+            log.warning("engine.smaller_batches", batch_size=half)
+        if self._on_cuda:
+            torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def _current(self) -> Iterator[None]:
+        """Make ours the CUDA device of this thread, which begins with the first."""
+        with torch.cuda.device(self._device) if self._on_cuda else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def _computing(self, slot: "_Slot") -> Iterator[None]:
+        """Compute on the stream that all batches share, after this one has been copied."""
+        if self._stream is None or slot.stream is None:
+            yield
+            return
+        self._stream.wait_stream(slot.stream)
+        with torch.cuda.stream(self._stream):
+            yield
 
 
-def available_cpus() -> int:
-    """How many processors this process may use, which in a container is fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+class _Slot:
+    """The memory of one batch that is under way, on both sides; reused, and used by one thread at a time.
+
+    Nothing in it is written before `wait` or `answers` has seen the end of what read it.
+    """
+
+    def __init__(self, batch_size: int, side: int, classes: int, device: torch.device) -> None:
+        on_cuda = device.type == "cuda"
+        # Pinned: only such memory is copied while the processor goes on.
+        self._pixels = torch.zeros((batch_size, side, side, 3), dtype=torch.uint8, pin_memory=on_cuda)
+        self._answers = torch.zeros((batch_size, classes), pin_memory=on_cuda)
+        self._resident = torch.empty_like(self._pixels, device=device) if device.type != "cpu" else self._pixels
+        self.stream = torch.cuda.Stream(device) if on_cuda else None
+        self._done = torch.cuda.Event() if on_cuda else None
+
+    def copied_in(self, pixels: npt.NDArray[np.uint8], shape: int) -> torch.Tensor:
+        """Begin to copy a batch to the device; uint8 (shape, S, S, 3), with anything behind the pixels."""
+        self._pixels.numpy()[: len(pixels)] = pixels
+        if self._resident is not self._pixels:
+            with torch.cuda.stream(self.stream):
+                self._resident[:shape].copy_(self._pixels[:shape], non_blocking=self.stream is not None)
+        return self._resident[:shape]
+
+    def copy_out(self, probabilities: torch.Tensor) -> None:
+        """Begin to copy the answers back, on the stream that computes them."""
+        self._answers[: len(probabilities)].copy_(probabilities, non_blocking=self._done is not None)
+        if self._done is not None:
+            self._done.record()
+
+    def answers(self, count: int) -> npt.NDArray[np.float32]:
+        """Wait for the answers; float32 (count, C)."""
+        if self._done is not None:
+            self._done.synchronize()
+        found: npt.NDArray[np.float32] = self._answers[:count].numpy().copy()
+        return found
+
+    def wait(self) -> None:
+        """Wait for whatever the device still does."""
+        if self.stream is not None:
+            torch.cuda.synchronize()
+
+
+def shapes(batch_size: int) -> list[int]:
+    """The batches that are computed: powers of two, and the largest; others are filled up."""
+    return [*(1 << n for n in range((batch_size - 1).bit_length())), batch_size]
 
 
 def choose_device(name: str) -> torch.device:
