@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from conftest import LONG_AGO, SHARED, make_tree
-from PIL import Image
 from pictures import encoded, smooth
+from PIL import Image
 
 from sorter import manifest
 from sorter.engines import open_engine
