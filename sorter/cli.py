@@ -173,7 +173,7 @@ def _run(chosen: Settings) -> ExitCode:
         settle_seconds=chosen.settle_seconds,
     )
     # Last of what can be wrong at the start, so that nothing was touched when the process ends with 2.
-    engine = open_engine(chosen.model, model, chosen.engine, chosen.device, chosen.batch_size)
+    engine = open_engine(chosen.model, model, chosen.engine, chosen.device, chosen.batch_size, chosen.min_confidence)
     run = Run(uuid4().hex[:12], sorter.__version__, model.name)
     output = chosen.output_folder.absolute()
     with ExitStack() as stack:
@@ -254,7 +254,7 @@ def _check(chosen: Settings) -> ExitCode:
     preflight.check_folders(chosen, model)
     from sorter.engines import open_engine
 
-    engine = open_engine(chosen.model, model, chosen.engine, chosen.device, chosen.batch_size)
+    engine = open_engine(chosen.model, model, chosen.engine, chosen.device, chosen.batch_size, chosen.min_confidence)
     accuracy = "not measured" if model.accuracy is None else f"{model.accuracy:.2%} on photos it never saw"
     rows = {
         "inbox": f"{chosen.inbox.absolute()}" + (" and its subfolders" if chosen.recursive else ""),

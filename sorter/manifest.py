@@ -108,6 +108,26 @@ class Int8(_Part):
     agreement: Probability
 
 
+class FirstLook(_Part):
+    """A look at the photo made smaller, for networks on a CPU; where it is sure enough, it is the only one.
+
+    Attributes:
+        size: of its side, pixels.
+        temperature: its own; a smaller picture makes a network less sure.
+        threshold: the confidence from which on nothing is looked at again.
+        photos: those that it was judged on, which nothing was fitted on.
+        enough: the share of them that one look was enough for.
+        agreement: the share of them that have the label which a look at the whole would give them.
+    """
+
+    size: int = Field(ge=16, le=1024)
+    temperature: float = Field(gt=0)
+    threshold: Probability
+    photos: int = Field(gt=0)
+    enough: Probability
+    agreement: Probability
+
+
 class Manifest(_Part):
     """A model folder's description; field by field what stands in `manifest.json`."""
 
@@ -121,11 +141,12 @@ class Manifest(_Part):
     evaluations: tuple[Evaluation, ...] = ()
     risk_coverage: tuple[Coverage, ...] = ()
     int8: Int8 | None = None
+    first_look: FirstLook | None = None
     training: Mapping[str, str | int | float] = {}
     files: Mapping[str, str]
 
     @model_validator(mode="after")
-    def _folders_are_safe(self) -> Self:
+    def _parts_fit_together(self) -> Self:
         folders = [_as_a_disk_may_see_it(c.folder) for c in self.classes]
         for folder, seen in zip((c.folder for c in self.classes), folders, strict=True):
             plain = re.fullmatch(r"[^/.][^/]*", folder) and folder.isprintable()
@@ -135,6 +156,8 @@ class Manifest(_Part):
             raise ValueError("two classes have the same label or folder")
         if self.input.crop == "center" and self.input.resize < self.input.size:
             raise ValueError("a center crop needs a resize of at least the input size")
+        if self.first_look is not None and self.first_look.size >= self.input.size:
+            raise ValueError("the first look is not smaller than the input")
         return self
 
     @property

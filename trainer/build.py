@@ -8,14 +8,12 @@ import csv
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
-from torch import nn
-
-from sorter import network
 from sorter.errors import ConfigurationError
 from sorter.manifest import FORMAT_VERSION, MANIFEST, Class, Manifest
-from trainer import checkpoint, data, evaluate, export, features, files, fit, inspection, layouts, parallel, report
+from trainer import checkpoint, data, evaluate, files, fit, inspection, layouts, package, parallel, report
 from trainer.data import Dataset
 from trainer.features import Floats
 from trainer.layouts import Sample
@@ -47,35 +45,14 @@ def build(options: Options, reporter: Reporter) -> Manifest | None:
     if not group.is_first:
         return None
     reporter.close()
-    seen = options.input
-    converted = features.convert(fitted, seen.mean, seen.std, seen.size)
-    run = features.on_openvino(converted)
-
-    def answers(samples: Sequence[Sample], what: str) -> Floats:
-        return features.answers(run, samples, seen.preprocessing, track=reporter.tracker(what))
-
-    calibration_logits = answers(dataset.calibration, "calibrating")
-    calibration_labels = evaluate.labels_of(dataset.calibration)
-    temperature = evaluate.fit_temperature(calibration_logits, calibration_labels)
-    calibrated = evaluate.softmax(calibration_logits, temperature)
-    # The test part is looked at once, here, after everything was chosen.
-    tested = evaluate.softmax(answers(dataset.test, "testing"), temperature)
-    evaluations = (
-        evaluate.judge(
-            calibrated, dataset.calibration, data=_named(options, dataset, "calibration"), role="calibration"
-        ),
-        evaluate.judge(tested, dataset.test, data=_named(options, dataset, "test"), role="test"),
-    )
-    manifest = Manifest(
+    described = Manifest(
         format_version=FORMAT_VERSION,
         name=options.output.name,
         architecture=options.architecture,
         head_hidden=options.head_hidden,
         classes=dataset.classes,
-        input=seen,
-        temperature=temperature,
-        evaluations=evaluations,
-        risk_coverage=evaluate.risk_coverage(calibrated, calibration_labels),
+        input=options.input,
+        temperature=1.0,
         training={
             "command": options.command,
             "data": f"{options.data.name}, {data.describe(dataset)}",
@@ -87,23 +64,14 @@ def build(options: Options, reporter: Reporter) -> Manifest | None:
         },
         files={},
     )
-    reporter.say("exporting the model folder")
-    written = export.export(
-        options.output,
-        fitted,
-        converted,
-        manifest,
-        dataset.training,
-        dataset.calibration,
-        calibration_logits,
-        report.card(manifest),
-    )
-    _write_tables(options.output, epochs, dataset.test, tested, dataset.classes)
-    before = evaluate.calibration_error(evaluate.softmax(calibration_logits, 1.0), calibration_labels)
-    page = report.page(written, dataset, epochs, tested, calibrated, calibration_error_before=before)
+    named = partial(name_of, options.data, options.calibration, dataset)
+    packed = package.write(options.output, fitted, described, dataset, named, reporter)
+    _write_tables(options.output, epochs, dataset.test, packed.tested, dataset.classes)
+    before = packed.calibration_error_before
+    page = report.page(packed.manifest, dataset, epochs, packed.tested, calibration_error_before=before)
     (options.output / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
     left_over.unlink(missing_ok=True)  # it is ours, and what it led to is complete
-    return written
+    return packed.manifest
 
 
 def _check_output(folder: Path) -> None:
@@ -140,33 +108,11 @@ def load(source: Path, calibration: Path | None, seed: int, workers: int, cache:
     return dataset
 
 
-def export_again(model: Path, manifest: Manifest, dataset: Dataset, output: Path, reporter: Reporter) -> Manifest:
-    """Write a model folder anew, with an 8-bit network from a dataset.
-
-    Args:
-        model: a model folder.
-        manifest: its manifest.
-        dataset: training photos for the ranges, calibration photos to judge.
-        output: the folder to write, which may be the same.
-        reporter: is told how far it is.
-    """
-    fitted: nn.Module = network.load(model, manifest)
-    seen = manifest.input
-    converted = features.convert(fitted, seen.mean, seen.std, seen.size)
-    run = features.on_openvino(converted)
-    logits = features.answers(run, dataset.calibration, seen.preprocessing, track=reporter.tracker("comparing"))
-    reporter.say("exporting the model folder")
-    return export.export(
-        output, fitted, converted, manifest, dataset.training, dataset.calibration, logits, report.card(manifest)
-    )
-
-
-def _named(options: Options, dataset: Dataset, part: str) -> str:
-    if part == "calibration" and options.calibration is not None:
-        return (
-            f"{options.calibration.name}, {len(dataset.calibration)} photos; temperature and thresholds come from them"
-        )
-    return f"the {part} part of {options.data.name} ({dataset.layout})"
+def name_of(data: Path, calibration: Path | None, dataset: Dataset, part: str) -> str:
+    """What the figures of a part are said to be of, for the reader of a manifest."""
+    if part == "calibration" and calibration is not None:
+        return f"{calibration.name}, {len(dataset.calibration)} photos; temperature and thresholds come from them"
+    return f"the {part} part of {data.name} ({dataset.layout})"
 
 
 def _write_tables(

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,7 +107,7 @@ def _cache() -> Path:
 
 def _evaluate(options: argparse.Namespace) -> ExitCode:
     model = manifest.read(options.model)
-    from trainer import evaluate
+    from trainer import evaluate, first_look
 
     what, samples = evaluate.dataset_photos(options.data, model.classes, _cache())
     readable, answers = _classify(options, model, samples)
@@ -114,7 +115,8 @@ def _evaluate(options: argparse.Namespace) -> ExitCode:
     labels = evaluate.labels_of(readable)
     untempered = evaluate.softmax(evaluate.log(answers), 1 / model.temperature)
     before = evaluate.calibration_error(untempered, labels)
-    coverage = evaluate.risk_coverage(answers, labels)
+    whole = _classify(options, model, readable, min_confidence=1.0)[1] if model.first_look else answers
+    coverage = first_look.risk_coverage(answers, whole, labels, model.first_look)
     if options.csv is not None:
         evaluate.write_answers(options.csv, readable, answers, model.classes)
     if options.json:
@@ -161,10 +163,11 @@ def _predict(options: argparse.Namespace) -> ExitCode:
 
 def _export(options: argparse.Namespace) -> ExitCode:
     model = manifest.read(options.model)
+    from sorter import network
+
     if options.format == "onnx":
         import onnxscript  # noqa: F401  torch asks for it late and at length
 
-        from sorter import network
         from trainer import export
 
         difference = export.export_onnx(options.output, network.load(options.model, model), model)
@@ -174,7 +177,7 @@ def _export(options: argparse.Namespace) -> ExitCode:
     if options.data is None:
         raise ConfigurationError("the 8-bit network is made from photos: name the model's dataset with --data")
     from sorter.processors import available_cpus
-    from trainer import build
+    from trainer import build, package
     from trainer.progress import open_reporter
 
     reporter = open_reporter(None)
@@ -182,7 +185,9 @@ def _export(options: argparse.Namespace) -> ExitCode:
     dataset = build.load(options.data, options.calibration, seed, available_cpus(), _cache(), reporter)
     if dataset.classes != model.classes:
         raise ConfigurationError(f"{options.data} has other classes than {options.model}: name the model's dataset")
-    written = build.export_again(options.model, model, dataset, options.output, reporter)
+    named = partial(build.name_of, options.data, options.calibration, dataset)
+    fitted = network.load(options.model, model)
+    written = package.write(options.output, fitted, model, dataset, named, reporter).manifest
     if written.int8 is not None:
         agreement = f"{written.int8.agreement:.1%} of {written.int8.photos} calibration photos"
         print(f"{options.output}: the 8-bit network agrees with the 32-bit one on {agreement}")
@@ -190,13 +195,13 @@ def _export(options: argparse.Namespace) -> ExitCode:
 
 
 def _classify(
-    options: argparse.Namespace, model: manifest.Manifest, samples: "Sequence[Sample]"
+    options: argparse.Namespace, model: manifest.Manifest, samples: "Sequence[Sample]", min_confidence: float = 0.0
 ) -> "tuple[Sequence[Sample], Floats]":
     """Open the model and classify photos, with a progress bar; those that cannot be read are named and left out."""
     from sorter.engines import open_engine
     from trainer import evaluate
 
-    engine = open_engine(options.model, model, "auto", options.device, evaluate.BATCH)
+    engine = open_engine(options.model, model, "auto", options.device, evaluate.BATCH, min_confidence)
     batches = evaluate.probabilities(engine, samples, model.input.preprocessing)
     total, console = len(samples) / evaluate.BATCH, Console(stderr=True)
     found = list(track(batches, "classifying", total=total, console=console, transient=True))

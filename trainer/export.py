@@ -1,6 +1,6 @@
-"""The model folder: fp16 weights, manifest, model card, and the 8-bit network for CPUs. Or one ONNX file.
+"""A model folder's files: fp16 weights, and the network for processors, with 8 bits. Or one ONNX file.
 
-In: a fitted network and its figures. Out: a folder that `sorter run --model` takes.
+In: a fitted network and photos. Out: the files' content.
 
 The 8-bit network is calibrated on training photos and has to agree with the 32-bit one on the calibration part;
 otherwise one in 16 bits takes its place.
@@ -11,15 +11,16 @@ import io
 import logging
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import openvino
 import torch
 from torch import nn
 
-from sorter import manifest as manifest_module
 from sorter import network
-from sorter.manifest import OPENVINO_FP16, OPENVINO_INT8, WEIGHTS, Int8, Manifest
+from sorter.images import Preprocessing
+from sorter.manifest import OPENVINO_FP16, OPENVINO_INT8, WEIGHTS, Input, Int8, Manifest
 from trainer import files
 from trainer.features import Floats, answers, batches, on_openvino
 from trainer.layouts import Sample
@@ -29,53 +30,59 @@ INT8_PHOTOS = 300
 LEAST_AGREEMENT = 0.99
 
 
-def export(
-    folder: Path,
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """What a model folder holds beside its manifest.
+
+    Attributes:
+        files: their content by name.
+        int8: what the 8-bit network measured.
+        best: the network that OpenVINO will run, from uint8 (N, S, S, 3).
+        logits: its answers to the calibration photos, float32 (N, C).
+    """
+
+    files: dict[str, bytes]
+    int8: Int8
+    best: openvino.Model
+    logits: Floats
+
+
+def networks(
     fitted: nn.Module,
     converted: openvino.Model,
-    manifest: Manifest,
+    seen: Input,
     training: Sequence[Sample],
     calibration: Sequence[Sample],
-    calibration_logits: Floats,
-    card: str,
-) -> Manifest:
-    """Write a model folder.
+    logits: Floats,
+) -> Networks:
+    """Make the files of a model folder.
 
     Args:
-        folder: made where it is missing.
         fitted: from normalised float (N, 3, S, S) to logits (N, C).
         converted: the same as `features.convert` made it.
-        manifest: everything but `int8` and `files`.
+        seen: how it sees a photo.
         training: photos for the ranges of the 8-bit network.
         calibration: photos that judge it.
-        calibration_logits: the 32-bit network's answers to them, float32 (N, C).
-        card: Markdown; `{int8}` in it becomes a sentence on the 8-bit network.
-
-    Returns:
-        The manifest as written.
+        logits: the 32-bit network's answers to them, float32 (N, C).
     """
-    contents = {WEIGHTS: network.half(fitted.state_dict())}
-    quantised = _quantise(converted, training, manifest)
-    mine = answers(on_openvino(quantised), calibration, manifest.input.preprocessing)
-    agreement = float((mine.argmax(1) == calibration_logits.argmax(1)).mean())
+    weights = {WEIGHTS: network.half(fitted.state_dict())}
+    quantised = _quantise(converted, training, seen.preprocessing)
+    mine = answers(on_openvino(quantised), calibration, seen.preprocessing)
+    agreement = float((mine.argmax(1) == logits.argmax(1)).mean())
     int8 = Int8(photos=len(calibration), agreement=round(agreement, 4))
-    passed = agreement >= LEAST_AGREEMENT
-    contents |= _saved(quantised, OPENVINO_INT8) if passed else _saved(converted, OPENVINO_FP16)
-    said = f"it agrees with the 32-bit network on {agreement:.1%} of {len(calibration)} calibration photos"
-    if not passed:
-        said = f"left out: {said}, and {LEAST_AGREEMENT:.0%} are needed"
-    complete = manifest.model_copy(update={"int8": int8})
-    return manifest_module.write(folder, complete, contents, card.replace("{int8}", said))
+    if agreement >= LEAST_AGREEMENT:
+        return Networks(weights | _saved(quantised, OPENVINO_INT8), int8, quantised, mine)
+    return Networks(weights | _saved(converted, OPENVINO_FP16), int8, converted, logits)
 
 
-def _quantise(model: openvino.Model, training: Sequence[Sample], manifest: Manifest) -> openvino.Model:
+def _quantise(model: openvino.Model, training: Sequence[Sample], preprocessing: Preprocessing) -> openvino.Model:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # nncf asks for CUDA's compiler
     import nncf
 
     nncf.set_log_level(logging.ERROR)
     step = max(1, len(training) // INT8_PHOTOS)
     chosen = training[::step][:INT8_PHOTOS]
-    pixels = [photo[None] for batch in batches(chosen, manifest.input.preprocessing) for photo in batch]
+    pixels = [photo[None] for batch in batches(chosen, preprocessing) for photo in batch]
     with contextlib.redirect_stdout(io.StringIO()):  # its bars would stand among the figures
         quantised: openvino.Model = nncf.quantize(
             model, nncf.Dataset(pixels), preset=nncf.QuantizationPreset.MIXED, subset_size=len(pixels)

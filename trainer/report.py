@@ -30,7 +30,7 @@ _THUMBNAIL = Preprocessing(150)
 
 
 def card(manifest: Manifest) -> str:
-    """The model card, Markdown; `{int8}` in it is for the exporter to fill in."""
+    """The model card, Markdown."""
     return _template("card.md").render(manifest=manifest)
 
 
@@ -39,7 +39,6 @@ def page(
     dataset: Dataset,
     epochs: Sequence[Epoch],
     tested: Floats,
-    calibrated: Floats,
     *,
     calibration_error_before: float,
 ) -> str:
@@ -50,7 +49,6 @@ def page(
         dataset: its parts, and what was left out of it.
         epochs: of the fitting.
         tested: calibrated probabilities of the test part, (N, C).
-        calibrated: those of the calibration part, (M, C).
         calibration_error_before: of the calibration part, without the temperature.
     """
     labels = evaluate.labels_of(dataset.test)

@@ -46,7 +46,9 @@ class Engine(Protocol):
         ...
 
 
-def open_engine(folder: Path, manifest: Manifest, engine: str, device: str, batch_size: int) -> Engine:
+def open_engine(
+    folder: Path, manifest: Manifest, engine: str, device: str, batch_size: int, min_confidence: float = 0.0
+) -> Engine:
     """Load a model's weights onto a device and let it answer once.
 
     Args:
@@ -55,12 +57,13 @@ def open_engine(folder: Path, manifest: Manifest, engine: str, device: str, batc
         engine: `auto`, `openvino` or `torch`.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         batch_size: the largest batch that will be asked for.
+        min_confidence: what is less sure will not be sorted.
 
     Raises:
         ModelError: the weights cannot be used, or their answers are no probabilities.
         ConfigurationError: there is no such device, or the engine does not run there.
     """
-    opened = _open(folder, manifest, engine, device, batch_size)
+    opened = _open(folder, manifest, engine, device, batch_size, min_confidence)
     grey = np.full((1, manifest.input.size, manifest.input.size, 3), 128, np.uint8)
     try:
         answer = opened.classify(grey)
@@ -74,7 +77,7 @@ def open_engine(folder: Path, manifest: Manifest, engine: str, device: str, batc
     return opened
 
 
-def _open(folder: Path, manifest: Manifest, engine: str, device: str, batch_size: int) -> Engine:
+def _open(folder: Path, manifest: Manifest, engine: str, device: str, batch_size: int, min_confidence: float) -> Engine:
     # Each is imported only where it runs: a sort with OpenVINO does without the seconds that importing torch takes.
     if engine == "openvino" and device not in ("auto", "cpu"):
         raise ConfigurationError(f"--engine openvino runs on the processor: leave out --device {device}")
@@ -88,10 +91,10 @@ def _open(folder: Path, manifest: Manifest, engine: str, device: str, batch_size
             f"the model in {folder} has no network for OpenVINO: make one with trainer export, or use --engine torch"
         )
     if engine == "openvino" or (engine == "auto" and on_cpu and has_network):
-        return openvino_engine.OpenVinoEngine(folder, manifest)
+        return openvino_engine.OpenVinoEngine(folder, manifest, min_confidence)
     from sorter.engines.torch_engine import TorchEngine, choose_device
 
     chosen = choose_device(device)
     if engine == "auto" and chosen.type == "cpu" and has_network:  # a driver, but no GPU that torch can use
-        return openvino_engine.OpenVinoEngine(folder, manifest)
+        return openvino_engine.OpenVinoEngine(folder, manifest, min_confidence)
     return TorchEngine(folder, manifest, chosen, batch_size)

@@ -1,5 +1,8 @@
 """OpenVINO on a CPU: 8-bit weights where the model has them and they passed their gate, and no torch.
 
+Most photos are easy. Where the model says so, the network looks at each made smaller first, and only at those again, at
+full size, that it was not sure of.
+
 A batch is cut into pieces, and each piece runs on one core: cores that need not wait for each other lose nothing when a
 decoder takes one of them away for a moment.
 """
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import openvino
+from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
 
 from sorter import compiled_cache
 from sorter.errors import ModelError
@@ -34,6 +38,8 @@ class OpenVinoEngine:
     Args:
         folder: the model folder.
         manifest: its manifest, which names a network for OpenVINO.
+        min_confidence: what is less sure will not be sorted. Above the first look's threshold there is no first look:
+            the more modest confidence of a smaller picture would keep photos from being sorted.
 
     Raises:
         ModelError: the network cannot be used.
@@ -44,7 +50,7 @@ class OpenVinoEngine:
     # One batch's last pieces and the next one's first share the cores.
     concurrency = 2
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, min_confidence: float = 0.0) -> None:
         files = network_files(manifest)
         assert files is not None, "the caller has looked"
         path = folder / files[0]
@@ -59,21 +65,48 @@ class OpenVinoEngine:
             "ENABLE_CPU_PINNING": False,
             "INFERENCE_PRECISION_HINT": "bf16" if has_bf16 else "f32",
         }
+        digests = [manifest.files[name] for name in files]
+        # Threads that wait for a request each, and no `AsyncInferQueue`: its callbacks run Python in OpenVINO's own
+        # threads, and a network that is taken down while one of them still wants the interpreter hangs.
+        pool = ThreadPoolExecutor(streams, thread_name_prefix="openvino")
+
+        def look(size: int, temperature: float) -> _Look:
+            compiled = _compiled(core, path, digests, manifest.input.size, size, settings)
+            return _Look(compiled, temperature, pool, streams)
+
+        first = manifest.first_look
+        self._first: _Look | None = None
         try:
-            compiled = _compiled(core, path, [manifest.files[name] for name in files], manifest.input.size, settings)
+            self._whole = look(manifest.input.size, manifest.temperature)
+            if first is not None and min_confidence <= first.threshold:
+                self._first, self._enough = look(first.size, first.temperature), first.threshold
         except RuntimeError as error:
             said = (str(error).strip().splitlines() or ["no reason given"])[-1][:200]
             raise ModelError(f"{path} cannot be used ({said}): export the model again") from None
-        self._temperature = manifest.temperature
-        self._idle: queue.SimpleQueue[openvino.InferRequest] = queue.SimpleQueue()
-        for _ in range(streams):
-            self._idle.put(compiled.create_infer_request())
-        # Threads that wait for a request each, and no `AsyncInferQueue`: its callbacks run Python in OpenVINO's own
-        # threads, and a network that is taken down while one of them still wants the interpreter hangs.
-        self._pool = ThreadPoolExecutor(streams, thread_name_prefix="openvino")
 
     def classify(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """See `Engine.classify`."""
+        if self._first is None:
+            return self._whole(pixels)
+        probabilities = self._first(pixels)  # (N, C)
+        unsure = probabilities.max(1) < self._enough
+        if unsure.any():
+            probabilities[unsure] = self._whole(pixels[unsure])
+        return probabilities
+
+
+class _Look:
+    """A network at one size: uint8 (N, S, S, 3) to probabilities, float32 (N, C)."""
+
+    def __init__(
+        self, compiled: openvino.CompiledModel, temperature: float, pool: ThreadPoolExecutor, requests: int
+    ) -> None:
+        self._temperature, self._pool = temperature, pool
+        self._idle: queue.SimpleQueue[openvino.InferRequest] = queue.SimpleQueue()
+        for _ in range(requests):
+            self._idle.put(compiled.create_infer_request())
+
+    def __call__(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         pieces = [pixels[start : start + _PIECE] for start in range(0, len(pixels), _PIECE)]
         logits = np.concatenate(list(self._pool.map(self._answer, pieces))) / self._temperature  # (N, C)
         exponentials = np.exp(logits - logits.max(1, keepdims=True))
@@ -89,17 +122,43 @@ class OpenVinoEngine:
             self._idle.put(request)
 
 
+def smaller(model: openvino.Model, side: int, size: int) -> openvino.Model:
+    """A network that sees its photos, uint8 (N, side, side, 3), scaled to `size`; the model itself is changed.
+
+    Raises:
+        RuntimeError: it takes one size only.
+    """
+    model.reshape([model.input().partial_shape[0], size, size, 3])
+    processor = PrePostProcessor(model)
+    photos = processor.input()
+    photos.tensor().set_layout(openvino.Layout("NHWC")).set_spatial_static_shape(side, side)
+    photos.model().set_layout(openvino.Layout("NHWC"))
+    photos.preprocess().resize(ResizeAlgorithm.RESIZE_LINEAR)
+    return processor.build()
+
+
 def _compiled(
-    core: openvino.Core, path: Path, digests: list[str], side: int, settings: dict[str, Any]
+    core: openvino.Core, path: Path, digests: list[str], side: int, size: int, settings: dict[str, Any]
 ) -> openvino.CompiledModel:
-    """Compile a network for this processor, or take it from the cache."""
+    """Compile a network for this processor, or take it from the cache.
+
+    Args:
+        core: OpenVINO.
+        path: the network's.
+        digests: of its files.
+        side: of the photos that it is given, pixels.
+        size: what they are scaled to.
+        settings: OpenVINO's.
+    """
     processor = core.get_property("CPU", "FULL_DEVICE_NAME"), core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     version = openvino.get_version()
-    key = hashlib.sha256(repr((version, processor, digests, side, _PIECE, settings)).encode()).hexdigest()
+    key = hashlib.sha256(repr((version, processor, digests, side, size, _PIECE, settings)).encode()).hexdigest()
     if (stored := compiled_cache.load(key)) is not None:
         return core.import_model(stored, "CPU", settings)
     model = core.read_model(path)
     model.reshape([openvino.Dimension(1, _PIECE), side, side, 3])
+    if size != side:
+        model = smaller(model, side, size)
     compiled = core.compile_model(model, "CPU", settings)
     compiled_cache.store(key, compiled.export_model().getvalue())
     return compiled
