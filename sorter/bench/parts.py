@@ -1,19 +1,24 @@
 """What each part of the pipeline does alone, in photos a second, with all processors to itself."""
 
+import itertools
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from sorter import __version__
 from sorter.batch_mover import BatchMover
 from sorter.decisions import Decision
 from sorter.decoders import Decoded, Decoders
 from sorter.engines import Engine
+from sorter.errors import ConfigurationError, PhotoError
 from sorter.history import History, Run
 from sorter.images import Limits
+from sorter.images import decode as decode_photo
 from sorter.inbox import Inbox, Photo
 from sorter.manifest import Manifest
 from sorter.mover import Mover
@@ -69,17 +74,33 @@ def decode(folder: Path, manifest: Manifest, workers: int) -> float:
     return len(photos) / seconds
 
 
-def classify(engine: Engine, manifest: Manifest, batch_size: int) -> float:
-    """Classify arrays that lie ready in memory, for five seconds."""
-    side = manifest.input.size
-    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, side, side, 3), np.uint8)
-    engine.classify(pixels)
+def pixels(photos: Sequence[Path], manifest: Manifest) -> npt.NDArray[np.uint8]:
+    """Decode photos for `classify`, uint8 (N, S, S, 3).
+
+    Raises:
+        ConfigurationError: there is one that does not decode.
+    """
+    pictures = []
+    for path in photos:
+        with path.open("rb") as file:
+            try:
+                pictures.append(np.asarray(decode_photo(file.fileno(), manifest.input.preprocessing, Limits())))
+            except PhotoError as error:
+                raise ConfigurationError(f"{path} cannot be decoded ({error}): measure with other photos") from None
+    return np.stack(pictures)
+
+
+def classify(engine: Engine, pixels: npt.NDArray[np.uint8], batch_size: int) -> float:
+    """Classify photos that lie decoded in memory, again and again for five seconds."""
+    batches = [pixels[start : start + batch_size] for start in range(0, len(pixels), batch_size)]
+    engine.classify(batches[0])
+    turns = itertools.count()
     started = time.perf_counter()
 
     def work(_number: int) -> int:
         photos = 0
         while time.perf_counter() < started + _ENGINE_SECONDS:
-            photos += len(engine.classify(pixels))
+            photos += len(engine.classify(batches[next(turns) % len(batches)]))
         return photos
 
     with ThreadPoolExecutor(engine.concurrency) as pool:

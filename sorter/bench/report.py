@@ -14,7 +14,7 @@ from sorter.engines import open_engine
 from sorter.processors import available_cpus
 from sorter.settings import Settings
 
-_MOST_COMPARED = 500
+_MOST_COMPARED, _MOST_IN_MEMORY = 500, 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ def measure(
         say("copying photos" if source else "generating photos")
         originals = photos.find(source) if source else photos.generate(work / "generated")
         photos.copy(originals, work / "all", count)
+        pixels = parts.pixels(originals[: min(count, _MOST_IN_MEMORY)], model)
         compared = originals[:_MOST_COMPARED] if whole.PLAIN_LOOP.exists() else []
         photos.copy(compared, work / "some", min(len(compared), count))
         decode, classify, move, plain, sorts = [], [], [], [], []
@@ -84,7 +85,7 @@ def measure(
             photos.gather(work / "all", work / "back")
             decode.append(parts.decode(work / "back", model, default_workers()))
             engine = open_engine(chosen.model, model, chosen.engine, chosen.device, chosen.batch_size)
-            classify.append(parts.classify(engine, model, chosen.batch_size))
+            classify.append(parts.classify(engine, pixels, chosen.batch_size))
             move.append(parts.move(work / "back", work / "moved", model, chosen.batch_size))
             photos.gather(work / "moved", work / "all")
             (work / "back").rmdir()

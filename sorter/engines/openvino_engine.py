@@ -23,8 +23,8 @@ from sorter.errors import ModelError
 from sorter.manifest import OPENVINO_FP16, OPENVINO_INT8, Manifest
 from sorter.processors import available_cpus
 
-# Photos a piece. From 2 on it makes no difference that can be measured, and small ones share out a small batch best.
-_PIECE = 4
+# Photos a piece at most. Fewer cost up to a tenth of the speed at small sizes, more bring nothing.
+_PIECE = 8
 
 
 def network_files(manifest: Manifest) -> tuple[str, str] | None:
@@ -101,13 +101,14 @@ class _Look:
     def __init__(
         self, compiled: openvino.CompiledModel, temperature: float, pool: ThreadPoolExecutor, requests: int
     ) -> None:
-        self._temperature, self._pool = temperature, pool
+        self._temperature, self._pool, self._requests = temperature, pool, requests
         self._idle: queue.SimpleQueue[openvino.InferRequest] = queue.SimpleQueue()
         for _ in range(requests):
             self._idle.put(compiled.create_infer_request())
 
     def __call__(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        pieces = [pixels[start : start + _PIECE] for start in range(0, len(pixels), _PIECE)]
+        size = min(_PIECE, -(-len(pixels) // self._requests))  # a small batch is shared out too
+        pieces = [pixels[start : start + size] for start in range(0, len(pixels), size)]
         logits = np.concatenate(list(self._pool.map(self._answer, pieces))) / self._temperature  # (N, C)
         exponentials = np.exp(logits - logits.max(1, keepdims=True))
         probabilities: npt.NDArray[np.float32] = exponentials / exponentials.sum(1, keepdims=True)
