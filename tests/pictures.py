@@ -119,3 +119,11 @@ def claiming(kind: str, width: int, height: int) -> bytes:
     else:
         raise NotImplementedError(kind)
     return bytes(content)
+
+
+def tinted(color: tuple[int, int, int], seed: int) -> bytes:
+    """A pattern of its own for each seed, in shades of one colour."""
+    noise = np.random.default_rng(seed).random((6, 6, 1)) * np.array(color)
+    buffer = io.BytesIO()
+    Image.fromarray(noise.astype(np.uint8)).resize((64, 64), Image.Resampling.BICUBIC).save(buffer, "JPEG")
+    return buffer.getvalue()

@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-import io
 import json
 import os
 import re
@@ -19,6 +18,7 @@ import openvino
 import pytest
 import torch
 from conftest import GREEN, LONG_AGO, RED, make_tree, pipeline_to, plain, read_tree
+from pictures import tinted
 from PIL import Image
 from torch import nn
 
@@ -32,14 +32,6 @@ from trainer import sources, weights
 from trainer.cli import main
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch and NNCF warn of themselves
-
-
-def tinted(color: tuple[int, int, int], seed: int) -> bytes:
-    """A pattern of its own for each seed, in shades of one colour."""
-    noise = np.random.default_rng(seed).random((6, 6, 1)) * np.array(color)
-    buffer = io.BytesIO()
-    Image.fromarray(noise.astype(np.uint8)).resize((64, 64), Image.Resampling.BICUBIC).save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 def red_and_green(root: Path, count: int, first: int = 0) -> Path:

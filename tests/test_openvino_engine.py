@@ -32,6 +32,11 @@ def shipped() -> Manifest:
     return manifest.read(SHIPPED_MODEL)
 
 
+def whole_looks(shipped: Manifest) -> OpenVinoEngine:
+    """The engine without a first look."""
+    return OpenVinoEngine(SHIPPED_MODEL, shipped, min_confidence=1.0)
+
+
 @pytest.fixture(scope="module")
 def engine(shipped: Manifest) -> OpenVinoEngine:
     return OpenVinoEngine(SHIPPED_MODEL, shipped)
@@ -45,8 +50,8 @@ def photos(count: int, size: int = 144) -> npt.NDArray[np.uint8]:
 # --- answers ---
 
 
-def test_it_answers_what_torch_does(engine: OpenVinoEngine, shipped: Manifest) -> None:
-    pixels = photos(20)
+def test_it_answers_what_torch_does(shipped: Manifest) -> None:
+    engine, pixels = whole_looks(shipped), photos(20)
     torch = open_engine(SHIPPED_MODEL, shipped, "torch", "cpu", 32)
     ours, theirs = engine.classify(pixels)[:, 0], torch.classify(pixels)[:, 0]
     # Pictures of nothing, about which 8 bits and 16 may differ: by little, and never in kind.
@@ -132,23 +137,23 @@ def test_a_network_with_other_classes_is_refused(shipped: Manifest) -> None:
 
 
 def test_what_was_compiled_is_kept_and_answers_the_same(shipped: Manifest, cache: Path) -> None:
-    first = OpenVinoEngine(SHIPPED_MODEL, shipped).classify(photos(3))
+    first = whole_looks(shipped).classify(photos(3))
     (stored,) = cache.iterdir()
     before = stored.stat().st_mtime_ns
-    assert np.array_equal(OpenVinoEngine(SHIPPED_MODEL, shipped).classify(photos(3)), first)
+    assert np.array_equal(whole_looks(shipped).classify(photos(3)), first)
     assert stored.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("damage", ["empty", "half", "one byte", "other"])
 def test_a_damaged_cache_is_not_believed(damage: str, shipped: Manifest, cache: Path) -> None:
-    expected = OpenVinoEngine(SHIPPED_MODEL, shipped).classify(photos(3))
+    expected = whole_looks(shipped).classify(photos(3))
     (stored,) = cache.iterdir()
     content = stored.read_bytes()
     middle = len(content) // 2
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     stored.write_bytes({"empty": b"", "half": content[:middle], "one byte": flipped, "other": b"x" * 99}[damage])
     damaged = stored.read_bytes()
-    assert np.array_equal(OpenVinoEngine(SHIPPED_MODEL, shipped).classify(photos(3)), expected)
+    assert np.array_equal(whole_looks(shipped).classify(photos(3)), expected)
     assert stored.read_bytes() != damaged  # made anew
 
 
@@ -157,7 +162,7 @@ def test_without_a_place_for_the_cache_it_does_without(
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert len(OpenVinoEngine(SHIPPED_MODEL, shipped).classify(photos(3))) == 3
+    assert len(whole_looks(shipped).classify(photos(3))) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -72,6 +72,8 @@ def choose(
             enough=round(float(enough.mean()), 4),
             agreement=round(1 - float((changed & enough).mean()), 4),
         )
+        if look.agreement < 1 - MOST_CHANGED:  # it is wholly sure, and says something else
+            continue
         found.append(((size / seen.size) ** 2 + 1 - look.enough, look))
     cost, cheapest = min(found, default=(1.0, None), key=lambda entry: entry[0])
     return cheapest if cost <= MOST_COST else None
@@ -83,7 +85,7 @@ def _threshold(confidence: Floats, changed: "np.typing.NDArray[np.bool_]") -> fl
     surest = np.sort(confidence[changed])[::-1]
     if len(surest) <= allowed:
         return LEAST_SURE
-    return min(1.0, max(LEAST_SURE, math.floor(float(surest[allowed]) * 1e4 + 1) / 1e4))
+    return min(1.0, max(LEAST_SURE, (math.floor(float(surest[allowed]) * 1e4 + 0.01) + 1) / 1e4))
 
 
 def risk_coverage(
