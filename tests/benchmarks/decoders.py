@@ -114,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     jpegs = [jpeg for path in photos.find(options.photos) if (jpeg := path.read_bytes()).startswith(b"\xff\xd8\xff")]
     described = manifest.read(options.model)
-    side, engine = described.input.size, OpenVinoEngine(options.model, described)
+    side, engine = described.input.size, OpenVinoEngine(options.model, described, min_confidence=1.0)
     ways = {
         "Pillow, whole": pillow(0),
         "Pillow, at least twice the side": pillow(2),

@@ -76,7 +76,7 @@ def engines(model: Path, folder: Path) -> Iterator[tuple[str, Way]]:
     eight.reshape([BATCH, side, side, 3])
     yield "OpenVINO, 8 bits, all cores on one batch", openvino_way(eight, "f32", pixels)
     whole = OpenVinoEngine(model, described, min_confidence=1.0)
-    yield "… four photos a core", lambda: parts.classify(whole, seen, BATCH)
+    yield "… eight photos a core", lambda: parts.classify(whole, seen, BATCH)
     if (look := described.first_look) is not None:
         final = OpenVinoEngine(model, described)
         yield f"… a first look at {look.size} px (the sorter)", lambda: parts.classify(final, seen, BATCH)
