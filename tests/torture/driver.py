@@ -46,7 +46,8 @@ def sort(inbox: Path, output: Path, decide: Callable[[Photo], Decision | None] =
     outcomes: list[Outcome] = []
     for start in range(0, len(photos), BATCH_SIZE):
         decisions = map(decide, photos[start : start + BATCH_SIZE])
-        mover.move([decision for decision in decisions if decision is not None], outcomes.append)
+        if batch := [decision for decision in decisions if decision is not None]:
+            mover.move(batch, outcomes.append)
     history.finish(run)
     history.close()
     return 0 if all(outcome.destination for outcome in outcomes) else 3
