@@ -3,6 +3,7 @@
 import argparse
 import os
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -239,7 +240,13 @@ def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> Hist
 def _bench(chosen: Settings, *, photos: Path | None, count: int, runs: int, json: bool) -> ExitCode:
     from sorter.bench import report
 
-    measured = report.measure(chosen, photos, count, runs, lambda what: print(what, file=sys.stderr, flush=True))
+    for number in (signal.SIGINT, signal.SIGTERM):  # the copies are taken away also then
+        signal.signal(number, signal.default_int_handler)
+    try:
+        measured = report.measure(chosen, photos, count, runs, lambda what: print(what, file=sys.stderr, flush=True))
+    except KeyboardInterrupt:
+        sys.stderr.write("sorter: interrupted: nothing was measured, and the copies are gone\n")
+        return ExitCode.INCOMPLETE
     print(report.as_json(measured) if json else report.as_text(measured))
     return ExitCode.DONE
 

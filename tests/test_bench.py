@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,22 @@ def test_it_measures_copies_and_leaves_nothing_behind(photos: Path, tmp_path: Pa
     for rate in ("decode", "classify", "move", "sorter", "plain_loop", "ratio", "start_seconds", "peak_mb"):
         assert found[rate] > 0, rate
     assert read_tree(photos) == before
+    assert list((tmp_path / "tmp").glob("sorter-*")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_that_is_interrupted_takes_its_copies_away(number: signal.Signals, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    command = [sys.executable, "-m", "sorter", "bench", "--photos", str(photos), "--count", "24"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as running:
+        assert running.stderr is not None
+        while not (line := running.stderr.readline()).startswith("run 1"):
+            assert line, "it ended too early"
+        time.sleep(1)
+        running.send_signal(number)
+        said = running.stderr.read()
+    assert (running.returncode, said) == (3, "sorter: interrupted: nothing was measured, and the copies are gone\n")
     assert list((tmp_path / "tmp").glob("sorter-*")) == []
 
 

@@ -1,5 +1,6 @@
 """Whole programs: the sorter as a person starts it, and the loop to compare it with."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -51,13 +52,14 @@ def sort(inbox: Path, flags: Sequence[str], log: Path) -> Sorted:
     with log.open("wb") as errors:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=_environment())
         peaks: dict[int, int] = {}
-        while True:
-            _note_peaks(process.pid, peaks)
-            try:
-                process.wait(_LOOK_SECONDS)
-                break
-            except subprocess.TimeoutExpired:
-                continue
+        try:
+            while process.poll() is None:
+                _note_peaks(process.pid, peaks)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_LOOK_SECONDS)
+        finally:
+            process.kill()  # does nothing to one that has ended
+            process.wait()
     first, last = "", "{}"
     with log.open(encoding="utf-8") as lines:
         for last in lines:
