@@ -16,6 +16,7 @@ import zlib
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
+import pillow_heif
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from sorter.errors import PhotoError, Reason
@@ -42,9 +43,11 @@ _UPRIGHT = {
 }
 # Bytes a pixel that decoding may need at once. A library that gets no memory says that the picture is broken: JPEG's
 # coefficients in a progressive one, WebP's two canvases, AVIF's planes, TIFF's strips come beside the picture itself.
-_NEEDED_BYTES = {"JPEG": 6, "MPO": 6, "WEBP": 20, "AVIF": 16, "TIFF": 16}
+_NEEDED_BYTES = {"JPEG": 6, "MPO": 6, "WEBP": 20, "AVIF": 16, "HEIF": 16, "TIFF": 16}
 _BMP_HEADER_SIZES = (12, 16, 40, 52, 56, 64, 108, 124)
 
+# A worker is a thread's worth of work already; a phone's depth maps and thumbnails are not looked at.
+pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
 Image.init()  # registers AVIF and MPO, which the usual few formats leave out
 with contextlib.suppress(ImportError):  # Pillow has it from 11.3 on
     from PIL import AvifImagePlugin
@@ -60,7 +63,9 @@ _EXTENSIONS = {
     "DIB": (),
     "TIFF": (".tif", ".tiff"),
     "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif", ".hif"),
 }
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 FORMATS = tuple(name for name in _EXTENSIONS if name in Image.OPEN)
 EXTENSIONS = frozenset(extension for name in FORMATS for extension in _EXTENSIONS[name])
 
@@ -102,8 +107,10 @@ def has_signature(head: bytes) -> bool:
     if head[:4] == b"RIFF":
         return head[8:12] == b"WEBP"
     if head[4:8] == b"ftyp":
-        # `mif1` is the container of HEIC too: the compatible brands say which it is.
-        return "AVIF" in FORMATS and (b"avif" in head[8:] or b"avis" in head[8:])
+        # `mif1` is the container of both: the compatible brands say which it is.
+        if b"avif" in head[8:] or b"avis" in head[8:]:
+            return "AVIF" in FORMATS
+        return any(brand in head[8:] for brand in _HEIC_BRANDS)
     # Two letters are no signature; with a header size that exists they are.
     return head[:2] == b"BM" and len(head) >= 18 and struct.unpack_from("<I", head, 14)[0] in _BMP_HEADER_SIZES
 

@@ -25,6 +25,7 @@ _SUFFIXES = {
     "TIFF": ".tif",
     "WEBP": ".webp",
     "AVIF": ".avif",
+    "HEIF": ".heic",
 }
 
 
@@ -51,7 +52,7 @@ class Mutant:
 def generated() -> dict[str, bytes]:
     """A picture of every kind that is decoded, with something in it."""
     files = {f"made-{name}": content for name, (content, _) in every_format().items()}
-    for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", *(["AVIF"] if HAS_AVIF else [])):
+    for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "HEIF", *(["AVIF"] if HAS_AVIF else [])):
         files[f"smooth-{kind}"] = encoded(smooth(1, (160, 120)), kind)
         if kind in ("JPEG", "PNG", "TIFF", "WEBP", "AVIF"):
             files[f"turned-{kind}"] = turned(kind, 6)
@@ -103,7 +104,9 @@ def kind_of(content: bytes) -> str | None:
             return kind
     if content[:4] == b"RIFF":
         return "WEBP"
-    return "AVIF" if content[4:8] == b"ftyp" else None
+    if content[4:8] == b"ftyp":
+        return "AVIF" if b"avif" in content[8:64] else "HEIF"
+    return None
 
 
 # --- what needs no format ---
@@ -408,7 +411,7 @@ def _tiff_directories(random: Random, content: bytes) -> bytes:
     return bytes(changed)
 
 
-# --- WebP, AVIF ---
+# --- WebP, AVIF, HEIC ---
 
 
 def _webp_chunk(random: Random, content: bytes) -> bytes:
@@ -435,8 +438,22 @@ def _webp_extended(random: Random, content: bytes) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
 
 
-def _avif_box(random: Random, content: bytes) -> bytes:
-    names = (b"ftyp", b"meta", b"hdlr", b"pitm", b"iloc", b"iinf", b"iprp", b"ipco", b"ispe", b"pixi", b"av1C", b"colr")
+def _heif_box(random: Random, content: bytes) -> bytes:
+    names = (
+        b"ftyp",
+        b"meta",
+        b"hdlr",
+        b"pitm",
+        b"iloc",
+        b"iinf",
+        b"iprp",
+        b"ipco",
+        b"ispe",
+        b"pixi",
+        b"av1C",
+        b"hvcC",
+        b"colr",
+    )
     places = [at for name in (*names, b"ipma", b"irot", b"mdat") if (at := content.find(name)) > 0]
     changed = bytearray(content)
     at = random.choice(places)
@@ -459,5 +476,6 @@ _OF_FORMAT: dict[str, tuple[_Way, ...]] = {
     "BMP": (_bmp_header,),
     "TIFF": (_tiff_tag, _tiff_tag, _tiff_directories),
     "WEBP": (_webp_chunk, _webp_extended),
-    "AVIF": (_avif_box,),
+    "AVIF": (_heif_box,),
+    "HEIF": (_heif_box,),
 }

@@ -95,6 +95,7 @@ def every_format() -> dict[str, tuple[bytes, Color]]:
         "tiff-lzw": (encoded(brick, "TIFF", compression="tiff_lzw"), BRICK),
         "tiff-pages": (encoded(brick, "TIFF", **_followed_by_blue()), BRICK),
     }
+    files["heic"] = (encoded(brick, "HEIF", quality=95), BRICK)
     if HAS_AVIF:
         files["avif"] = (encoded(brick, "AVIF", quality=95), BRICK)
     return files

@@ -166,6 +166,7 @@ LARGEST: dict[str, tuple[Callable[[], bytes], Reason | None]] = {
     "webp of 45 megapixels": (lambda: saved("RGB", "WEBP", side=6700, method=0, quality=20), None),
     "webp of 45 megapixels, lossless": (lambda: saved("RGBA", "WEBP", side=6700, method=0, lossless=True), None),
 }
+LARGEST["heic"] = (lambda: saved("RGB", "HEIF", quality=30), None)
 if HAS_AVIF:
     LARGEST["avif, 4:2:0"] = (lambda: saved("RGB", "AVIF", speed=10, quality=30), None)
     LARGEST["avif, 4:4:4 with alpha"] = (

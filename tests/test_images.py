@@ -15,11 +15,9 @@ FILES = every_format()
 SQUASH = Preprocessing(32)
 TIGHT = Limits(max_megapixels=0.002, max_jpeg_megapixels=0.004)
 
-HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(64)
 OTHERS = {
     "text": b"Dear cat, thank you for the mouse that you left on the doormat this morning.",
     "pdf": b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<< /Type /Catalog >>\nendobj\n" + bytes(64),
-    "heic": HEIC,
     "mp4": b"\0\0\0\x20ftypisom\0\0\x02\0isomiso2avc1mp41" + bytes(64),
     "wave": b"RIFF\x24\x08\0\0WAVEfmt " + bytes(64),
     "bmw": b"BMW prices went up again this year, says the dealer in our street, and cats do not care.",
