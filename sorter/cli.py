@@ -16,13 +16,14 @@ import structlog
 from pydantic.fields import FieldInfo
 
 import sorter
-from sorter import console, logs, manifest, preflight, settings
+from sorter import console, lock, logs, look_back, manifest, preflight, settings
 from sorter.atomic import make_folder
 from sorter.errors import ConfigurationError, ExitCode, SorterError, StorageError
-from sorter.history import History, Run
+from sorter.history import FOLDER, NAME, History, Run
 from sorter.inbox import Inbox, is_temporary
 from sorter.lock import Lock
 from sorter.mover import Mover
+from sorter.past import Past
 from sorter.recovery import recover
 from sorter.settings import Settings
 
@@ -58,7 +59,17 @@ def build_parser() -> argparse.ArgumentParser:
     described = {
         "run": ("sort the inbox: once, or whatever is dropped into it until stopped", _run, folders, settings_),
         "check": ("check configuration, model, device and permissions; touch no photo", _check, folders, settings_),
+        "history": ("show what went where, when and why", look_back.show_history, folders, ("Folders",)),
+        "status": ("show how things stand", look_back.show_status, folders, ("Folders", "Model")),
+        "undo": ("bring photos back under their old names", look_back.undo, "--last|--run ID|PATH...", ("Folders",)),
         "bench": ("measure how fast this machine sorts, on copies of photos", _bench, "[--photos DIR]", ("Model",)),
+    }
+    add_options = {
+        "run": _add_run_options,
+        "history": look_back.add_history_options,
+        "status": look_back.add_status_options,
+        "undo": look_back.add_undo_options,
+        "bench": _add_bench_options,
     }
     for name, (what, action, usage, groups) in described.items():
         sentence = what[0].upper() + what[1:] + "."
@@ -74,26 +85,32 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=_Formatter,
         )
         command.set_defaults(action=action)
-        if name == "bench":
-            _add_bench_options(command)
+        if name in add_options:
+            add_options[name](command)
         _add_settings(command, groups)
     return parser
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument_group("what to say").add_argument(
+        "--json", action="store_true", help="with --dry-run, print each decision as a line of JSON"
+    )
 
 
 def _add_bench_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what to measure")
     group.add_argument("--photos", metavar="DIR", type=Path, help="sort copies of these (default: generated ones)")
     group.add_argument(
-        "--count", metavar="N", type=_positive, default=500, help="copies, photos repeated as needed (default: 500)"
+        "--count",
+        metavar="N",
+        type=look_back.positive,
+        default=500,
+        help="copies, photos repeated as needed (default: 500)",
     )
-    group.add_argument("--runs", metavar="N", type=_positive, default=3, help="how often, medians count (default: 3)")
+    group.add_argument(
+        "--runs", metavar="N", type=look_back.positive, default=3, help="how often, medians count (default: 3)"
+    )
     group.add_argument("--json", action="store_true", help="print one line of JSON")
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
 
 
 def _add_settings(parser: argparse.ArgumentParser, only: Sequence[str] | None) -> None:
@@ -131,7 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command, action = flags.pop("command"), flags.pop("action")
     log_format, log_level = flags.get("log_format", "auto"), flags.get("log_level", "info")
     try:
-        options = {name: flags.pop(name) for name in ("photos", "count", "runs", "json") if name in flags}
+        # What is no setting is the command's own; a flag that both have is the command's.
+        own = {name for name in flags if name not in Settings.model_fields and name != "config"}
+        if command == "undo":
+            own.add("dry_run")
+        options = {name: flags.pop(name) for name in own}
         chosen = settings.load(flags)
         log_format, log_level = chosen.log_format, chosen.log_level
         return int(action(chosen, **options))
@@ -151,8 +172,11 @@ def _say(error: Exception, *, with_traceback: bool) -> None:
         sys.stderr.write("".join(f"sorter: {line}\n" for line in detail.splitlines()))
 
 
-def _run(chosen: Settings) -> ExitCode:
+def _run(chosen: Settings, *, json: bool) -> ExitCode:
+    if json and not chosen.dry_run:
+        raise ConfigurationError("--json prints what would happen: give it with --dry-run")
     model = manifest.read(chosen.model)
+    chosen = preflight.decided(chosen, model)
     preflight.check_folders(chosen, model)
     stream = logs.configure(chosen.log_format, chosen.log_level)
     log = structlog.get_logger()
@@ -178,11 +202,11 @@ def _run(chosen: Settings) -> ExitCode:
     run = Run(uuid4().hex[:12], sorter.__version__, model.name)
     output = chosen.output_folder.absolute()
     with ExitStack() as stack:
-        lock = history = None
+        held = history = None
         if not chosen.dry_run:
-            lock = Lock(inbox.root)
-            stack.callback(lock.release)
-            lock.take()
+            held = Lock(inbox.root)
+            stack.callback(held.release)
+            held.take()
             history = _open_history(inbox.root, output, run, stack)
         fields = {"run": run.id, "model": model.name} | ({"dry_run": True} if chosen.dry_run else {})
         log.info(
@@ -199,20 +223,24 @@ def _run(chosen: Settings) -> ExitCode:
         )
         mover = Mover(output)
         stop.moving = mover.lock
-        progress: dict[str, Any] = {}
+        ways: dict[str, Any] = {"on_decision": console.print_decision} if json else {}
+        if not chosen.include_undone and (output / FOLDER / NAME).is_file():
+            past = Past(output)
+            stack.callback(past.close)
+            ways["put_back"] = past.was_put_back
         if chosen.once and chosen.log_format != "json" and stream.isatty():
             total = None if chosen.recursive else _count(chosen.inbox)
             shown = stack.enter_context(console.bar(stream, total))
-            progress = {"on_outcome": shown.advance, "on_waiting": shown.waiting}
+            ways |= {"on_outcome": shown.advance, "on_waiting": shown.waiting}
         pipeline = Pipeline(engine, model, mover, history, run.id, chosen, workers=default_workers())
         stack.callback(pipeline.close)
-        service = Service(chosen, inbox, pipeline, stop, lock, log_fields=fields, **progress)
+        service = Service(chosen, inbox, pipeline, stop, held, log_fields=fields, **ways)
         tally = service.run_once() if chosen.once else service.run(Watcher(inbox))
         if history is not None:
             with suppress(StorageError):  # every photo is accounted for; only the run's end is not
                 history.finish(run)
-    if not chosen.once:
-        return ExitCode.DONE
+    if not chosen.once or json:
+        return tally.exit_code if chosen.once else ExitCode.DONE
     try:
         print(console.summary(tally, preflight.destinations(model), dry_run=chosen.dry_run), flush=True)
     except OSError:  # a summary that nobody can read changes nothing about the photos
@@ -227,12 +255,19 @@ def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> Hist
     except OSError as error:
         raise ConfigurationError(f"{output} cannot be made ({error.strerror}): name another --output") from None
     if not os.path.samefile(inbox, output):
-        lock = Lock(output)
-        stack.callback(lock.release)
-        lock.take()
+        held = Lock(output)
+        stack.callback(held.release)
+        held.take()
     history = History(output)
     stack.callback(history.close)
-    recover(history, output)
+    undoing = Lock(output, lock.UNDOING)
+    try:
+        undoing.take()
+    except ConfigurationError:  # it clears up after itself
+        recover(history, output, undoing=False)
+    else:
+        recover(history, output)
+        undoing.release()
     history.begin(run)
     return history
 
@@ -258,6 +293,7 @@ def _count(inbox: Path) -> int:
 
 def _check(chosen: Settings) -> ExitCode:
     model = manifest.read(chosen.model)
+    chosen = preflight.decided(chosen, model)
     preflight.check_folders(chosen, model)
     from sorter.engines import open_engine
 
@@ -269,6 +305,9 @@ def _check(chosen: Settings) -> ExitCode:
         "folders": ", ".join(f"{folder}/" for folder in preflight.destinations(model)),
         "model": f"{model.name}, {model.architecture} at {model.input.size} px",
         "accuracy": accuracy,
+        "unsure": f"photos less sure than {chosen.min_confidence:g}"
+        if chosen.min_confidence
+        else "none: all are sorted",
         "engine": f"{engine.name} on {engine.device}, {engine.precision}, batches of {chosen.batch_size}",
     }
     for name, value in rows.items():

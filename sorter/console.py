@@ -1,10 +1,12 @@
 """What a person at a terminal sees: the progress bar while photos are sorted, and the summary after."""
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from sorter.decisions import Outcome
 from sorter.logs import LogStream
 from sorter.service import Tally
 
@@ -54,6 +56,22 @@ def bar(stream: LogStream, total: int | None) -> Iterator[Bar]:
             yield Bar(progress, task)
         finally:
             stream.above = None
+
+
+def print_decision(outcome: Outcome) -> None:
+    """What a dry run would do with one photo, as a line of JSON on standard output."""
+    decision = outcome.decision
+    assert decision is not None, "only photos that were decided on"
+    content = {
+        "path": outcome.photo.path,
+        "destination": outcome.destination,
+        "kind": decision.kind,
+        "label": decision.label,
+        "confidence": None if decision.confidence is None else round(decision.confidence, 4),
+        "reason": decision.decoded.reason,
+        "detail": decision.decoded.detail or None,
+    }
+    print(json.dumps(content))
 
 
 def summary(tally: Tally, folders: list[str], *, dry_run: bool) -> str:

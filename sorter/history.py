@@ -25,7 +25,7 @@ FOLDER = ".sorter"
 NAME = "history.sqlite3"
 
 _APPLICATION_ID = 0x736F7274  # "sort": tells our file from somebody else's
-_BUSY_SECONDS = 30.0
+BUSY_SECONDS = 30.0
 
 # One script for each version of the schema. A script that was released is never changed: add another.
 _MIGRATIONS = (
@@ -58,22 +58,37 @@ _MIGRATIONS = (
     ) STRICT;
     CREATE INDEX moves_unfinished ON moves (id) WHERE done IS NULL;
     """,
+    """
+    -- run, undo
+    ALTER TABLE runs ADD COLUMN kind TEXT NOT NULL DEFAULT 'run';
+    -- what the folder is inside of, where that is not the output
+    ALTER TABLE moves ADD COLUMN target BLOB;
+    ALTER TABLE moves ADD COLUMN undoes INTEGER REFERENCES moves (id);
+    CREATE INDEX moves_undone ON moves (target, name) WHERE undoes IS NOT NULL;
+    CREATE UNIQUE INDEX moves_undone_once ON moves (undoes) WHERE undoes IS NOT NULL;
+    """,
 )
-
+VERSION = len(_MIGRATIONS)
 
 _COLUMNS = (
-    "token, run, root, source, folder, name, device, inode, size, mtime_ns, kind, label, confidence, reason, detail"
+    "token, run, root, source, folder, name, device, inode, size, mtime_ns, kind, label, confidence, reason, detail, "
+    "target, undoes"
 )
 _INSERT = f"INSERT INTO moves ({_COLUMNS}) VALUES ({', '.join('?' * len(_COLUMNS.split(',')))})"  # noqa: S608
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One process lifetime."""
+    """One process lifetime.
+
+    Attributes:
+        kind: `run` sorts, `undo` brings back; such a one has no model.
+    """
 
     id: str
     version: str
     model: str
+    kind: str = "run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +102,11 @@ class Move:
         folder: inside the output, `cats`.
         name: inside that folder, `a-1.jpg`.
         identity: of the file that was classified; its ctime is not kept, a move changes that.
-        kind: `sorted`, `unsure` or `failed`.
+        kind: `sorted`, `unsure`, `failed`, or `undone`.
         confidence: 0 to 1, None if it was not classified; `reason` and `detail` then say why.
+        target: None for the output. The inbox for a photo that is brought back: `root` is the output then, `folder` is
+            empty, and `name` is a path inside the target.
+        undoes: the row of the move that it takes back.
     """
 
     token: str
@@ -103,6 +121,8 @@ class Move:
     confidence: float | None = None
     reason: str | None = None
     detail: str | None = None
+    target: Path | None = None
+    undoes: int | None = None
 
 
 class History:
@@ -131,7 +151,7 @@ class History:
             self.path.parent.mkdir(exist_ok=True)
         self._check_files()
         self._connection = sqlite3.connect(
-            self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
         try:
             self._on_network = file_systems.is_network(self.path.parent)
@@ -214,8 +234,8 @@ class History:
 
     def _insert(self, run: Run) -> None:
         self._connection.execute(
-            "INSERT OR IGNORE INTO runs (id, started, version, model) VALUES (?, ?, ?, ?)",
-            (run.id, time.time(), run.version, run.model),
+            "INSERT OR IGNORE INTO runs (id, started, version, model, kind) VALUES (?, ?, ?, ?, ?)",
+            (run.id, time.time(), run.version, run.model, run.kind),
         )
 
     def finish(self, run: Run) -> None:
@@ -290,13 +310,31 @@ def _row(move: Move) -> tuple[object, ...]:
         move.confidence,
         move.reason,
         move.detail,
+        None if move.target is None else os.fsencode(move.target),
+        move.undoes,
     )
 
 
 def _move(row: Sequence[Any]) -> Move:
     token, run, root, source, folder, name, device, inode, size, mtime_ns, *why = row
+    kind, label, confidence, reason, detail, target, undoes = why
     identity = Identity(_unsigned(device), _unsigned(inode), size, int(mtime_ns), 0)
-    return Move(token, run, Path(os.fsdecode(root)), os.fsdecode(source), folder, os.fsdecode(name), identity, *why)
+    return Move(
+        token,
+        run,
+        Path(os.fsdecode(root)),
+        os.fsdecode(source),
+        folder,
+        os.fsdecode(name),
+        identity,
+        kind,
+        label,
+        confidence,
+        reason,
+        detail,
+        target=None if target is None else Path(os.fsdecode(target)),
+        undoes=undoes,
+    )
 
 
 # SQLite's integers have a sign; some file systems number their files with all 64 bits.

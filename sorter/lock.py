@@ -18,20 +18,23 @@ from sorter.errors import ConfigurationError
 from sorter.history import FOLDER
 from sorter.inbox import opened_folder
 
-_NAME = "lock"
+SORTING, UNDOING = "lock", "undo-lock"
+"""What the lock files are called."""
+_DOING = {SORTING: "being sorted", UNDOING: "having photos put back"}
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
 
 class Lock:
-    """The right to sort one folder, held until `release` or the end of the process.
+    """The right to do something in one folder, held until `release` or the end of the process.
 
     Args:
         folder: an inbox or an output.
+        name: `SORTING`, or `UNDOING`, which may happen beside it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder.absolute()
+    def __init__(self, folder: Path, name: str = SORTING) -> None:
+        self._folder, self._name = folder.absolute(), name
         self._descriptor: int | None = None
 
     def take(self) -> None:
@@ -41,7 +44,7 @@ class Lock:
             ConfigurationError: somebody else sorts the folder, or it cannot be locked.
         """
         try:
-            descriptor = _open(self._folder)
+            descriptor = _open(self._folder, self._name)
         except FileNotFoundError:
             self.release()
             return
@@ -49,14 +52,14 @@ class Lock:
             if self._descriptor is not None:  # out of reach for now, and ours still
                 return
             raise ConfigurationError(
-                f"{self._folder / FOLDER / _NAME} cannot be made or opened ({error.strerror}): give this user "
+                f"{self._folder / FOLDER / self._name} cannot be made or opened ({error.strerror}): give this user "
                 "permission to"
             ) from None
         if self._descriptor is not None and os.path.sameopenfile(self._descriptor, descriptor):
             os.close(descriptor)
             return
         try:
-            _lock(descriptor, self._folder)
+            _lock(descriptor, self._folder, self._name)
         except BaseException:
             os.close(descriptor)
             raise
@@ -70,28 +73,49 @@ class Lock:
             os.close(descriptor)
 
 
-def _open(folder: Path) -> int:
+def holder(folder: Path, name: str = SORTING) -> str | None:
+    """Who holds a lock, as a phrase; None if nobody does. Takes nothing and makes nothing."""
+    try:
+        with opened_folder(folder, FOLDER) as hidden:
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=hidden)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return _said(descriptor) if error.errno in _TAKEN else None
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _said(descriptor: int) -> str:
+    return os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
+
+
+def _open(folder: Path, name: str) -> int:
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder / FOLDER)
         with opened_folder(folder, "") as descriptor:
             sync_folder(descriptor)
     with opened_folder(folder, FOLDER) as hidden:
         return os.open(
-            _NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=hidden
+            name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=hidden
         )
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def _lock(descriptor: int, folder: Path, name: str) -> None:
     status = os.fstat(descriptor)
     # A link would have us write into somebody else's file.
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise ConfigurationError(f"{folder / FOLDER / _NAME} is not a file of the sorter: move it away")
+        raise ConfigurationError(f"{folder / FOLDER / name} is not a file of the sorter: move it away")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _TAKEN:
-            holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
-            raise ConfigurationError(f"{folder} is being sorted by {holder}: stop that one first") from None
+            raise ConfigurationError(
+                f"{folder} is {_DOING[name]} by {_said(descriptor)}: stop that one first"
+            ) from None
         if error.errno in _NO_LOCKS:
             raise ConfigurationError(
                 f"{folder} is on a file system without locks ({error.strerror}): sort a folder on another one"

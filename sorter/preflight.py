@@ -22,6 +22,26 @@ def excluded(settings: Settings, manifest: Manifest) -> frozenset[str]:
     return frozenset(os.path.join(output, folder) for folder in destinations(manifest))
 
 
+def decided(settings: Settings, manifest: Manifest) -> Settings:
+    """The settings with the threshold that an error rate asks for.
+
+    Raises:
+        ConfigurationError: the model cannot keep the rate, or a threshold is given too.
+    """
+    rate = settings.max_error_rate
+    if rate is None:
+        return settings
+    if settings.min_confidence:
+        raise ConfigurationError("--max-error-rate chooses what --min-confidence says: give one of them")
+    kept = [entry for entry in manifest.risk_coverage if entry.error_rate <= rate]
+    if not kept:
+        best = min((entry.error_rate for entry in manifest.risk_coverage), default=None)
+        can = "was never measured on enough photos" if best is None else f"can keep {best:g} at best"
+        raise ConfigurationError(f"the model {manifest.name} {can}: --max-error-rate {rate:g} is out of its reach")
+    chosen = max(kept, key=lambda entry: entry.coverage)
+    return settings.model_copy(update={"min_confidence": chosen.threshold})
+
+
 def check_folders(settings: Settings, manifest: Manifest) -> None:
     """Make sure that the inbox can be read and the output written.
 

@@ -35,7 +35,7 @@ from sorter.atomic import (
 from sorter.history import History, Move
 from sorter.inbox import Identity, Photo, opened_folder
 
-_COARSE_NS = 2_000_000_000  # some file systems keep times to two seconds
+COARSE_NS = 2_000_000_000  # some file systems keep times to two seconds
 
 log = structlog.get_logger()
 
@@ -150,7 +150,7 @@ def _is_version(status: os.stat_result, identity: Identity) -> bool:
 
 def _is_it(status: os.stat_result, identity: Identity) -> bool:
     """Tell whether a file under the planned name is the photo: the same inode, or what a copy of it looks like."""
-    alike = status.st_size == identity.size and abs(status.st_mtime_ns - identity.mtime_ns) <= _COARSE_NS
+    alike = status.st_size == identity.size and abs(status.st_mtime_ns - identity.mtime_ns) <= COARSE_NS
     return stat.S_ISREG(status.st_mode) and (alike or status.st_ino == identity.inode)
 
 
@@ -178,21 +178,31 @@ def _perhaps(root: Path, relative: str) -> Iterator[int | None]:
         yield folder
 
 
-def recover(history: History, output: Path) -> None:
+def recover(history: History, output: Path, *, sorting: bool = True, undoing: bool = True) -> None:
     """Finish or withdraw what a crash left unfinished, and record which.
+
+    Args:
+        history: of the output.
+        output: the folder that has `cats/` and the others.
+        sorting: take the moves into the output; its lock is held.
+        undoing: take those back out of it; the lock of undo is held.
 
     Raises:
         StorageError: the history cannot be written.
     """
-    unfinished = history.unfinished()
+    unfinished = [move for move in history.unfinished() if (sorting if move.target is None else undoing)]
     if not unfinished:
         return
     done: list[Move] = []
     withdrawn: list[Move] = []
     for move in unfinished:
         photo = Photo(move.root, move.source, move.identity, 0.0)
+        into, plan = output, Plan(photo, move.folder, move.name, move.token)
+        if move.target is not None:
+            folder, base = os.path.split(move.name)
+            into, plan = move.target, Plan(photo, folder, base, move.token)
         try:
-            arrived = resolve(output, Plan(photo, move.folder, move.name, move.token))
+            arrived = resolve(into, plan)
         except OSError as error:
             log.warning("recovery.waiting", path=photo.path, reason=error.strerror)
             continue

@@ -114,6 +114,8 @@ class Service:
         lock: of the inbox, held already; a daemon takes it anew where the inbox is another folder. None for a dry run.
         on_outcome: called after each photo, for a progress bar.
         on_waiting: called with the number of files that are being waited for.
+        on_decision: called with what became of each photo that was decided on.
+        put_back: tells whether a photo was brought back, and is to be left alone.
     """
 
     def __init__(
@@ -127,10 +129,13 @@ class Service:
         log_fields: dict[str, Any],
         on_outcome: Callable[[Tally], None] = lambda _: None,
         on_waiting: Callable[[int], None] = lambda _: None,
+        on_decision: Callable[[Outcome], None] = lambda _: None,
+        put_back: Callable[[Photo], bool] = lambda _: False,
     ) -> None:
         self._settings, self._inbox, self._pipeline, self._stop = settings, inbox, pipeline, stop
         self._lock = lock
         self._log_fields, self._on_outcome, self._on_waiting = log_fields, on_outcome, on_waiting
+        self._on_decision, self._put_back = on_decision, put_back
         self.tally = Tally()
         self._submitted: set[str] = set()  # names whose outcome is still to come
         self._retry: dict[str, _Retry] = {}  # names that want another look
@@ -251,6 +256,9 @@ class Service:
                 if time.time() < retry.due:
                     continue
                 photo = replace(photo, seen=retry.seen)
+            if self._put_back(photo):
+                self._record(Outcome(photo, "skipped", detail="sorter undo put it back; --include-undone sorts it"))
+                continue
             while not self._pipeline.submit(photo):
                 self._account()
                 self._report_blocked()
@@ -305,6 +313,7 @@ class Service:
         self._left.pop(photo.name, None)
         self.tally.left = len(self._left)
         self.tally.folders[decision.folder] += 1
+        self._on_decision(outcome)
         if self._settings.dry_run:
             self._ignore(photo)  # it is still there, and said once is enough
         fields = {"path": photo.path, "destination": outcome.destination, **self._log_fields}

@@ -73,6 +73,7 @@ class Settings(BaseSettings):
 
     once: bool = _field(False, "sort what is there and end, instead of watching", group="What to do")
     dry_run: bool = _field(False, "say what would happen and change nothing", group="What to do")
+    include_undone: bool = _field(False, "sort again also what sorter undo has put back", group="What to do")
     min_confidence: Real = _field(
         0.0,
         "photos less sure than this go to unsure/; 0 sorts every photo",
@@ -80,6 +81,14 @@ class Settings(BaseSettings):
         metavar="P",
         ge=0,
         le=1,
+    )
+    max_error_rate: Real | None = _field(
+        None,
+        "at most this share of the sorted photos is wrong, the rest goes to unsure/ (default: no limit)",
+        group="What to do",
+        metavar="R",
+        gt=0,
+        lt=1,
     )
 
     model: Folder = _field(SHIPPED_MODEL, "model folder (default: the one that ships)", group="Model", metavar="DIR")

@@ -1,0 +1,58 @@
+"""`--max-error-rate`: the threshold comes from the model's own table."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sorter import preflight
+from sorter.cli import main
+from sorter.errors import ConfigurationError
+from sorter.manifest import Coverage, Manifest
+from sorter.settings import Settings, load
+
+TABLE = (
+    Coverage(error_rate=0.01, threshold=0.99, coverage=0.6),
+    Coverage(error_rate=0.02, threshold=0.9, coverage=0.8),
+    Coverage(error_rate=0.05, threshold=0.6, coverage=1.0),
+)
+
+
+def threshold(manifest: Manifest, **settings: Any) -> float:
+    measured = manifest.model_copy(update={"risk_coverage": TABLE})
+    return preflight.decided(Settings(**settings), measured).min_confidence
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(0.01, 0.99), (0.015, 0.99), (0.02, 0.9), (0.5, 0.6)])
+def test_the_most_photos_are_sorted_that_the_rate_allows(rate: float, expected: float, manifest: Manifest) -> None:
+    assert threshold(manifest, max_error_rate=rate) == expected
+
+
+def test_without_a_rate_the_threshold_is_one_s_own(manifest: Manifest) -> None:
+    assert threshold(manifest, min_confidence=0.7) == 0.7
+    assert threshold(manifest) == 0.0
+
+
+def test_a_rate_out_of_reach_is_refused_with_the_best_there_is(manifest: Manifest) -> None:
+    with pytest.raises(ConfigurationError, match=r"can keep 0\.01 at best: --max-error-rate 0\.005 is out"):
+        threshold(manifest, max_error_rate=0.005)
+    with pytest.raises(ConfigurationError, match="was never measured on enough photos"):
+        preflight.decided(Settings(max_error_rate=0.1), manifest)
+
+
+def test_a_rate_and_a_threshold_are_too_much(manifest: Manifest) -> None:
+    with pytest.raises(ConfigurationError, match="give one of them"):
+        threshold(manifest, max_error_rate=0.02, min_confidence=0.9)
+
+
+@pytest.mark.parametrize("rate", ["0", "1", "-1", "nan", "much"])
+def test_what_is_no_rate_is_refused(rate: str) -> None:
+    with pytest.raises(ConfigurationError, match="--max-error-rate: should be"):
+        load({"max_error_rate": rate})
+
+
+def test_the_check_says_what_will_be_unsure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--max-error-rate", "0.05", "--inbox", str(tmp_path)]) == 0
+    assert "photos less sure than 0.5" in capsys.readouterr().out
+    assert main(["check", "--inbox", str(tmp_path)]) == 0
+    assert "none: all are sorted" in capsys.readouterr().out

@@ -1,0 +1,143 @@
+"""`sorter history` and `sorter status`; `sorter run --dry-run --json`."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Running, make_tree, photo, read_tree
+
+from sorter import look_back
+
+Start = Callable[..., Running]
+
+
+def sorter(*arguments: str | Path, code: int = 0) -> "subprocess.CompletedProcess[str]":
+    done = subprocess.run(
+        [sys.executable, "-m", "sorter", *map(str, arguments)], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def sorted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    names = [f"{n}.jpg" for n in range(5)] + [os.fsdecode(b"caf\xe9.jpg"), "new\nline.jpg"]
+    inbox = make_tree(tmp_path_factory.mktemp("sorted"), {name: photo(n) for n, name in enumerate(names)})
+    make_tree(inbox, {"broken.jpg": photo(5)[:200], "notes.txt": b"hello"})
+    sorter("run", "--once", "--log-format", "json", "--inbox", inbox, code=3)
+    return inbox
+
+
+def test_the_history_says_what_went_where_and_why(sorted_once: Path) -> None:
+    lines = [json.loads(line) for line in sorter("history", "--json", "--inbox", sorted_once).stdout.splitlines()]
+    assert len(lines) == 8
+    for line in lines:
+        assert Path(line["destination"]).is_file()
+        assert Path(line["path"]).parent == sorted_once
+        if line["kind"] == "sorted":
+            assert 0.5 <= line["confidence"] <= 1
+            assert line["destination"] == str(sorted_once / f"{line['label']}s" / Path(line["path"]).name)
+            assert line["model"] == "catdog-resnet50"
+    (failed,) = (line for line in lines if line["kind"] == "failed")
+    assert failed["reason"] == "truncated"
+
+
+def test_a_person_gets_a_table_of_one_line_for_each_photo(sorted_once: Path) -> None:
+    lines = sorter("history", "--inbox", sorted_once).stdout.splitlines()
+    assert lines[0].split() == ["when", "run", "photo", "went", "to", "why"]
+    assert len(lines) == 9
+    assert all("%" in line or "truncated" in line for line in lines[1:])
+    assert len(sorter("history", "--limit", "3", "--inbox", sorted_once).stdout.splitlines()) == 4
+    assert "nothing was sorted" in sorter("history", "--since", "2999-01-01", "--inbox", sorted_once).stdout
+    assert "nothing was sorted" in sorter("history", "--run", "other", "--inbox", sorted_once).stdout
+
+
+def test_reading_leaves_nothing_behind(sorted_once: Path) -> None:
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in (sorted_once / ".sorter").iterdir())
+    sorter("history", "--inbox", sorted_once)
+    sorter("status", "--inbox", sorted_once)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in (sorted_once / ".sorter").iterdir()) == before
+
+
+def test_the_status_counts_what_waits_and_what_was_sorted(sorted_once: Path) -> None:
+    found = json.loads(sorter("status", "--json", "--inbox", sorted_once).stdout)
+    assert (found["state"], found["waiting"], found["undone"]) == ("not running", 1, 0)
+    assert found["in_all"]["failed"] == 1
+    assert sum(found["in_all"].values()) == 8
+    assert found["today"] == found["in_all"] or time.localtime().tm_hour == 0
+    assert found["share_sorted"] == 1.0
+    assert found["last_error"]["reason"] == "truncated"
+    said = sorter("status", "--inbox", sorted_once).stdout
+    assert "not running" in said
+    assert "truncated" in said
+
+
+def test_the_status_of_a_daemon_names_its_process(tmp_path: Path, start: Start) -> None:
+    inbox = make_tree(tmp_path / "in", {"a.jpg": photo(1)})
+    daemon = start("run", "--inbox", inbox)
+    daemon.wait_for_event("photo.sorted")
+    found = json.loads(sorter("status", "--json", "--inbox", inbox).stdout)
+    assert found["state"] == "running"
+    assert str(daemon.process.pid) in found["process"]
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.finish()[0] == 0
+
+
+def test_what_is_no_history_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for command in (("history",), ("status",), ("undo", "--last")):
+        done = sorter(*command, "--inbox", tmp_path / "in", code=2)
+        assert "has no history" in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert list((tmp_path / "in").iterdir()) == []
+    (tmp_path / "in" / ".sorter").mkdir()
+    (tmp_path / "in" / ".sorter" / "history.sqlite3").write_bytes(b"nonsense" * 1000)
+    assert sorter("history", "--inbox", tmp_path / "in", code=2).stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds_ago"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("7d", 604800), ("1w", 604800)]
+)
+def test_an_age_is_a_point_in_time(text: str, seconds_ago: int) -> None:
+    assert look_back.parse_when(text) == pytest.approx(time.time() - seconds_ago, abs=5)
+
+
+def test_a_dry_run_prints_one_decision_a_line_and_writes_nothing(tmp_path: Path) -> None:
+    inbox = make_tree(tmp_path / "in", {"a.jpg": photo(1), "b.jpg": photo(2), "c.jpg": photo(3)[:99], "d.txt": b"no"})
+    before = {path: path.stat().st_mtime_ns for path in (inbox, *inbox.rglob("*"))}
+    done = sorter("run", "--once", "--dry-run", "--json", "--log-format", "json", "--inbox", inbox, code=3)
+    lines = {Path(line["path"]).name: line for line in map(json.loads, done.stdout.splitlines())}
+    assert set(lines) == {"a.jpg", "b.jpg", "c.jpg"}
+    assert lines["a.jpg"]["destination"] == str(inbox / f"{lines['a.jpg']['label']}s" / "a.jpg")
+    assert lines["c.jpg"]["reason"] == "truncated"
+    assert {path: path.stat().st_mtime_ns for path in (inbox, *inbox.rglob("*"))} == before
+    assert "--dry-run" in sorter("run", "--once", "--json", "--inbox", inbox, code=2).stderr
+
+
+def test_a_history_of_the_first_schema_is_brought_up_to_date(sorted_once: Path, tmp_path: Path) -> None:
+    from sorter import history
+
+    (tmp_path / ".sorter").mkdir()
+    path = tmp_path / ".sorter" / "history.sqlite3"
+    connection = sqlite3.connect(path)
+    connection.executescript(history._MIGRATIONS[0])
+    connection.execute(f"PRAGMA application_id = {history._APPLICATION_ID}")
+    connection.execute("PRAGMA user_version = 1")
+    connection.execute("INSERT INTO runs VALUES ('r', 1.0, 2.0, '0', 'm')")
+    connection.execute(
+        "INSERT INTO moves VALUES (1, 't', 'r', 2.0, ?, ?, 'cats', ?, 1, 1, 1, '1', 'sorted', 'cat', 0.9, NULL, NULL)",
+        (os.fsencode(tmp_path), b"a.jpg", b"a.jpg"),
+    )
+    connection.commit()
+    connection.close()
+    (line,) = sorter("history", "--json", "--inbox", tmp_path).stdout.splitlines()
+    assert json.loads(line)["destination"] == str(tmp_path / "cats" / "a.jpg")
+    assert read_tree(tmp_path) == {}
