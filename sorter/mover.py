@@ -243,8 +243,9 @@ class Mover:
         self._note_links(arrived)
 
     def _link_across(self, plan: Plan, source: int, target: int, base: str) -> None:
+        partial = partial_name(plan.token)
         try:
-            os.link(base, plan.name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
+            os.link(base, partial, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
         except OSError as error:
             if error.errno in _NO_LINKS:
                 raise StayedError(
@@ -252,11 +253,12 @@ class Mover:
                     "another file system with --output"
                 ) from error
             raise
-        arrived = os.stat(plan.name, dir_fd=target, follow_symlinks=False)
-        if not Identity.of(arrived).is_same_file(plan.photo.identity):
-            take_away(target, plan.name, Identity.of(arrived), plan.token)  # a second name, the file keeps its first
+        linked = os.stat(partial, dir_fd=target, follow_symlinks=False)
+        if not Identity.of(linked).is_same_file(plan.photo.identity):
+            os.unlink(partial, dir_fd=target)  # a second name, the file keeps its first
             raise ChangedError("changed while it was moved")
-        self._note_links(arrived)
+        self._publish(plan, target)
+        self._note_links(linked)
         if not self._finish(plan, source, base, target):
             self._check_only(plan, target, os.stat(plan.name, dir_fd=target, follow_symlinks=False), own_names=1)
 
@@ -275,17 +277,22 @@ class Mover:
             finally:
                 os.close(copy)
             self._check(source, base, photo.identity)
-            try:
-                publish(target, partial, target, [plan.name])
-            except FileExistsError:
-                # Somebody else's file, whatever is in it: nothing may take it for our copy.
-                os.unlink(partial, dir_fd=target)
-                raise
+            self._publish(plan, target)
             self._note_links(status)
             if not self._finish(plan, source, base, target):
                 self._check_only(plan, target, os.fstat(original), own_names=0)
         finally:
             os.close(original)
+
+    def _publish(self, plan: Plan, target: int) -> None:
+        """Give what has the hidden name the planned one, if that is free."""
+        partial = partial_name(plan.token)
+        try:
+            publish(target, partial, target, [plan.name])
+        except FileExistsError:
+            # Somebody else's file, whatever is in it: nothing may take it for ours.
+            os.unlink(partial, dir_fd=target)
+            raise
 
     def _finish(self, plan: Plan, source: int, base: str, target: int) -> bool:
         """Make the new name durable, then take the old one away; False if it was not the photo's any more."""

@@ -3,11 +3,10 @@
 In: a `Plan`. Out: whether the photo arrived. What is found decides, nothing that a process remembered: the mover asks
 after an error, and `recover` at start-up after a crash, for each intent of the history without its done.
 
-The names that exist say how far a move came:
+The names that exist say how far a move came; what is partial is a copy, or a link on the same file system:
 
     rename   source | destination
-    link     source | source, destination | hidden source, destination | destination
-    copy     source | source, partial | source, destination | hidden source, destination | destination
+    else     source | source, partial | source, destination | hidden source, destination | destination
 
 A hidden name and a partial one hold the plan's token, 64 random bits. What is partial is ours; what is hidden was taken
 away for a look at it, in the destination too where a move is undone, and may be somebody else's.
