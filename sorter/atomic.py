@@ -39,7 +39,7 @@ def new_token() -> str:
 
 
 def partial_name(token: str) -> str:
-    """The hidden name of a move's unfinished copy or first link: whatever has it was made by that move, and exists elsewhere."""
+    """The hidden name of a move's unfinished copy or first link: it was made by that move, and exists elsewhere."""
     return f".{token}{_PARTIAL_SUFFIX}"
 
 
