@@ -55,7 +55,7 @@ class BatchMover:
         Raises:
             StorageError: nothing more can be moved; nothing is lost or half moved.
         """
-        plans = [self._mover.plan(decision.decoded.photo, decision.folder) for decision in batch]
+        plans = [self._mover.plan(decision.decoded.photo, decision.folder, decision.name) for decision in batch]
         if self._history is None:
             for decision, plan in zip(batch, plans, strict=True):
                 tell(Outcome(plan.photo, decision.kind, decision, self._mover.path(plan)))

@@ -224,10 +224,10 @@ def _run(chosen: Settings, *, json: bool) -> ExitCode:
         mover = Mover(output)
         stop.moving = mover.lock
         ways: dict[str, Any] = {"on_decision": console.print_decision} if json else {}
-        if not chosen.include_undone and (output / FOLDER / NAME).is_file():
+        if (output / FOLDER / NAME).is_file():
             past = Past(output)
             stack.callback(past.close)
-            ways["put_back"] = past.was_put_back
+            ways |= {"photo_of": past.photo_of} | ({} if chosen.include_undone else {"put_back": past.was_put_back})
         if chosen.once and chosen.log_format != "json" and stream.isatty():
             total = None if chosen.recursive else _count(chosen.inbox)
             shown = stack.enter_context(console.bar(stream, total))

@@ -77,6 +77,7 @@ def print_decision(outcome: Outcome) -> None:
 def summary(tally: Tally, folders: list[str], *, dry_run: bool) -> str:
     """The lines that `sorter run --once` ends with, on standard output."""
     rows = [(f"{folder}/", tally.folders[folder]) for folder in folders if tally.folders[folder] or folder != "unsure"]
+    rows += [("with their photos", tally.companions)] if tally.companions else []
     rows += [("skipped, not photos", tally.skipped), ("left in the inbox", tally.left)]
     would = "would be " if dry_run else ""
     head = f"{tally.photos} photos {would}sorted in {tally.seconds:.1f} s ({tally.photos_per_second:.1f} photos/s)"

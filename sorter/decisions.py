@@ -4,7 +4,7 @@ In: a decoded photo and its probabilities. Out: a `Decision`; later, from the mo
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from sorter.decoders import Decoded
 from sorter.errors import Reason
@@ -12,11 +12,12 @@ from sorter.inbox import Photo
 from sorter.manifest import Manifest
 
 FAILED, UNSURE = "failed", "unsure"
+COMPANION: Final = "companion"
 
 TRUNCATED_GRACE_SECONDS = 60.0
 """A photo that reads as truncated and changed within this time may still be on its way: it is looked at again."""
 
-Kind = Literal["sorted", "unsure", "failed", "skipped", "left", "again"]
+Kind = Literal["sorted", "unsure", "failed", "companion", "skipped", "left", "again"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,18 +25,21 @@ class Decision:
     """Where a photo belongs, and why.
 
     Attributes:
+        kind: `companion` is no photo, and follows one.
         folder: beside the other destinations, `cats`, `unsure`, `failed`.
         label: the likeliest class, None if it was not classified.
         confidence: that class's probability, 0 to 1.
         batch_size: how many photos were classified together.
+        name: the one that it has to have there; empty for its own, or the next that is free.
     """
 
     decoded: Decoded
-    kind: Literal["sorted", "unsure", "failed"]
+    kind: Literal["sorted", "unsure", "failed", "companion"]
     folder: str
     label: str | None = None
     confidence: float | None = None
     batch_size: int = 0
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,8 @@ class Outcome:
     """What became of a photo.
 
     Attributes:
-        kind: `sorted`, `unsure` and `failed` were moved; `skipped` is no photo; `left` is a photo that could not be
-            moved or read; `again` changed meanwhile and wants another look.
+        kind: `sorted`, `unsure`, `failed` and `companion` were moved; `skipped` is no photo; `left` is a photo that
+            could not be moved or read; `again` changed meanwhile and wants another look.
         destination: where it is now, None where it stayed.
         detail: why, for a person.
         look_again: when `again` wants its look, in seconds since the epoch.

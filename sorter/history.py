@@ -64,6 +64,7 @@ _MIGRATIONS = (
     -- what the folder is inside of, where that is not the output
     ALTER TABLE moves ADD COLUMN target BLOB;
     ALTER TABLE moves ADD COLUMN undoes INTEGER REFERENCES moves (id);
+    CREATE INDEX moves_source ON moves (source);
     CREATE INDEX moves_undone ON moves (target, name) WHERE undoes IS NOT NULL;
     CREATE UNIQUE INDEX moves_undone_once ON moves (undoes) WHERE undoes IS NOT NULL;
     """,
@@ -102,7 +103,7 @@ class Move:
         folder: inside the output, `cats`.
         name: inside that folder, `a-1.jpg`.
         identity: of the file that was classified; its ctime is not kept, a move changes that.
-        kind: `sorted`, `unsure`, `failed`, or `undone`.
+        kind: `sorted`, `unsure`, `failed`, `companion`, or `undone`.
         confidence: 0 to 1, None if it was not classified; `reason` and `detail` then say why.
         target: None for the output. The inbox for a photo that is brought back: `root` is the output then, `folder` is
             empty, and `name` is a path inside the target.

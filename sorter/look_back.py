@@ -22,7 +22,7 @@ from uuid import uuid4
 import sorter
 from sorter import lock, manifest, preflight
 from sorter.atomic import StayedError
-from sorter.decisions import FAILED, UNSURE
+from sorter.decisions import COMPANION, FAILED, UNSURE
 from sorter.errors import ConfigurationError, ExitCode
 from sorter.history import History, Run
 from sorter.inbox import Inbox
@@ -119,6 +119,8 @@ def _sureness(entry: Entry) -> str:
         return f"{entry.reason}: {entry.detail}" if entry.detail else entry.reason
     if entry.kind == "undone":
         return "put back"
+    if entry.kind == COMPANION:
+        return "followed its photo"
     return f"{entry.label} {entry.confidence:.1%}" if entry.confidence is not None else ""
 
 
@@ -224,13 +226,17 @@ def undo(
         sys.stderr.write(f"sorter: {_shown(path)} was not sorted, or is back already\n")
     entries = _once(past, named) if paths else past.undoable(run=run, since=since)
     tell = _tell_json if json else partial(_tell_person, dry_run=dry_run)
-    back = stayed = 0
+    back = stayed = along = 0
     stopping = threading.Event()
     for undone in _would(entries) if dry_run else _undo(output, entries, stopping):
         tell(undone)
-        back, stayed = back + (not undone.problem), stayed + bool(undone.problem)
+        is_companion = undone.entry.kind == COMPANION
+        stayed += bool(undone.problem)
+        back += not undone.problem and not is_companion
+        along += not undone.problem and is_companion
     if not json:
-        print(f"{back} photos {'would go' if dry_run else 'are'} back, {stayed} stay{'s' if stayed == 1 else ''}")
+        what = f"{back} photos" + (f" and {along} companions" if along else "")
+        print(f"{what} {'would go' if dry_run else 'are'} back, {stayed} stay{'s' if stayed == 1 else ''}")
     return ExitCode.INCOMPLETE if stayed or unknown or stopping.is_set() else ExitCode.DONE
 
 

@@ -19,6 +19,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from sorter.atomic import (
@@ -37,6 +38,7 @@ from sorter.atomic import (
     sync_folder,
     take_away,
 )
+from sorter.companions import companions
 from sorter.errors import StorageError
 from sorter.history import FOLDER, NAME
 from sorter.inbox import Identity, Photo, open_file, open_folder, opened_folder
@@ -82,13 +84,18 @@ class Mover:
         self._promised: set[tuple[str, str]] = set()  # folders and names of the plans that are not forgotten yet
         self._folder: tuple[int, int] | None = None  # the output's own device and inode, once it was used
 
-    def plan(self, photo: Photo, folder: str) -> Plan:
-        """Choose the first free of `name.jpg`, `name-1.jpg`, `name-2.jpg` … and promise it; changes no file."""
-        for name in self._names(os.path.basename(photo.name), folder):
-            if (folder, name) not in self._promised and not os.path.lexists(self.output / folder / name):
-                break
+    def plan(self, photo: Photo, folder: str, name: str = "") -> Plan:
+        """Promise a name, or else the first free of `name.jpg`, `name-1.jpg`, `name-2.jpg` …; changes no file."""
+        if not name:
+            name = next(filter(partial(self._is_free, folder), self._names(os.path.basename(photo.name), folder)))
         self._promised.add((folder, name))
         return Plan(photo, folder, name, new_token())
+
+    def _is_free(self, folder: str, name: str) -> bool:
+        # Beside somebody else's companion it would be taken for that one's photo.
+        return (folder, name) not in self._promised and not any(
+            os.path.lexists(self.output / folder / taken) for taken in (name, *companions(name))
+        )
 
     def forget(self, plan: Plan) -> None:
         """Take a plan's promise back, once it is carried out or given up."""

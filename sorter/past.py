@@ -5,13 +5,15 @@ In: the history file of an output. Out: `Entry`s. A sorter may write it meanwhil
 
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sorter import history
-from sorter.decisions import FAILED, UNSURE
+from sorter.companions import LATE_SECONDS, companions, photos
+from sorter.decisions import COMPANION, FAILED, UNSURE
 from sorter.errors import ConfigurationError
 from sorter.history import FOLDER, NAME, History
 from sorter.inbox import Photo
@@ -40,7 +42,7 @@ class Entry:
         root, name: of the source, the folder that was sorted and the path inside it.
         size: bytes.
         mtime_ns: of the file, nanoseconds since the epoch.
-        kind: `sorted`, `unsure`, `failed`, `undone`.
+        kind: `sorted`, `unsure`, `failed`, `companion`, `undone`.
         undone: whether it was brought back since.
     """
 
@@ -125,7 +127,7 @@ class Past:
     def undoable(
         self, *, run: str | None = None, since: float | None = None, path: str | None = None
     ) -> Iterator[Entry]:
-        """Photos that were sorted and not brought back, the last one first.
+        """Photos that were sorted and not brought back, the last one first, and then what followed them.
 
         They are read some at a time, so that neither memory nor the file is held while they are brought back.
 
@@ -138,27 +140,48 @@ class Past:
         if path is not None:
             at, where = self._at(path)
             conditions, values = conditions + at, values + where
-        last = _ALL
-        while rows := self._all(
-            f"{_ENTRY}{conditions}{_UNDOABLE} AND m.id < ? ORDER BY m.id DESC LIMIT ?", (*values, last, _SOME)
-        ):
-            last = rows[-1][0]
-            yield from map(self._entry, rows)
+        for kinds in ("<>", "="):
+            query = f"{_ENTRY}{conditions}{_UNDOABLE} AND m.kind {kinds} '{COMPANION}' AND m.id < ?"
+            last = _ALL
+            while rows := self._all(f"{query} ORDER BY m.id DESC LIMIT ?", (*values, last, _SOME)):
+                last = rows[-1][0]
+                yield from map(self._entry, rows)
 
     def _at(self, path: str) -> tuple[str, list[object]]:
-        """A condition for the photos that a path names."""
+        """A condition for the photos that a path names, and for their companions."""
         whole = Path(path)
         names: list[str] = []
         values: list[object] = []
+        followers = [os.fsencode(name) for name in companions(whole.name)]
+        or_followers = f"IN (?{', ?' * len(followers)})"
         for parent in whole.parents:
-            names.append("(m.root = ? AND m.source = ?)")
-            values += [os.fsencode(parent), os.fsencode(whole.relative_to(parent))]
+            names.append(f"(m.root = ? AND m.source {or_followers})")
+            source = os.fsencode(whole.relative_to(parent))
+            at = os.path.dirname(source)
+            values += [os.fsencode(parent), source, *(os.path.join(at, name) for name in followers)]
         if whole.is_relative_to(self._output):
             parts = whole.relative_to(self._output).parts
             if len(parts) < 3:  # below the output, a folder and a name
-                names.append(" AND ".join(["TRUE", *("m.folder = ?", "m.name = ?")[: len(parts)]]))
-                values += [*parts[:1], *map(os.fsencode, parts[1:])]
+                names.append(" AND ".join(["TRUE", *("m.folder = ?", f"m.name {or_followers}")[: len(parts)]]))
+                values += [*parts[:1], *map(os.fsencode, parts[1:]), *(followers if len(parts) == 2 else ())]
         return f" AND ({' OR '.join(names)})", values
+
+    def photo_of(self, companion: Photo) -> Entry | None:
+        """The photo that a companion belongs to, if it was sorted not long ago and is where it was sorted to.
+
+        Where the history cannot be read at present it belongs to none.
+        """
+        folder, _, base = companion.name.rpartition("/")
+        names = [os.fsencode(os.path.join(folder, name)) for name in photos(base)]
+        marks = ", ".join("?" * len(names))
+        query = f"{_ENTRY} AND m.source IN ({marks}) AND m.root = ? AND m.kind <> '{COMPANION}' AND m.done >= ?"
+        since = time.time() - LATE_SECONDS
+        try:
+            rows = self._all(f"{query} ORDER BY m.id DESC LIMIT 1", (*names, os.fsencode(companion.root), since))
+        except ConfigurationError:
+            return None
+        entry = next(map(self._entry, rows), None)
+        return None if entry is None or entry.undone or not os.path.lexists(entry.destination) else entry
 
     def last_failure(self) -> Entry | None:
         """The last photo that could not be read and was not brought back."""
@@ -169,8 +192,9 @@ class Past:
         """How many photos went where."""
         rows = self._all(
             "SELECT folder, EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL) AS undone, "
-            "count(*) FROM moves m WHERE done IS NOT NULL AND undoes IS NULL AND done >= ? GROUP BY folder, undone",
-            (since,),
+            "count(*) FROM moves m WHERE done IS NOT NULL AND undoes IS NULL AND done >= ? "
+            "AND kind <> ? GROUP BY folder, undone",
+            (since, COMPANION),
         )
         folders = {folder: count for folder, undone, count in rows if not undone}
         return Counts(folders, sum(count for _, undone, count in rows if undone))

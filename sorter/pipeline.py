@@ -125,6 +125,20 @@ class Pipeline:
         self.in_flight += 1
         return True
 
+    def follow(self, companions: list[Decision]) -> bool:
+        """Hand over companions, which are moved as they are; False if there is no room for them now.
+
+        Raises:
+            SorterError: a stage could not go on; nothing is half moved.
+        """
+        self._raise_error()
+        try:
+            self._decided.put_nowait([*companions])
+        except queue.Full:
+            return False
+        self.in_flight += len(companions)
+        return True
+
     def outcomes(self, *, timeout_seconds: float = 0.0) -> Iterator[Outcome]:
         """Take the outcomes that are ready, waiting at most so long for the first.
 

@@ -16,11 +16,14 @@ from typing import Any
 
 import structlog
 
-from sorter.decisions import FAILED, Outcome
+from sorter.companions import beside, has_photo, is_companion, photos, renamed
+from sorter.decisions import COMPANION, FAILED, Decision, Outcome
+from sorter.decoders import Decoded
 from sorter.errors import ExitCode, InboxGoneError
 from sorter.inbox import Identity, Inbox, Photo
 from sorter.lock import Lock
 from sorter.notify import Notifier
+from sorter.past import Entry
 from sorter.pipeline import Pipeline
 from sorter.settings import Settings
 from sorter.watcher import Watcher
@@ -28,6 +31,7 @@ from sorter.watcher import Watcher
 AGAIN_SECONDS = 0.5
 """How soon a photo that changed while it was sorted is looked at again."""
 
+_MOST_FOLLOWING = 100
 _UNKNOWN = Identity(0, 0, 0, 0, 0)
 
 log = structlog.get_logger()
@@ -83,6 +87,7 @@ class Tally:
     """
 
     folders: Counter[str] = field(default_factory=Counter)
+    companions: int = 0
     skipped: int = 0
     left: int = 0
     interrupted: bool = False
@@ -116,6 +121,7 @@ class Service:
         on_waiting: called with the number of files that are being waited for.
         on_decision: called with what became of each photo that was decided on.
         put_back: tells whether a photo was brought back, and is to be left alone.
+        photo_of: finds the sorted photo that a companion belongs to.
     """
 
     def __init__(
@@ -131,13 +137,15 @@ class Service:
         on_waiting: Callable[[int], None] = lambda _: None,
         on_decision: Callable[[Outcome], None] = lambda _: None,
         put_back: Callable[[Photo], bool] = lambda _: False,
+        photo_of: Callable[[Photo], Entry | None] = lambda _: None,
     ) -> None:
         self._settings, self._inbox, self._pipeline, self._stop = settings, inbox, pipeline, stop
         self._lock = lock
         self._log_fields, self._on_outcome, self._on_waiting = log_fields, on_outcome, on_waiting
-        self._on_decision, self._put_back = on_decision, put_back
+        self._on_decision, self._put_back, self._photo_of = on_decision, put_back, photo_of
         self.tally = Tally()
         self._submitted: set[str] = set()  # names whose outcome is still to come
+        self._following: list[Decision] = []  # companions that are about to be moved
         self._retry: dict[str, _Retry] = {}  # names that want another look
         self._left: dict[str, Photo] = {}  # what could not be read or moved; tried again at each rescan
         self._skipped: set[int] = set()  # hashes of the versions of files that need nothing more
@@ -204,7 +212,7 @@ class Service:
                 self._feed(self._due())
                 self._account()
                 self._report_blocked()
-                if self._pipeline.in_flight:
+                if self._pipeline.in_flight or self._following:
                     self._account(timeout_seconds=0.2)
                 else:
                     watcher.wait(self._idle_seconds(min(next_rescan, watcher.next_check)))
@@ -249,7 +257,7 @@ class Service:
             if self._stop.requested.is_set():
                 return
             self._tell()
-            if photo.name in self._submitted or self._is_skipped(photo):
+            if photo.name in self._submitted or self._is_skipped(photo) or self._is_beside_photo(photo):
                 continue
             retry = self._retry.get(photo.name)
             if retry is not None and retry.identity == photo.identity:
@@ -258,6 +266,10 @@ class Service:
                 photo = replace(photo, seen=retry.seen)
             if self._put_back(photo):
                 self._record(Outcome(photo, "skipped", detail="sorter undo put it back; --include-undone sorts it"))
+                continue
+            if is_companion(photo.name) and (entry := self._photo_of(photo)) is not None:
+                self._follow(photo, entry.name, entry.destination)
+                self._account()
                 continue
             while not self._pipeline.submit(photo):
                 self._account()
@@ -286,6 +298,34 @@ class Service:
             waits.append(min(retry.due for retry in self._retry.values()) - now)
         return max(0.05, min(waits))
 
+    # --- companions ----------------------------------------------------------------------------------------------
+
+    def _is_beside_photo(self, companion: Photo) -> bool:
+        """Tell whether a file is one that will follow a photo which is still there."""
+        if not is_companion(companion.name):
+            return False
+        folder, _, base = companion.name.rpartition("/")
+        in_hand = any(os.path.join(folder, name) in self._submitted for name in photos(base))
+        return in_hand or has_photo(companion)
+
+    def _send_after(self, photo: Photo, destination: str) -> None:
+        """Have the companions follow that were beside a photo; one that another photo shares waits for that."""
+        for name in beside(photo):
+            companion = self._inbox.look(name, time.time())
+            if companion is not None and name not in self._submitted and not self._is_beside_photo(companion):
+                self._skipped.discard(_version(companion))  # it may have come before its photo
+                self._follow(companion, photo.name, destination)
+
+    def _follow(self, companion: Photo, photo: str, destination: str) -> None:
+        place, new = os.path.split(destination)
+        name = renamed(os.path.basename(companion.name), os.path.basename(photo), new)
+        if os.path.lexists(os.path.join(place, name)):
+            self._leave(companion, f"cannot follow its photo: {os.path.join(place, name)} exists")
+            return
+        decoded = Decoded(companion, "skipped")
+        self._following.append(Decision(decoded, COMPANION, os.path.basename(place), name=name))
+        self._submitted.add(companion.name)
+
     # --- accounting ----------------------------------------------------------------------------------------------
 
     def _account(self, *, timeout_seconds: float = 0.0) -> None:
@@ -293,6 +333,12 @@ class Service:
             self._submitted.discard(outcome.photo.name)
             self._record(outcome)
             self._on_outcome(self.tally)
+            is_photo = outcome.decision is not None and outcome.kind != COMPANION
+            if outcome.destination is not None and is_photo and not self._settings.dry_run:
+                self._send_after(outcome.photo, outcome.destination)
+        some = self._following[:_MOST_FOLLOWING]
+        if some and self._pipeline.follow(some):
+            del self._following[: len(some)]
 
     def _record(self, outcome: Outcome) -> None:
         photo, decision = outcome.photo, outcome.decision
@@ -312,6 +358,10 @@ class Service:
             return
         self._left.pop(photo.name, None)
         self.tally.left = len(self._left)
+        if outcome.kind == COMPANION:
+            self.tally.companions += 1
+            log.info("companion.moved", path=photo.path, destination=outcome.destination, **self._log_fields)
+            return
         self.tally.folders[decision.folder] += 1
         self._on_decision(outcome)
         if self._settings.dry_run:
@@ -390,6 +440,7 @@ class Service:
                 "run.finished",
                 **self._log_fields,
                 folders=dict(self.tally.folders),
+                companions=self.tally.companions,
                 skipped=self.tally.skipped,
                 left=self.tally.left,
                 seconds=round(self.tally.seconds, 3),

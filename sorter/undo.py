@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sorter.atomic import StayedError, make_folder, new_token
+from sorter.companions import companions
+from sorter.decisions import COMPANION
 from sorter.history import History, Move
 from sorter.inbox import Identity, Photo, opened_folder
 from sorter.mover import Mover
@@ -51,7 +53,10 @@ def check(entry: Entry) -> Identity:
             status = os.stat(base, dir_fd=descriptor, follow_symlinks=False)
     except OSError:
         raise StayedError("it is not there any more") from None
-    alike = status.st_size == entry.size and abs(status.st_mtime_ns - entry.mtime_ns) <= COARSE_NS
+    # What is written about a photo changes as its owner edits that, and goes back as it is.
+    alike = entry.kind == COMPANION or (
+        status.st_size == entry.size and abs(status.st_mtime_ns - entry.mtime_ns) <= COARSE_NS
+    )
     if not stat.S_ISREG(status.st_mode) or not alike:
         raise StayedError("it was changed or replaced since it was sorted")
     if not os.path.isdir(entry.root):
@@ -74,6 +79,7 @@ class Undo:
     def __init__(self, output: Path, history: History, run: str, stopping: threading.Event) -> None:
         self._output, self._history, self._run, self._stopping = output.absolute(), history, run, stopping
         self._movers: dict[str, Mover] = {}  # by the folder that photos go back to
+        self._stayed: set[str] = set()  # the names of companions whose photos could not go back
 
     def bring_back(self, entries: Iterable[Entry]) -> Iterator[Undone]:
         """Bring photos back, a batch and its fsyncs at a time.
@@ -90,9 +96,10 @@ class Undo:
         planned: list[tuple[Entry, Plan, Move]] = []
         for entry in entries:
             try:
+                self._check_photo(entry)
                 plan = self._plan(entry, check(entry))
             except StayedError as error:
-                results.append(Undone(entry, str(error)))
+                results.append(self._stays(entry, str(error)))
             else:
                 planned.append((entry, plan, self._intent(entry, plan)))
         if not planned:
@@ -102,9 +109,10 @@ class Undo:
         try:
             for entry, plan, move in planned:
                 try:
+                    self._check_photo(entry)
                     self._move(entry, plan)
                 except StayedError as error:
-                    results.append(Undone(entry, _TAKEN if os.path.lexists(entry.source) else str(error)))
+                    results.append(self._stays(entry, _TAKEN if os.path.lexists(entry.source) else str(error)))
                 else:
                     done.append(move)
                     results.append(Undone(entry))
@@ -114,6 +122,16 @@ class Undo:
                 self._movers[root].settle()
             self._history.settle(done, [m for _, _, m in planned if m not in done and m not in unclear])
         return results
+
+    def _check_photo(self, entry: Entry) -> None:
+        if entry.kind == COMPANION and entry.destination in self._stayed:
+            raise StayedError("its photo stays too")
+
+    def _stays(self, entry: Entry, problem: str) -> Undone:
+        folder, base = os.path.split(entry.destination)
+        if entry.kind != COMPANION:
+            self._stayed.update(os.path.join(folder, name) for name in companions(base))
+        return Undone(entry, problem)
 
     def _plan(self, entry: Entry, identity: Identity) -> Plan:
         self._movers.setdefault(entry.root, Mover(Path(entry.root)))

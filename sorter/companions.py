@@ -1,0 +1,79 @@
+"""The files that belong to a photo and travel with it: what is written about it, and the film of a Live Photo.
+
+In: the name of a photo, or of a companion. Out: the names of the others that there may be. Programs pair them by name
+alone, so a companion keeps the pairing wherever its photo goes: `IMG_1.jpg` that becomes `IMG_1-1.jpg` has
+`IMG_1-1.xmp`. One that several photos could own goes with the last of them.
+"""
+
+import os
+from collections.abc import Iterator
+
+from sorter.images import EXTENSIONS, RAW_EXTENSIONS
+from sorter.inbox import Photo, opened_folder
+
+LATE_SECONDS = 86_400.0
+"""A companion that arrives so long after its photo still follows it: phones send the film of a Live Photo last."""
+
+# IMG_1.xmp of editors, IMG_1.aae of Apple's edits, IMG_1.json of exports, IMG_1.mov of Live Photos.
+_OF_STEMS = (".xmp", ".aae", ".json", ".mov")
+# IMG_1.jpg.xmp of darktable and digiKam, IMG_1.jpg.json of Google Takeout.
+_OF_NAMES = (".xmp", ".json")
+_PHOTOS = (".jpg", ".heic", ".jpeg", *sorted((EXTENSIONS | RAW_EXTENSIONS) - {".jpg", ".heic", ".jpeg"}))
+
+
+def is_companion(name: str) -> bool:
+    """Tell whether a file with this name is one where there is a photo beside it."""
+    return os.path.splitext(name)[1].lower() in _OF_STEMS
+
+
+def companions(photo: str) -> Iterator[str]:
+    """The names that a photo's companions may have."""
+    stem, _ = os.path.splitext(photo)
+    for extension in _OF_STEMS:
+        yield stem + extension
+        yield stem + extension.upper()
+    for extension in _OF_NAMES:
+        yield photo + extension
+        yield photo + extension.upper()
+
+
+def photos(companion: str) -> Iterator[str]:
+    """The names that a companion's photo may have."""
+    stem, extension = os.path.splitext(companion)
+    if extension.lower() in _OF_NAMES and os.path.splitext(stem)[1].lower() in _PHOTOS:
+        yield stem
+    for of_photo in _PHOTOS:
+        yield stem + of_photo
+        yield stem + of_photo.upper()
+
+
+def renamed(companion: str, photo: str, new: str) -> str:
+    """What a companion is called where its photo is called `new` and no more `photo`; all without folders."""
+    if companion.startswith(photo):
+        return new + companion[len(photo) :]
+    return os.path.splitext(new)[0] + companion[len(os.path.splitext(photo)[0]) :]
+
+
+def beside(photo: Photo) -> list[str]:
+    """The companions that are where a photo is, or was: paths inside the inbox."""
+    folder, _, base = photo.name.rpartition("/")
+    return [os.path.join(folder, name) for name in _existing(photo, folder, companions(base))]
+
+
+def has_photo(companion: Photo) -> bool:
+    """Tell whether there is a photo beside a companion."""
+    folder, _, base = companion.name.rpartition("/")
+    return next(_existing(companion, folder, photos(base)), None) is not None
+
+
+def _existing(at: Photo, folder: str, names: Iterator[str]) -> Iterator[str]:
+    try:
+        with opened_folder(at.root, folder) as descriptor:
+            for name in names:
+                try:
+                    os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+                except OSError:  # gone, or a name too long to exist
+                    continue
+                yield name
+    except OSError:  # the folder is gone
+        return
