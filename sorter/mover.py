@@ -38,7 +38,7 @@ from sorter.atomic import (
     sync_folder,
     take_away,
 )
-from sorter.companions import companions
+from sorter.companions import companions, exists
 from sorter.errors import StorageError
 from sorter.history import FOLDER, NAME
 from sorter.inbox import Identity, Photo, open_file, open_folder, opened_folder
@@ -93,9 +93,10 @@ class Mover:
 
     def _is_free(self, folder: str, name: str) -> bool:
         # Beside somebody else's companion it would be taken for that one's photo.
-        return (folder, name) not in self._promised and not any(
-            os.path.lexists(self.output / folder / taken) for taken in (name, *companions(name))
-        )
+        if (folder, name) in self._promised:
+            return False
+        place = os.path.join(self.output, folder, "")
+        return not any(exists(place + taken) for taken in (name, *companions(name)))
 
     def forget(self, plan: Plan) -> None:
         """Take a plan's promise back, once it is carried out or given up."""
