@@ -14,7 +14,7 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -43,6 +43,7 @@ class Pipeline:
         run: the id that the history has this process under.
         settings: batch size, waiting time, limits.
         workers: decoder processes.
+        on_moved: called with what was moved of each batch, in the mover's thread, which it must not hold up.
     """
 
     def __init__(
@@ -54,12 +55,14 @@ class Pipeline:
         run: str,
         settings: Settings,
         workers: int,
+        on_moved: Callable[[Sequence[Outcome]], None] = lambda _: None,
     ) -> None:
         self._engine, self._manifest, self._settings = engine, manifest, settings
         self._decoded: queue.SimpleQueue[Decoded | None] = queue.SimpleQueue()
         # Bounded, so that nothing piles up while the disk is full: the stages before it stand still then.
         self._decided: queue.Queue[list[Decision | Outcome] | None] = queue.Queue(_MOST_DECIDED)
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._on_moved = on_moved
         self._error: BaseException | None = None
         self._stopping = threading.Event()
         self._decoding = 0  # photos between submit and the engine's queue
@@ -264,4 +267,14 @@ class Pipeline:
                 if isinstance(item, Outcome):
                     self._outcomes.put(item)
             if decisions := [item for item in batch if isinstance(item, Decision)]:
-                self._mover.move(decisions, self._outcomes.put)
+                moved: list[Outcome] = []
+                try:
+                    self._mover.move(decisions, functools.partial(self._tell, moved))
+                finally:
+                    if moved:  # also where the rest of the batch could not be
+                        self._on_moved(moved)
+
+    def _tell(self, moved: list[Outcome], outcome: Outcome) -> None:
+        if outcome.destination is not None:
+            moved.append(outcome)
+        self._outcomes.put(outcome)
