@@ -142,6 +142,14 @@ class Settings(BaseSettings):
         group="Fitting in",
         metavar="COMMAND",
     )
+    metrics_port: Whole = _field(
+        0,
+        "port of 127.0.0.1 that tells Prometheus how things stand, for a daemon; 0 is none",
+        group="Fitting in",
+        metavar="PORT",
+        ge=0,
+        le=65535,
+    )
 
     log_format: LogFormat = _field(
         "auto", "auto, json or console; auto is console on a terminal", group="Logging", metavar="FORMAT"
