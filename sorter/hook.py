@@ -93,8 +93,8 @@ class Hook:
                 return
             try:
                 problem, said = self._call(moved)
-            except (OSError, ValueError) as error:  # the program is gone, no memory, no room
-                problem, said = f"cannot be run: {error}", b""
+            except Exception as error:  # the program is gone, no room; without this thread what waits would pile up
+                problem, said = f"cannot be run: {str(error) or type(error).__name__}", b""
             if problem:
                 detail = said.decode(errors="backslashreplace").strip()
                 log.warning("hook.failed", command=self._words[0], reason=problem, detail=detail, photos=len(moved))

@@ -182,6 +182,19 @@ def test_a_command_that_is_gone_meanwhile_is_a_warning(tmp_path: Path, monkeypat
     assert [log["reason"].split(":")[0] for log in logs] == ["cannot be run"]
 
 
+def test_a_call_that_fails_in_whatever_way_is_followed_by_others() -> None:
+    with capture_logs() as logs:
+        told = hook.Hook(["true"], {"run": object()})  # which no JSON can say
+        for count in (1, 2):
+            told.add(moved(count))
+            until = time.monotonic() + 10
+            while len(logs) < count:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+        told.close()
+    assert [log["photos"] for log in logs] == [1, 2]
+
+
 def test_a_command_has_nothing_open_and_a_session_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = tmp_path / "seen"
     code = f"""import os
