@@ -62,7 +62,8 @@ class Metrics(Measures):
             self._server = _Server((HOST, port), self._registry)
         except OSError as error:
             raise ConfigurationError(
-                f"--metrics-port {port} cannot be used ({error.strerror}): name another port, or end what has it"
+                f"--metrics-port {port} cannot be used ({error.strerror}): "
+                "name another port; the README says how a service may have one"
             ) from None
         # It ends with the process: to end it earlier it would have to look up now and then.
         threading.Thread(
