@@ -16,7 +16,7 @@ import structlog
 from pydantic.fields import FieldInfo
 
 import sorter
-from sorter import console, lock, logs, look_back, manifest, preflight, settings
+from sorter import console, hook, lock, logs, look_back, manifest, preflight, settings
 from sorter.atomic import make_folder
 from sorter.errors import ConfigurationError, ExitCode, SorterError, StorageError
 from sorter.history import FOLDER, NAME, History, Run
@@ -178,6 +178,8 @@ def _run(chosen: Settings, *, json: bool) -> ExitCode:
     model = manifest.read(chosen.model)
     chosen = preflight.decided(chosen, model)
     preflight.check_folders(chosen, model)
+    command = None if chosen.on_sorted is None else hook.split(chosen.on_sorted)
+    preflight.check_metrics(chosen)
     stream = logs.configure(chosen.log_format, chosen.log_level)
     log = structlog.get_logger()
 
@@ -200,6 +202,11 @@ def _run(chosen: Settings, *, json: bool) -> ExitCode:
     # Last of what can be wrong at the start, so that nothing was touched when the process ends with 2.
     engine = open_engine(chosen.model, model, chosen.engine, chosen.device, chosen.batch_size, chosen.min_confidence)
     run = Run(uuid4().hex[:12], sorter.__version__, model.name)
+    measured = None
+    if chosen.metrics_port and not chosen.once:
+        from sorter.metrics import Metrics
+
+        measured = Metrics(chosen.metrics_port, {"version": run.version, "model": model.name, "engine": engine.name})
     output = chosen.output_folder.absolute()
     with ExitStack() as stack:
         held = history = None
@@ -232,10 +239,21 @@ def _run(chosen: Settings, *, json: bool) -> ExitCode:
             total = None if chosen.recursive else _count(chosen.inbox)
             shown = stack.enter_context(console.bar(stream, total))
             ways |= {"on_outcome": shown.advance, "on_waiting": shown.waiting}
-        pipeline = Pipeline(engine, model, mover, history, run.id, chosen, workers=default_workers())
+        told: dict[str, Any] = {} if measured is None else {"measures": measured}
+        if command is not None and not chosen.dry_run:
+            telling = hook.Hook(command, fields)
+            stack.callback(telling.close)  # after the pipeline, with the inbox still ours
+            told["on_moved"] = telling.add
+        pipeline = Pipeline(engine, model, mover, history, run.id, chosen, workers=default_workers(), **told)
         stack.callback(pipeline.close)
         service = Service(chosen, inbox, pipeline, stop, held, log_fields=fields, **ways)
-        tally = service.run_once() if chosen.once else service.run(Watcher(inbox))
+        if chosen.once:
+            tally = service.run_once()
+        else:
+            watcher = Watcher(inbox)
+            if measured is not None:
+                measured.watch(service.tally, pipeline, watcher)
+            tally = service.run(watcher)
         if history is not None:
             with suppress(StorageError):  # every photo is accounted for; only the run's end is not
                 history.finish(run)
@@ -295,6 +313,9 @@ def _check(chosen: Settings) -> ExitCode:
     model = manifest.read(chosen.model)
     chosen = preflight.decided(chosen, model)
     preflight.check_folders(chosen, model)
+    if chosen.on_sorted is not None:
+        hook.split(chosen.on_sorted)
+    preflight.check_metrics(chosen)
     from sorter.engines import open_engine
 
     engine = open_engine(chosen.model, model, chosen.engine, chosen.device, chosen.batch_size, chosen.min_confidence)

@@ -14,7 +14,7 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -32,6 +32,19 @@ from sorter.settings import Settings
 _MOST_DECIDED = 2
 
 
+class Measures:
+    """What the stages tell of themselves; nobody listens here."""
+
+    def decoded(self, seconds: float) -> None:
+        """One photo was decoded."""
+
+    def classified(self, photos: int, seconds: float) -> None:
+        """One batch was classified."""
+
+    def moved(self, photos: int, seconds: float) -> None:
+        """One batch was moved; `photos` of it left the inbox."""
+
+
 class Pipeline:
     """The stages and the threads that run them.
 
@@ -43,6 +56,8 @@ class Pipeline:
         run: the id that the history has this process under.
         settings: batch size, waiting time, limits.
         workers: decoder processes.
+        on_moved: called with what was moved of each batch, in the mover's thread, which it must not hold up.
+        measures: told how long each step took.
     """
 
     def __init__(
@@ -54,12 +69,15 @@ class Pipeline:
         run: str,
         settings: Settings,
         workers: int,
+        on_moved: Callable[[Sequence[Outcome]], None] = lambda _: None,
+        measures: Measures | None = None,
     ) -> None:
         self._engine, self._manifest, self._settings = engine, manifest, settings
         self._decoded: queue.SimpleQueue[Decoded | None] = queue.SimpleQueue()
         # Bounded, so that nothing piles up while the disk is full: the stages before it stand still then.
         self._decided: queue.Queue[list[Decision | Outcome] | None] = queue.Queue(_MOST_DECIDED)
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self._on_moved, self._measures = on_moved, measures or Measures()
         self._error: BaseException | None = None
         self._stopping = threading.Event()
         self._decoding = 0  # photos between submit and the engine's queue
@@ -164,6 +182,12 @@ class Pipeline:
         now = time.monotonic()
         return any(now > d for d in (self._decode_deadline, *self._classify_deadlines, self._mover.deadline))
 
+    def waiting(self) -> dict[str, int]:
+        """How many photos are in each stage or wait for it."""
+        with self._decided.mutex:
+            decided = sum(len(batch) for batch in self._decided.queue if batch is not None)
+        return {"decode": self._decoding, "classify": self._decoded.qsize(), "move": decided}
+
     def close(self) -> None:
         """Finish the batch in hand, forget the photos that are not classified yet, and end the stages; idempotent."""
         if self._closed:
@@ -190,6 +214,7 @@ class Pipeline:
             self._fail(error)
 
     def _deliver(self, decoded: Decoded) -> None:
+        self._measures.decoded(decoded.milliseconds / 1000)
         self._decoded.put(decoded)
         with self._counting:
             self._decoding -= 1
@@ -213,7 +238,9 @@ class Pipeline:
             if ready and not self._stopping.is_set():
                 rows = [d.row for d in ready]
                 self._classify_deadlines[number] = time.monotonic() + STEP_SECONDS + len(ready)
+                started = time.monotonic()
                 probabilities = self._engine.classify(self._pixels[rows])  # (N, C)
+                self._measures.classified(len(ready), time.monotonic() - started)
                 self._classify_deadlines[number] = NEVER
                 for decoded, row in zip(ready, probabilities.tolist(), strict=True):
                     passed.append(decide(decoded, row, self._manifest, self._settings.min_confidence, len(ready)))
@@ -278,4 +305,16 @@ class Pipeline:
                 if isinstance(item, Outcome):
                     self._outcomes.put(item)
             if decisions := [item for item in batch if isinstance(item, Decision)]:
-                self._mover.move(decisions, self._outcomes.put)
+                moved: list[Outcome] = []
+                started = time.monotonic()
+                try:
+                    self._mover.move(decisions, functools.partial(self._tell, moved))
+                finally:
+                    self._measures.moved(len(moved), time.monotonic() - started)
+                    if moved:  # also where the rest of the batch could not be
+                        self._on_moved(moved)
+
+    def _tell(self, moved: list[Outcome], outcome: Outcome) -> None:
+        if outcome.destination is not None:
+            moved.append(outcome)
+        self._outcomes.put(outcome)

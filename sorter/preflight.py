@@ -3,6 +3,7 @@
 Nothing is changed here: a folder that does not exist yet is judged by the one it will be made in.
 """
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def decided(settings: Settings, manifest: Manifest) -> Settings:
         raise ConfigurationError(f"the model {manifest.name} {can}: --max-error-rate {rate:g} is out of its reach")
     chosen = max(kept, key=lambda entry: entry.coverage)
     return settings.model_copy(update={"min_confidence": chosen.threshold})
+
+
+def check_metrics(settings: Settings) -> None:
+    """Make sure that what is asked for is installed.
+
+    Raises:
+        ConfigurationError: the extra is missing.
+    """
+    if settings.metrics_port and importlib.util.find_spec("prometheus_client") is None:
+        raise ConfigurationError(
+            "--metrics-port needs prometheus-client: install sorter with it, pip install '.[metrics]'"
+        )
 
 
 def check_folders(settings: Settings, manifest: Manifest) -> None:

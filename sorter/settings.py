@@ -136,6 +136,21 @@ class Settings(BaseSettings):
         20.0, "a picture that takes longer fails as decoder-timeout", group="Limits", metavar="S", gt=0, le=3600
     )
 
+    on_sorted: str | None = _field(
+        None,
+        "command that gets what was moved as JSON on its standard input, after each batch (default: none)",
+        group="Fitting in",
+        metavar="COMMAND",
+    )
+    metrics_port: Whole = _field(
+        0,
+        "port of 127.0.0.1 that tells Prometheus how things stand, for a daemon; 0 is none",
+        group="Fitting in",
+        metavar="PORT",
+        ge=0,
+        le=65535,
+    )
+
     log_format: LogFormat = _field(
         "auto", "auto, json or console; auto is console on a terminal", group="Logging", metavar="FORMAT"
     )

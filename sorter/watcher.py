@@ -60,6 +60,8 @@ class Watcher:
         self._restarted_for: str | None = None
         self._repeats = False
         self._started = self._resume = self._retry = self._delay_seconds = 0.0
+        self.restarts = 0
+        """How often it was built anew, also where that was not said."""
         self.next_check = 0.0
         """When `supervise` wants to look again, a monotonic time."""
         self.poll_seconds = POLL_SECONDS
@@ -157,6 +159,7 @@ class Watcher:
         if self._listener is None and now >= self._retry:
             self._begin(now)
             if self._listener is not None:
+                self.restarts += 1
                 self._say_restarted("there are inotify watches again")
         return None
 
@@ -179,6 +182,7 @@ class Watcher:
             self.next_check = min(self._resume, now + GONE_SECONDS)
             return
         reason = self._begin(now)
+        self.restarts += 1
         if reason != trouble and (self._waiting or not self._repeats):
             self._say_restarted(trouble)
         if reason is not None:

@@ -12,7 +12,7 @@ from sorter.errors import ConfigurationError
 from sorter.settings import SHIPPED_MODEL, Settings, load
 
 CONFIG = Path(__file__).resolve().parents[1] / "config" / "sorter.toml"
-PLACEHOLDERS = {"output", "model", "max_error_rate"}  # have no default that one could write down
+PLACEHOLDERS = {"output", "model", "max_error_rate", "on_sorted"}  # have no default that one could write down
 
 
 @pytest.fixture(autouse=True)

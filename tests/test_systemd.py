@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,19 @@ def test_units_verify(tmp_path: Path, unit: str) -> None:
     copy.write_text((ROOT / "systemd" / unit).read_text().replace("/usr/local", str(tmp_path)))
     done = _analyze("verify", *(["--user"] if "/" in unit else []), copy, XDG_RUNTIME_DIR=str(tmp_path))
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_drop_in_for_prometheus_opens_little(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (drop_in,) = re.findall(r"```ini\n(\[Service\]\nPrivateNetwork=no\n.*?)```", readme, re.DOTALL)
+    shutil.copy(ROOT / "systemd" / "sorter.service", tmp_path)
+    (tmp_path / "sorter.service.d").mkdir()
+    (tmp_path / "sorter.service.d" / "metrics.conf").write_text(drop_in)
+    done = _analyze("security", "--offline=true", "--no-pager", "--threshold=10", tmp_path / "sorter.service")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"✗ PrivateNetwork=", done.stdout), done.stdout
+    assert "IP address allow list with only localhost entries" in done.stdout
+    assert "cannot allocate packet sockets" in done.stdout
 
 
 def test_an_instance_differs_from_the_service_in_its_configuration_alone() -> None:

@@ -1,0 +1,225 @@
+"""`--on-sorted`: the command that is told what was moved."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Running, make_tree, photo, read_tree
+from structlog.testing import capture_logs
+
+from sorter import hook
+from sorter.decisions import Decision, Outcome
+from sorter.decoders import Decoded
+from sorter.inbox import Identity, Photo
+
+Start = Callable[..., Running]
+
+
+def script(folder: Path, body: str) -> str:
+    """A command that is a real program."""
+    path = folder / "a hook"
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return shlex.quote(str(path))
+
+
+def recorder(folder: Path) -> tuple[str, Callable[[], list[dict[str, Any]]]]:
+    """A command that keeps what it is told, and what it was told so far."""
+    calls = folder / "calls"
+    command = script(folder, f'cat >> "{calls}"; echo >> "{calls}"; echo noise')
+    return command, lambda: [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+
+
+def moved(count: int = 1) -> list[Outcome]:
+    outcomes = []
+    for number in range(count):
+        of = Photo(Path("/inbox"), f"{number}.jpg", Identity(0, 0, 0, 0, 0), 0.0)
+        decision = Decision(Decoded(of, "pixels", 0), "sorted", "cats", "cat", 0.98765)
+        outcomes.append(Outcome(of, "sorted", decision, f"/out/cats/{number}.jpg"))
+    return outcomes
+
+
+def call(command: str, *, limit: float = 10, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The warnings after one batch."""
+    monkeypatch.setattr(hook, "LIMIT_SECONDS", limit)
+    with capture_logs() as logs:
+        told = hook.Hook(hook.split(command), {"run": "1"})
+        told.add(moved())
+        told.close()
+    return logs
+
+
+def test_each_photo_that_was_moved_is_told_as_the_log_says_it(tmp_path: Path, start: Start) -> None:
+    inbox = make_tree(
+        tmp_path / "inbox", {**{f"{n}.jpg": photo(n) for n in range(5)}, "broken.jpg": b"\xff\xd8\xff", "a.txt": b"a"}
+    )
+    os.rename(inbox / "1.jpg", os.fsencode(inbox) + b"/\xff.jpg")
+    command, calls = recorder(tmp_path)
+    sort = start("run", "--once", "--inbox", inbox, "--on-sorted", command, "--log-format", "json")
+    code, out = sort.finish()
+    assert (code, "noise" in out) == (3, False)
+    (started,) = sort.events("service.started")
+    told: dict[str, Any] = {}
+    for one in calls():
+        assert (one["run"], one["model"]) == (started["run"], "catdog-resnet50")
+        told |= {entry["path"]: entry for entry in one["photos"]}
+    events = {e["path"]: e for e in sort.events() if "destination" in e}
+    assert len(events) == 6
+    assert set(told) == set(events)
+    for path, event in events.items():
+        assert told[path] == {
+            "path": path,
+            "destination": event["destination"],
+            "kind": event["event"].removeprefix("photo."),
+            "label": event.get("label"),
+            "confidence": event.get("confidence"),
+            "reason": event.get("reason"),
+        }
+        assert os.path.exists(told[path]["destination"])
+    assert any("\udcff.jpg" in path for path in told)
+
+
+def test_nothing_is_told_of_a_dry_run(tmp_path: Path, start: Start) -> None:
+    inbox = make_tree(tmp_path / "inbox", {"a.jpg": photo()})
+    command, calls = recorder(tmp_path)
+    assert start("run", "--once", "--dry-run", "--inbox", inbox, "--on-sorted", command).finish()[0] == 0
+    assert calls() == []
+
+
+def test_a_slow_command_holds_up_no_photo_and_what_waited_is_told_at_sigterm(tmp_path: Path, start: Start) -> None:
+    inbox = make_tree(tmp_path / "inbox", {f"{n}.jpg": photo(n) for n in range(12)})
+    calls = tmp_path / "calls"
+    wait = f'while [ ! -e "{tmp_path}/go" ]; do sleep 0.1; done'
+    command = script(tmp_path, f'cat >> "{calls}"; echo >> "{calls}"; {wait}')
+    sort = start("run", "--inbox", inbox, "--on-sorted", command, "--batch-size", "2", "--log-format", "json")
+    sort.wait_for_event("photo.sorted", 12)  # while the first call goes on
+    sort.process.send_signal(signal.SIGTERM)
+    sort.wait_for_event("run.finished")
+    assert len(calls.read_text().splitlines()) == 1
+    (tmp_path / "go").touch()
+    assert sort.finish()[0] == 0
+    first, second = map(json.loads, calls.read_text().splitlines())
+    assert len(first["photos"]) == 2
+    assert len(second["photos"]) == 10
+    assert sort.events("hook.failed") == []
+
+
+def test_a_command_that_fails_changes_neither_photos_nor_the_exit_code(tmp_path: Path, start: Start) -> None:
+    inbox = make_tree(tmp_path / "inbox", {f"{n}.jpg": photo(n) for n in range(3)})
+    command = script(tmp_path, "echo the gallery is away >&2; exit 7")
+    sort = start("run", "--once", "--inbox", inbox, "--on-sorted", command, "--log-format", "json")
+    assert sort.finish()[0] == 0
+    assert len([path for path in read_tree(inbox) if path.startswith(("cats/", "dogs/"))]) == 3
+    failed = sort.events("hook.failed")
+    assert sum(event["photos"] for event in failed) == 3
+    assert {(event["reason"], event["detail"]) for event in failed} == {("ended with 7", "the gallery is away")}
+
+
+@pytest.mark.parametrize("body", ["exec <&-", "exec 2>&-; sleep 0.2", "true"])
+def test_a_command_need_not_listen(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(script(tmp_path, body), monkeypatch=monkeypatch) == []
+
+
+def test_a_command_that_hangs_is_killed_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids = tmp_path / "pids"
+    command = script(tmp_path, f'echo waiting >&2; sleep 1000 & echo $! $$ > "{pids}"; wait')
+    started = time.monotonic()
+    (warning,) = call(command, limit=1, monkeypatch=monkeypatch)
+    assert time.monotonic() - started < 10
+    assert warning["reason"] == "took longer than 1 seconds and was killed"
+    assert warning["detail"] == "waiting"
+    for pid in pids.read_text().split():
+        until = time.monotonic() + 10
+        while lives(pid):
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def lives(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_what_a_command_leaves_behind_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pid = tmp_path / "pid"
+    command = script(tmp_path, f'sleep 1000 & echo $! > "{pid}"')  # which holds standard error
+    started = time.monotonic()
+    try:
+        assert call(command, limit=30, monkeypatch=monkeypatch) == []
+        assert time.monotonic() - started < 10
+        assert lives(pid.read_text().strip())
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def test_of_much_that_a_command_says_the_end_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = script(tmp_path, "head -c 1000000 /dev/zero >&2; echo the end >&2; kill -9 $$")
+    (warning,) = call(command, monkeypatch=monkeypatch)
+    assert warning["reason"] == "was ended by signal 9"
+    assert warning["detail"].endswith("the end")
+    assert len(warning["detail"]) <= 1000
+
+
+def test_a_command_that_is_gone_meanwhile_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = script(tmp_path, "true")
+    words = hook.split(command)
+    os.unlink(words[0])
+    with capture_logs() as logs:
+        told = hook.Hook(words, {})
+        told.add(moved())
+        told.close()
+    assert [log["reason"].split(":")[0] for log in logs] == ["cannot be run"]
+
+
+def test_a_call_that_fails_in_whatever_way_is_followed_by_others() -> None:
+    with capture_logs() as logs:
+        told = hook.Hook(["true"], {"run": object()})  # which no JSON can say
+        for count in (1, 2):
+            told.add(moved(count))
+            until = time.monotonic() + 10
+            while len(logs) < count:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+        told.close()
+    assert [log["photos"] for log in logs] == [1, 2]
+
+
+def test_a_command_has_nothing_open_and_a_session_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = tmp_path / "seen"
+    code = f"""import os
+found = sorted(os.listdir('/proc/self/fd')), os.getsid(0) == os.getpid()
+open({str(seen)!r}, 'w').write(str(found))"""
+    with (tmp_path / "lock").open("w") as lock:
+        os.set_inheritable(lock.fileno(), True)
+        assert call(shlex.join([sys.executable, "-c", code]), monkeypatch=monkeypatch) == []
+    assert seen.read_text() == "(['0', '1', '2', '3'], True)"  # 3 is the folder that is listed
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        ("no-such-program --x", "no program 'no-such-program'"),
+        ("sh 'a", "no closing quotation"),
+        ("", "empty"),
+    ],
+)
+def test_a_command_that_cannot_run_is_refused_at_the_start(
+    command: str, sentence: str, tmp_path: Path, start: Start
+) -> None:
+    inbox = make_tree(tmp_path / "inbox", {"a.jpg": photo()})
+    for name in ("run", "check"):
+        refused = start(name, "--inbox", inbox, "--on-sorted", command)
+        assert refused.finish()[0] == 2
+        assert sentence in refused.errors.read_text()
+    assert list(inbox.iterdir()) == [inbox / "a.jpg"]
