@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sorter import images
+from sorter import images, raw
 from sorter.errors import PhotoError, Reason, SorterError
 from sorter.images import Limits, Preprocessing
 from sorter.inbox import Identity, Photo, open_file
@@ -40,7 +40,7 @@ START_SECONDS = 60.0
 """How long a worker may take to start; it is a fraction of a second where the machine is not overloaded."""
 
 _MOST_WORKERS = 16
-_REQUEST = struct.Struct("<I")  # row
+_REQUEST = struct.Struct("<I?")  # row, whether it is a camera's raw file
 _REPLY = struct.Struct("<BfI")  # kind, seconds, bytes of text that follow
 _OK, _FAILED, _UNREADABLE = range(3)
 _READY = b"\1"
@@ -54,8 +54,8 @@ class Decoded:
 
     Attributes:
         photo: with the identity of the file that was decoded, which need not be the one the scan saw.
-        verdict: `pixels` (in `row`), `failed` (with `reason`), `skipped` (not a photo), `left` (may not or cannot be
-            read now), `gone` (no longer there, or no longer the settled file).
+        verdict: `pixels` (in `row`), `failed` (with `reason`), `skipped` (not a photo, or a raw file with a `reason`),
+            `left` (may not or cannot be read now), `gone` (no longer there, or no longer the settled file).
         row: the row of `Decoders.pixels`; whoever takes it gives it back with `Decoders.release`.
         detail: what a person wants to know about a verdict other than `pixels`.
         milliseconds: time in the decoder.
@@ -149,6 +149,10 @@ class Decoders:
                     if decoded.reason in (Reason.DECODER_CRASH, Reason.DECODER_TIMEOUT):
                         worker.kill()
                         worker = self._new_worker()
+                if decoded.verdict == "failed" and raw.is_raw(photo.name):
+                    # LibRaw knows not every camera, and nobody's negatives belong in failed/ for that.
+                    detail = f"a camera's raw file, {decoded.detail}"
+                    decoded = replace(decoded, verdict="skipped", detail=detail)
                 if decoded.verdict != "pixels":
                     self.release(row)
                 self._deliver(decoded)
@@ -177,15 +181,14 @@ class Decoders:
                 return Decoded(photo, "gone", detail="changed since it was settled")
             photo = replace(photo, identity=opened)
             head = os.pread(descriptor, images.SIGNATURE_BYTES, 0)
+            is_raw = raw.is_raw(photo.name)
             extension = os.path.splitext(photo.name)[1].lower()
-            if extension in images.RAW_EXTENSIONS:
-                return Decoded(photo, "skipped", detail="a camera's raw file")
-            if not images.has_signature(head) and extension not in images.EXTENSIONS:
+            if not is_raw and not images.has_signature(head) and extension not in images.EXTENSIONS:
                 return Decoded(photo, "skipped", detail="not a photo")
             if status.st_size > self._max_bytes:
                 detail = f"{status.st_size / 1e6:.0f} MB; the limit is {self._max_bytes / 1e6:g} MB"
                 return Decoded(photo, "failed", reason=Reason.TOO_LARGE, detail=detail)
-            kind, seconds, text = worker.decode(descriptor, row, self._timeout_seconds)
+            kind, seconds, text = worker.decode(descriptor, row, is_raw, self._timeout_seconds)
         except OSError as error:
             return Decoded(photo, "left", detail=f"cannot be read now: {error.strerror}")
         except PhotoError as error:
@@ -218,7 +221,12 @@ class _Worker:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "sorter.decoders", *map(str, arguments)],
                 pass_fds=(theirs.fileno(), memory),
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                # One thread for the numpy that rawpy brings: on 64 processors the stacks of 64 fill a worker's memory.
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "OPENBLAS_NUM_THREADS": "1",
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -246,7 +254,7 @@ class _Worker:
         code = self._process.returncode
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
-    def decode(self, descriptor: int, row: int, timeout_seconds: float) -> tuple[int, float, str]:
+    def decode(self, descriptor: int, row: int, is_raw: bool, timeout_seconds: float) -> tuple[int, float, str]:
         """Have one open file decoded into a row.
 
         Raises:
@@ -254,7 +262,7 @@ class _Worker:
         """
         self._socket.settimeout(timeout_seconds)
         try:
-            socket.send_fds(self._socket, [_REQUEST.pack(row)], [descriptor])
+            socket.send_fds(self._socket, [_REQUEST.pack(row, is_raw)], [descriptor])
             kind, seconds, length = _REPLY.unpack(_receive(self._socket, _REPLY.size))
             return kind, seconds, _receive(self._socket, length).decode("utf-8", "replace")
         except TimeoutError:
@@ -329,10 +337,11 @@ def worker_main(arguments: list[str]) -> None:
         request, descriptors, _, _ = socket.recv_fds(connection, _REQUEST.size, 1)
         if not request:
             return
-        (row,) = _REQUEST.unpack(request)
+        row, is_raw = _REQUEST.unpack(request)
         start, kind, text = time.perf_counter(), _OK, ""
         try:
-            pixels = images.decode(descriptors[0], preprocessing, limits).tobytes()
+            decode = raw.decode if is_raw else images.decode
+            pixels = decode(descriptors[0], preprocessing, limits).tobytes()
             os.pwrite(memory, pixels, row * stride)
         except PhotoError as error:
             kind, text = _FAILED, f"{error.reason} {error.detail}"

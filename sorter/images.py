@@ -28,9 +28,6 @@ _BAND_PIXELS = 4_000_000
 # What the last bytes of a whole file hold; a few stray bytes may follow.
 _ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
 
-# Most are TIFFs by their signature; what Pillow finds in them is a thumbnail or noise.
-RAW_EXTENSIONS = frozenset((".arw", ".cr2", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw"))
-
 # EXIF orientation -> the transposition that puts the picture upright (CIPA DC-008, 4.6.4.A).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -130,21 +127,35 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
         PhotoError: the file cannot be read as a photo.
         OSError: the file cannot be read at all (a failing disk, a share that went away); says nothing of the photo.
     """
+    with open(descriptor, "rb", closefd=False) as file:
+        return decode_file(file, preprocessing, limits)
+
+
+def decode_file(
+    file: BinaryIO, preprocessing: Preprocessing, limits: Limits, orientation: int | None = None
+) -> Image.Image:
+    """Decode the first frame of a file that is open already, or in memory, as `decode` does.
+
+    Args:
+        file: read from its start.
+        preprocessing: size and crop.
+        limits: what is refused.
+        orientation: which way up it is, as EXIF counts it, if the file is not to be asked.
+    """
     # Set here, not once: the limits are settings.
     Image.MAX_IMAGE_PIXELS = int(max(limits.max_megapixels, limits.max_jpeg_megapixels) * 1e6)
-    with open(descriptor, "rb", closefd=False) as file:
-        file.seek(0)
-        tracked = _Tracked(file)
-        needed_bytes = 0
-        try:
-            with Image.open(tracked, formats=FORMATS) as image:  # type: ignore[arg-type]
-                _check_size(image, limits)
-                needed_bytes = image.width * image.height * _NEEDED_BYTES.get(image.format or "", 5)
-                return _shrink(image, preprocessing)
-        except (PhotoError, MemoryError):
-            raise
-        except Exception as error:
-            raise _reason(error, tracked, limits, needed_bytes) from error
+    file.seek(0)
+    tracked = _Tracked(file)
+    needed_bytes = 0
+    try:
+        with Image.open(tracked, formats=FORMATS) as image:  # type: ignore[arg-type]
+            _check_size(image, limits)
+            needed_bytes = image.width * image.height * _NEEDED_BYTES.get(image.format or "", 5)
+            return _shrink(image, preprocessing, orientation)
+    except (PhotoError, MemoryError):
+        raise
+    except Exception as error:
+        raise _reason(error, tracked, limits, needed_bytes) from error
 
 
 class _Tracked(io.BufferedIOBase):
@@ -181,13 +192,14 @@ def _check_size(image: Image.Image, limits: Limits) -> None:
         raise PhotoError(Reason.TOO_MANY_PIXELS, f"{width} x {height} pixels; the limit is {allowed:g} megapixels")
 
 
-def _shrink(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int | None) -> Image.Image:
     short = preprocessing.size if preprocessing.crop == "squash" else preprocessing.resize
     if image.format in ("JPEG", "MPO"):
         # libjpeg scales while it decodes, to the smallest of 1/8, 1/4, 1/2 that still covers what is asked for.
         image.draft(None, (short, short))
     image.load()
-    orientation = _orientation(image)  # after loading: Pillow turns TIFFs itself, and then says so
+    if orientation is None:
+        orientation = _orientation(image)  # after loading: Pillow turns TIFFs itself, and then says so
     width, height = image.size
     if preprocessing.crop == "squash":
         size = (short, short)
@@ -279,14 +291,14 @@ def _reason(error: Exception, file: _Tracked, limits: Limits, needed_bytes: int)
         return PhotoError(Reason.EMPTY, "the file has no bytes")
     if not has_signature(head):
         return PhotoError(Reason.NOT_A_PHOTO, "its name says photo, its content does not")
-    if _ends_early(file, head) or isinstance(error, (EOFError, zlib.error)) or "truncated" in said.lower():
+    if ends_early(file, head) or isinstance(error, (EOFError, zlib.error)) or "truncated" in said.lower():
         return PhotoError(Reason.TRUNCATED, said)
     if needed_bytes > limits.memory_bytes:
         return PhotoError(Reason.OUT_OF_MEMORY, f"so many pixels need too much memory in this format ({said})")
     return PhotoError(Reason.CORRUPT, said)
 
 
-def _ends_early(file: _Tracked, head: bytes) -> bool:
+def ends_early(file: io.BufferedIOBase, head: bytes) -> bool:
     """Tell whether a file ends before its format says that it does; not every decoder says so."""
     size = file.seek(0, io.SEEK_END)
     for signature, end in _ENDS.items():

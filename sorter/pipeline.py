@@ -287,10 +287,10 @@ class Pipeline:
         return batch
 
     def _unclassified(self, decoded: Decoded) -> Decision | Outcome:
+        now = time.time()
+        if (look_again := complete_after(decoded, now)) > now:
+            return Outcome(decoded.photo, "again", detail="may still be written", look_again=look_again)
         if decoded.verdict == "failed":
-            now = time.time()
-            if (look_again := complete_after(decoded, now)) > now:
-                return Outcome(decoded.photo, "again", detail="may still be written", look_again=look_again)
             return Decision(decoded, "failed", FAILED)
         if decoded.verdict == "skipped":
             return Outcome(decoded.photo, "skipped", detail=decoded.detail)
