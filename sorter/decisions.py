@@ -28,6 +28,7 @@ class Decision:
         label: the likeliest class, None if it was not classified.
         confidence: that class's probability, 0 to 1.
         batch_size: how many photos were classified together.
+        detail: why it is unsure, for a person, where its confidence does not say it.
     """
 
     decoded: Decoded
@@ -36,6 +37,7 @@ class Decision:
     label: str | None = None
     confidence: float | None = None
     batch_size: int = 0
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +72,28 @@ def complete_after(decoded: Decoded, now: float) -> float:
 
 
 def decide(
-    decoded: Decoded, probabilities: list[float], manifest: Manifest, min_confidence: float, batch_size: int
+    decoded: Decoded,
+    probabilities: list[float],
+    manifest: Manifest,
+    min_confidence: float,
+    batch_size: int,
+    distance: float | None = None,
 ) -> Decision:
-    """Choose the folder of a classified photo."""
+    """Choose the folder of a classified photo.
+
+    Args:
+        decoded: the photo.
+        probabilities: of each class.
+        manifest: of the model.
+        min_confidence: what is less sure is not sorted.
+        batch_size: how many photos were classified together.
+        distance: from what the model was fitted on; None if photos of none of the classes are not looked for.
+    """
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
     confidence, chosen = probabilities[best], manifest.classes[best]
+    if distance is not None and manifest.neither is not None and distance > manifest.neither.threshold:
+        detail = "looks like neither " + " nor ".join(c.label for c in manifest.classes)
+        return Decision(decoded, "unsure", UNSURE, chosen.label, confidence, batch_size, detail)
     if confidence < min_confidence:
         return Decision(decoded, "unsure", UNSURE, chosen.label, confidence, batch_size)
     return Decision(decoded, "sorted", chosen.folder, chosen.label, confidence, batch_size)

@@ -119,6 +119,8 @@ def _sureness(entry: Entry) -> str:
         return f"{entry.reason}: {entry.detail}" if entry.detail else entry.reason
     if entry.kind == "undone":
         return "put back"
+    if entry.detail is not None:
+        return entry.detail
     return f"{entry.label} {entry.confidence:.1%}" if entry.confidence is not None else ""
 
 

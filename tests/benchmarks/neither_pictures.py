@@ -3,7 +3,8 @@
 Python packages: scikit-image, scikit-learn, matplotlib. Debian's: mate-backgrounds, plasma-workspace-wallpapers,
 opencv-doc, tuxpaint-stamps-default, installed, or unpacked with `dpkg -x` below a folder of their own.
 
-In: where to look and a folder to draw in. Out: paths by group. Each photograph was looked at: none shows a cat or a dog.
+In: where to look and a folder to draw in. Out: paths by group. Somebody looked at each
+photograph: none shows a cat or a dog.
 """
 
 import importlib.util
@@ -142,7 +143,7 @@ def _shapes(random: Random) -> Image.Image:
     picture = Image.new("RGB", (640, 480), _colour(random))
     pen = ImageDraw.Draw(picture)
     for _ in range(int(random.integers(3, 15))):
-        x, y, size = random.integers(0, 560), random.integers(0, 400), random.integers(20, 250)
+        x, y, size = random.integers(20, 400, 3).tolist()
         draw = pen.ellipse if random.integers(2) else pen.rectangle
         draw((x, y, x + size, y + size), fill=_colour(random))
     return picture
@@ -159,7 +160,8 @@ def _face(random: Random) -> Image.Image:
     return picture
 
 
-_WORDS = "the photo of a folder that was moved to another place is never replaced and one line says why".split()
+_SENTENCE = "the photo of a folder that was moved to another place is never replaced and one line says why"
+_WORDS = _SENTENCE.split()
 
 
 def _text(random: Random, words: int) -> str:
@@ -213,7 +215,7 @@ def _plot(random: Random) -> Image.Image:
 
 # --- screenshots -------------------------------------------------------------------------------------------------
 
-_STYLE = "body{font:16px sans-serif;margin:0}main{max-width:44em;margin:2em auto}td,th{border:1px solid #999;padding:6px}"
+_STYLE = "body{font:16px sans-serif;margin:0}main{max-width:44em;margin:2em auto}td{border:1px solid #999;padding:6px}"
 _PARAGRAPH = "<p>" + " ".join(_WORDS * 5) + ".</p>"
 _PAGES = {
     "article": f"<main><h1>How a photo is moved</h1>{_PARAGRAPH * 4}</main>",
@@ -232,7 +234,7 @@ _PAGES = {
     + "</pre>",
     "dashboard": "<main style='display:grid;grid-template-columns:1fr 1fr 1fr;gap:1em'>"
     + "".join(
-        f"<div style='background:hsl({n * 40},60%,55%);color:white;height:150px;padding:1em'><h2>{n * 713}</h2>moved</div>"
+        f"<div style='background:hsl({n * 40},60%,55%);color:white;height:150px;padding:1em'><h2>{n * 713}</h2></div>"
         for n in range(9)
     )
     + "</main>",
