@@ -144,5 +144,5 @@ class BatchMover:
             label=decision.label,
             confidence=decision.confidence,
             reason=None if decoded.reason is None else str(decoded.reason),
-            detail=decoded.detail or None,
+            detail=decision.detail or decoded.detail or None,
         )

@@ -200,7 +200,15 @@ def _run(chosen: Settings, *, json: bool) -> ExitCode:
         settle_seconds=chosen.settle_seconds,
     )
     # Last of what can be wrong at the start, so that nothing was touched when the process ends with 2.
-    engine = open_engine(chosen.model, model, chosen.engine, chosen.device, chosen.batch_size, chosen.min_confidence)
+    engine = open_engine(
+        chosen.model,
+        model,
+        chosen.engine,
+        chosen.device,
+        chosen.batch_size,
+        chosen.min_confidence,
+        catch_neither=chosen.catch_neither,
+    )
     run = Run(uuid4().hex[:12], sorter.__version__, model.name)
     measured = None
     if chosen.metrics_port and not chosen.once:
@@ -318,7 +326,17 @@ def _check(chosen: Settings) -> ExitCode:
     preflight.check_metrics(chosen)
     from sorter.engines import open_engine
 
-    engine = open_engine(chosen.model, model, chosen.engine, chosen.device, chosen.batch_size, chosen.min_confidence)
+    engine = open_engine(
+        chosen.model,
+        model,
+        chosen.engine,
+        chosen.device,
+        chosen.batch_size,
+        chosen.min_confidence,
+        catch_neither=chosen.catch_neither,
+    )
+    unsure = [f"photos less sure than {chosen.min_confidence:g}"] if chosen.min_confidence else []
+    unsure += ["photos of neither"] if chosen.catch_neither else []
     accuracy = "not measured" if model.accuracy is None else f"{model.accuracy:.2%} on photos it never saw"
     rows = {
         "inbox": f"{chosen.inbox.absolute()}" + (" and its subfolders" if chosen.recursive else ""),
@@ -326,9 +344,7 @@ def _check(chosen: Settings) -> ExitCode:
         "folders": ", ".join(f"{folder}/" for folder in preflight.destinations(model)),
         "model": f"{model.name}, {model.architecture} at {model.input.size} px",
         "accuracy": accuracy,
-        "unsure": f"photos less sure than {chosen.min_confidence:g}"
-        if chosen.min_confidence
-        else "none: all are sorted",
+        "unsure": ", ".join(unsure) or "none: all are sorted",
         "engine": f"{engine.name} on {engine.device}, {engine.precision}, batches of {chosen.batch_size}",
     }
     for name, value in rows.items():

@@ -69,7 +69,7 @@ def print_decision(outcome: Outcome) -> None:
         "label": decision.label,
         "confidence": None if decision.confidence is None else round(decision.confidence, 4),
         "reason": decision.decoded.reason,
-        "detail": decision.decoded.detail or None,
+        "detail": decision.detail or decision.decoded.detail or None,
     }
     print(json.dumps(content))
 

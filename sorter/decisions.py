@@ -31,6 +31,7 @@ class Decision:
         confidence: that class's probability, 0 to 1.
         batch_size: how many photos were classified together.
         name: the one that it has to have there; empty for its own, or the next that is free.
+        detail: why it is unsure, for a person, where its confidence does not say it.
     """
 
     decoded: Decoded
@@ -40,6 +41,7 @@ class Decision:
     confidence: float | None = None
     batch_size: int = 0
     name: str = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +76,28 @@ def complete_after(decoded: Decoded, now: float) -> float:
 
 
 def decide(
-    decoded: Decoded, probabilities: list[float], manifest: Manifest, min_confidence: float, batch_size: int
+    decoded: Decoded,
+    probabilities: list[float],
+    manifest: Manifest,
+    min_confidence: float,
+    batch_size: int,
+    distance: float | None = None,
 ) -> Decision:
-    """Choose the folder of a classified photo."""
+    """Choose the folder of a classified photo.
+
+    Args:
+        decoded: the photo.
+        probabilities: of each class.
+        manifest: of the model.
+        min_confidence: what is less sure is not sorted.
+        batch_size: how many photos were classified together.
+        distance: from what the model was fitted on; None if photos of none of the classes are not looked for.
+    """
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
     confidence, chosen = probabilities[best], manifest.classes[best]
+    if distance is not None and manifest.neither is not None and distance > manifest.neither.threshold:
+        detail = "looks like neither " + " nor ".join(c.label for c in manifest.classes)
+        return Decision(decoded, "unsure", UNSURE, chosen.label, confidence, batch_size, detail)
     if confidence < min_confidence:
         return Decision(decoded, "unsure", UNSURE, chosen.label, confidence, batch_size)
     return Decision(decoded, "sorted", chosen.folder, chosen.label, confidence, batch_size)

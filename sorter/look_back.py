@@ -121,6 +121,8 @@ def _sureness(entry: Entry) -> str:
         return "put back"
     if entry.kind == COMPANION:
         return "followed its photo"
+    if entry.detail is not None:
+        return entry.detail
     return f"{entry.label} {entry.confidence:.1%}" if entry.confidence is not None else ""
 
 

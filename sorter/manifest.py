@@ -4,6 +4,7 @@
     weights.safetensors   the network's state dict in torchvision's names, fp16
     openvino.xml, .bin    the same network for OpenVINO, in 8 bits if that passed its gate
     openvino-fp16.xml, .bin   otherwise
+    neither.safetensors   what tells photos of none of the classes, if the head has a hidden layer
     README.md             the model card, for people
 
 `read` verifies versions and digests before anything is used, `write` makes a folder that `read` accepts. Nothing is
@@ -31,6 +32,7 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 OPENVINO_INT8 = ("openvino.xml", "openvino.bin")
 OPENVINO_FP16 = ("openvino-fp16.xml", "openvino-fp16.bin")
+NEITHER = "neither.safetensors"
 RESERVED_FOLDERS = frozenset({"unsure", "failed"})
 MAX_MANIFEST_BYTES = 10_000_000
 _MAX_NAME_BYTES = 255  # of a folder, on the usual file systems
@@ -128,6 +130,22 @@ class FirstLook(_Part):
     agreement: Probability
 
 
+class Neither(_Part):
+    """What tells photos that show none of the classes, with `neither.safetensors`: see `sorter.neither`.
+
+    Attributes:
+        score: what is compared; Mahalanobis's distance of the head's first hidden layer.
+        threshold: the distance above which a photo is taken for none of the classes.
+        photos: photos of the classes, which nothing was fitted on, that it was chosen on.
+        caught: the share of them that is above it, by mistake.
+    """
+
+    score: Literal["mahalanobis"] = "mahalanobis"
+    threshold: Positive
+    photos: int = Field(gt=0)
+    caught: Probability
+
+
 class Manifest(_Part):
     """A model folder's description; field by field what stands in `manifest.json`."""
 
@@ -142,6 +160,7 @@ class Manifest(_Part):
     risk_coverage: tuple[Coverage, ...] = ()
     int8: Int8 | None = None
     first_look: FirstLook | None = None
+    neither: Neither | None = None
     training: Mapping[str, str | int | float] = {}
     files: Mapping[str, str]
 
@@ -158,6 +177,8 @@ class Manifest(_Part):
             raise ValueError("a center crop needs a resize of at least the input size")
         if self.first_look is not None and self.first_look.size >= self.input.size:
             raise ValueError("the first look is not smaller than the input")
+        if self.neither is not None and not self.head_hidden:
+            raise ValueError("neither needs a head with a hidden layer")
         return self
 
     @property
@@ -202,6 +223,8 @@ def read(folder: Path) -> Manifest:
         raise ModelError(f"{path} is not a valid manifest ({where}: {first['msg']}): export the model again") from None
     if WEIGHTS not in manifest.files:
         raise ModelError(f"{path} names no {WEIGHTS}: export the model again")
+    if manifest.neither is not None and NEITHER not in manifest.files:
+        raise ModelError(f"{path} names no {NEITHER}: export the model again")
     for name, digest in manifest.files.items():
         _verify(folder, name, digest)
     return manifest

@@ -117,6 +117,20 @@ def _head(widths: Sequence[int], classes: int) -> nn.Module:
     return nn.Sequential(*layers, last) if layers else last
 
 
+class WithHidden(nn.Module):
+    """A head that gives its logits and what its first hidden layer makes of a photo, side by side, (N, C + H)."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(head, nn.Sequential), "a head with a hidden layer"
+        self.first, self.rest = head[:2], head[2:]
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (N, W) to (N, C + H)."""
+        hidden = self.first(features)
+        return torch.cat([self.rest(hidden), hidden], 1)
+
+
 def load(folder: Path, manifest: Manifest) -> nn.Module:
     """Build the network of a model folder with its weights, fp32, in evaluation mode.
 

@@ -239,11 +239,17 @@ class Pipeline:
                 rows = [d.row for d in ready]
                 self._classify_deadlines[number] = time.monotonic() + STEP_SECONDS + len(ready)
                 started = time.monotonic()
-                probabilities = self._engine.classify(self._pixels[rows])  # (N, C)
+                distances: list[float | None] = [None] * len(ready)
+                if self._settings.catch_neither:
+                    probabilities, found = self._engine.judge(self._pixels[rows])  # (N, C), (N,)
+                    distances = found.tolist()
+                else:
+                    probabilities = self._engine.classify(self._pixels[rows])  # (N, C)
                 self._measures.classified(len(ready), time.monotonic() - started)
                 self._classify_deadlines[number] = NEVER
-                for decoded, row in zip(ready, probabilities.tolist(), strict=True):
-                    passed.append(decide(decoded, row, self._manifest, self._settings.min_confidence, len(ready)))
+                least, count = self._settings.min_confidence, len(ready)
+                for decoded, row, distance in zip(ready, probabilities.tolist(), distances, strict=True):
+                    passed.append(decide(decoded, row, self._manifest, least, count, distance))
             for decoded in ready:
                 self._decoders.release(decoded.row)
             self._hand_over(passed)

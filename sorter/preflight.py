@@ -27,8 +27,13 @@ def decided(settings: Settings, manifest: Manifest) -> Settings:
     """The settings with the threshold that an error rate asks for.
 
     Raises:
-        ConfigurationError: the model cannot keep the rate, or a threshold is given too.
+        ConfigurationError: the model cannot keep the rate or tell what is neither, or a threshold is given too.
     """
+    if settings.catch_neither and manifest.neither is None:
+        raise ConfigurationError(
+            f"the model {manifest.name} cannot tell photos of neither: leave out --catch-neither, or make its folder "
+            "anew with trainer export"
+        )
     rate = settings.max_error_rate
     if rate is None:
         return settings

@@ -18,8 +18,8 @@ from sorter import images
 from sorter.errors import PhotoError, Reason
 from sorter.images import Limits, Preprocessing
 
-_EXTENSIONS = frozenset((".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw"))
-_EXTENSIONS |= {".3fr", ".crw", ".erf", ".gpr", ".iiq", ".mrw", ".rwl", ".sr2", ".srf"}
+EXTENSIONS = frozenset((".arw", ".cr2", ".cr3", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".srw"))
+EXTENSIONS |= {".3fr", ".crw", ".erf", ".gpr", ".iiq", ".mrw", ".rwl", ".sr2", ".srf"}
 # LibRaw's flip -> EXIF's orientation.
 _ORIENTATIONS = (1, 2, 4, 3, 5, 8, 6, 7)
 
@@ -34,7 +34,7 @@ _MOST_DIRECTORIES, _MOST_PIECES = 64, 100_000
 
 def is_raw(name: str) -> bool:
     """Tell by its name whether a file is a raw file: most are TIFFs by their signature."""
-    return os.path.splitext(name)[1].lower() in _EXTENSIONS
+    return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
 def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Image.Image:

@@ -379,6 +379,7 @@ class Service:
             bytes=photo.identity.size,
             decode_ms=round(decision.decoded.milliseconds, 1),
             batch_size=decision.batch_size,
+            **({"detail": decision.detail} if decision.detail else {}),
         )
 
     def _leave(self, photo: Photo, reason: str) -> None:

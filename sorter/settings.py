@@ -91,6 +91,10 @@ class Settings(BaseSettings):
         lt=1,
     )
 
+    catch_neither: bool = _field(
+        False, "photos that look like none of the model's classes go to unsure/ too", group="What to do"
+    )
+
     model: Folder = _field(SHIPPED_MODEL, "model folder (default: the one that ships)", group="Model", metavar="DIR")
     device: str = _field(
         "auto",

@@ -75,6 +75,10 @@ class RedGreenEngine:
         cat = 1 / (1 + np.exp(-(red - green) / 8))
         return np.stack([cat, 1 - cat], 1).astype(np.float32)
 
+    def judge(self, pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """The bluer, the farther from cats and dogs."""
+        return self.classify(pixels), pixels[..., 2].reshape(len(pixels), -1).mean(1).astype(np.float32)
+
 
 def pipeline_to(
     output: Path,

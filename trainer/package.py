@@ -13,8 +13,8 @@ from torch import nn
 
 from sorter import manifest as manifest_module
 from sorter.engines import open_engine
-from sorter.manifest import Evaluation, Manifest
-from trainer import evaluate, export, features, first_look, report
+from sorter.manifest import NEITHER, Evaluation, Manifest
+from trainer import evaluate, export, features, first_look, neither, report
 from trainer.data import Dataset
 from trainer.features import Floats
 from trainer.layouts import Sample
@@ -64,10 +64,15 @@ def write(
     reporter.say("making the networks for processors")
     networks = export.networks(fitted, converted, seen, dataset.training, dataset.calibration, logits)
     look = first_look.choose(networks.best, networks.logits, dataset.calibration, seen, reporter)
-    update = {"temperature": temperature, "int8": networks.int8, "first_look": look}
+    contents, distance = networks.files, None
+    if len(labels) >= neither.LEAST_PHOTOS:
+        distance = neither.choose(networks.best, len(described.head_hidden), dataset.training, seen, reporter)
+    if distance is not None:
+        contents = contents | {NEITHER: distance.as_file()}
+    update = {"temperature": temperature, "int8": networks.int8, "first_look": look, "neither": None}
     draft = described.model_copy(update=update)
     with tempfile.TemporaryDirectory() as scratch:
-        draft = manifest_module.write(Path(scratch), draft, networks.files, card="")
+        draft = manifest_module.write(Path(scratch), draft, contents, card="")
 
         def answers(samples: tuple[Sample, ...], what: str, min_confidence: float = 0.0) -> Floats:
             engine = open_engine(Path(scratch), draft, "openvino", "cpu", evaluate.BATCH, min_confidence)
@@ -77,6 +82,10 @@ def write(
 
         calibrated = answers(dataset.calibration, "judging")
         whole = answers(dataset.calibration, "judging", min_confidence=1.0) if look else calibrated
+        if distance is not None:
+            engine = open_engine(Path(scratch), draft, "openvino", "cpu", evaluate.BATCH, catch_neither=True)
+            told = neither.describe(neither.distances(engine, dataset.calibration, seen))
+            draft = draft.model_copy(update={"neither": told})
         # The test part is looked at once, here, after everything was chosen.
         tested = answers(dataset.test, "testing")
 
@@ -89,6 +98,6 @@ def write(
     }
     complete = draft.model_copy(update=update)
     reporter.say("writing the model folder")
-    written = manifest_module.write(folder, complete, networks.files, report.card(complete))
+    written = manifest_module.write(folder, complete, contents, report.card(complete))
     before = evaluate.calibration_error(evaluate.softmax(logits, 1.0), labels)
     return Package(written, calibrated, tested, before)

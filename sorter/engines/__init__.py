@@ -12,8 +12,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sorter import neither
 from sorter.errors import ConfigurationError, ModelError
 from sorter.manifest import Manifest
+from sorter.neither import Distance
 
 # What the drivers of NVIDIA's and AMD's GPUs put there. Asking torch would take seconds.
 _GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
@@ -45,9 +47,29 @@ class Engine(Protocol):
         """
         ...
 
+    def judge(self, pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Classify a batch, and say how far each photo is from what the model was fitted on.
+
+        Only of an engine that was opened with `catch_neither`.
+
+        Args:
+            pixels: uint8 (N, S, S, 3), RGB.
+
+        Returns:
+            As `classify`, and distances as `sorter.neither` has them, float32 (N,).
+        """
+        ...
+
 
 def open_engine(
-    folder: Path, manifest: Manifest, engine: str, device: str, batch_size: int, min_confidence: float = 0.0
+    folder: Path,
+    manifest: Manifest,
+    engine: str,
+    device: str,
+    batch_size: int,
+    min_confidence: float = 0.0,
+    *,
+    catch_neither: bool = False,
 ) -> Engine:
     """Load a model's weights onto a device and let it answer once.
 
@@ -58,12 +80,14 @@ def open_engine(
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
         batch_size: the largest batch that will be asked for.
         min_confidence: what is less sure will not be sorted.
+        catch_neither: be able to `judge`; the manifest says what is neither.
 
     Raises:
         ModelError: the weights cannot be used, or their answers are no probabilities.
         ConfigurationError: there is no such device, or the engine does not run there.
     """
-    opened = _open(folder, manifest, engine, device, batch_size, min_confidence)
+    distance = neither.read(folder, manifest) if catch_neither else None
+    opened = _open(folder, manifest, engine, device, batch_size, min_confidence, distance)
     grey = np.full((1, manifest.input.size, manifest.input.size, 3), 128, np.uint8)
     try:
         answer = opened.classify(grey)
@@ -77,7 +101,15 @@ def open_engine(
     return opened
 
 
-def _open(folder: Path, manifest: Manifest, engine: str, device: str, batch_size: int, min_confidence: float) -> Engine:
+def _open(
+    folder: Path,
+    manifest: Manifest,
+    engine: str,
+    device: str,
+    batch_size: int,
+    min_confidence: float,
+    distance: Distance | None,
+) -> Engine:
     # Each is imported only where it runs: a sort with OpenVINO does without the seconds that importing torch takes.
     if engine == "openvino" and device not in ("auto", "cpu"):
         raise ConfigurationError(f"--engine openvino runs on the processor: leave out --device {device}")
@@ -91,10 +123,10 @@ def _open(folder: Path, manifest: Manifest, engine: str, device: str, batch_size
             f"the model in {folder} has no network for OpenVINO: make one with trainer export, or use --engine torch"
         )
     if engine == "openvino" or (engine == "auto" and on_cpu and has_network):
-        return openvino_engine.OpenVinoEngine(folder, manifest, min_confidence)
+        return openvino_engine.OpenVinoEngine(folder, manifest, min_confidence, distance)
     from sorter.engines.torch_engine import TorchEngine, choose_device
 
     chosen = choose_device(device)
     if engine == "auto" and chosen.type == "cpu" and has_network:  # a driver, but no GPU that torch can use
-        return openvino_engine.OpenVinoEngine(folder, manifest, min_confidence)
-    return TorchEngine(folder, manifest, chosen, batch_size)
+        return openvino_engine.OpenVinoEngine(folder, manifest, min_confidence, distance)
+    return TorchEngine(folder, manifest, chosen, batch_size, distance)

@@ -18,6 +18,7 @@ import torch
 from sorter import network
 from sorter.errors import ConfigurationError
 from sorter.manifest import Manifest
+from sorter.neither import Distance
 from sorter.processors import available_cpus
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -33,6 +34,7 @@ class TorchEngine:
         manifest: its manifest.
         device: as `choose_device` gives it.
         batch_size: the largest batch that is computed at a time.
+        distance: for `judge`.
 
     Raises:
         ModelError: the weights cannot be used.
@@ -40,7 +42,14 @@ class TorchEngine:
 
     name = "torch"
 
-    def __init__(self, folder: Path, manifest: Manifest, device: torch.device, batch_size: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        device: torch.device,
+        batch_size: int,
+        distance: Distance | None = None,
+    ) -> None:
         self._device, dtype = device, _choose_precision(device)
         self.device, self.precision = str(device), _PRECISIONS[dtype]
         self._on_cuda = device.type == "cuda"
@@ -51,7 +60,14 @@ class TorchEngine:
         torch.backends.cudnn.benchmark = True
         self._shapes = shapes(batch_size)
         self._most = batch_size
-        folded = network.fold_batch_norm(network.load(folder, manifest))
+        loaded = network.load(folder, manifest)
+        self._distance, self._classes = distance, len(manifest.classes)
+        width = self._classes
+        if distance is not None:
+            place = network.head_layers_name(manifest.architecture)
+            network.replace(loaded, place, network.WithHidden(loaded.get_submodule(place)))
+            width += len(distance.mean)
+        folded = network.fold_batch_norm(loaded)
         resident = folded.to(device, dtype).to(memory_format=torch.channels_last)
         self._classifier = network.Classifier(resident, manifest.input.mean, manifest.input.std).to(device)
         self._temperature = manifest.temperature
@@ -60,10 +76,20 @@ class TorchEngine:
         with self._current():
             self._stream = torch.cuda.Stream() if self._on_cuda else None
             for _ in range(self.concurrency):
-                self._slots.put(_Slot(batch_size, manifest.input.size, len(manifest.classes), device))
+                self._slots.put(_Slot(batch_size, manifest.input.size, width, device))
 
     def classify(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """See `Engine.classify`. A batch that the device has no memory for is halved, from then on."""
+        """See `Engine.classify`."""
+        return self._all(pixels)[:, : self._classes]
+
+    def judge(self, pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """See `Engine.judge`."""
+        assert self._distance is not None, "opened with catch_neither"
+        answers = self._all(pixels)
+        return answers[:, : self._classes], self._distance(answers[:, self._classes :])
+
+    def _all(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Answers to any number of photos; a batch that the device has no memory for is halved, from then on."""
         answers = []
         start = 0
         while start < len(pixels):
@@ -85,8 +111,11 @@ class TorchEngine:
                 batch = slot.copied_in(pixels, shape)
                 # Whole batches, one after the other: kernels of two that alternate would finish both late.
                 with self._launching, self._computing(slot):
-                    probabilities = (self._classifier(batch) / self._temperature).softmax(1)  # (shape, C)
-                    slot.copy_out(probabilities)
+                    found = self._classifier(batch)  # (shape, C) or (shape, C + H)
+                    answers = (found[:, : self._classes] / self._temperature).softmax(1)
+                    if self._distance is not None:
+                        answers = torch.cat([answers, found[:, self._classes :]], 1)
+                    slot.copy_out(answers)
                 return slot.answers(count)
         except torch.OutOfMemoryError:
             if count == 1:
@@ -128,11 +157,11 @@ class _Slot:
     Nothing in it is written before `wait` or `answers` has seen the end of what read it.
     """
 
-    def __init__(self, batch_size: int, side: int, classes: int, device: torch.device) -> None:
+    def __init__(self, batch_size: int, side: int, width: int, device: torch.device) -> None:
         on_cuda = device.type == "cuda"
         # Pinned: only such memory is copied while the processor goes on.
         self._pixels = torch.zeros((batch_size, side, side, 3), dtype=torch.uint8, pin_memory=on_cuda)
-        self._answers = torch.zeros((batch_size, classes), pin_memory=on_cuda)
+        self._answers = torch.zeros((batch_size, width), pin_memory=on_cuda)
         self._resident = torch.empty_like(self._pixels, device=device) if device.type != "cpu" else self._pixels
         self.stream = torch.cuda.Stream(device) if on_cuda else None
         self._done = torch.cuda.Event() if on_cuda else None
@@ -145,14 +174,14 @@ class _Slot:
                 self._resident[:shape].copy_(self._pixels[:shape], non_blocking=self.stream is not None)
         return self._resident[:shape]
 
-    def copy_out(self, probabilities: torch.Tensor) -> None:
+    def copy_out(self, answers: torch.Tensor) -> None:
         """Begin to copy the answers back, on the stream that computes them."""
-        self._answers[: len(probabilities)].copy_(probabilities, non_blocking=self._done is not None)
+        self._answers[: len(answers)].copy_(answers, non_blocking=self._done is not None)
         if self._done is not None:
             self._done.record()
 
     def answers(self, count: int) -> npt.NDArray[np.float32]:
-        """Wait for the answers; float32 (count, C)."""
+        """Wait for the answers; float32 (count, width)."""
         if self._done is not None:
             self._done.synchronize()
         found: npt.NDArray[np.float32] = self._answers[:count].numpy().copy()
