@@ -97,7 +97,7 @@ def decide(
     confidence, chosen = probabilities[best], manifest.classes[best]
     if distance is not None and manifest.neither is not None and distance > manifest.neither.threshold:
         detail = "looks like neither " + " nor ".join(c.label for c in manifest.classes)
-        return Decision(decoded, "unsure", UNSURE, chosen.label, confidence, batch_size, detail)
+        return Decision(decoded, "unsure", UNSURE, chosen.label, confidence, batch_size, detail=detail)
     if confidence < min_confidence:
         return Decision(decoded, "unsure", UNSURE, chosen.label, confidence, batch_size)
     return Decision(decoded, "sorted", chosen.folder, chosen.label, confidence, batch_size)
