@@ -33,6 +33,8 @@ TEMPORARY_NAMES = (
     "*.opdownload",
     "*.!ut",
     "*.!qb",
+    "*.!sync",
+    "*.ffs_tmp",
     "*.aria2",
     "*.tmp",
     "*.temp",

@@ -112,6 +112,13 @@ def test_a_file_that_vanishes_is_not_waited_for(tmp_path: Path) -> None:
         "a.tmp",
         "~$a.jpg",
         "a.jpg~",
+        ".a.jpg.~1a2b3c4d",  # Nextcloud and ownCloud, on a desktop
+        "a.jpg.ocTransferId1234.part",  # and on their server
+        "a.jpg.!sync",  # Resilio
+        "a.jpg.ffs_tmp",  # FreeFileSync
+        "a.jpg.1a2b3c4d.partial",  # rclone
+        ".a.jpg.x7Yz9Q",  # rsync
+        ".goutputstream-ABC123",  # GNOME's file manager
     ],
 )
 def test_hidden_and_unfinished_names_are_no_photos(name: str, tmp_path: Path) -> None:
