@@ -14,7 +14,7 @@ PREFIX ?= /usr/local
 export CALIBRATION DATA DESTDIR INBOX MODEL NEEDED_MB PREFIX PYTHON WEIGHTS
 
 .DEFAULT_GOAL := help
-.PHONY: help sort install uninstall model bench steps test long torture check format lowest clean
+.PHONY: help sort install uninstall model bench steps test long torture check reference format lowest clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -53,6 +53,9 @@ check: $(VENV)/.installed-dev ## ruff, ruff format, mypy --strict
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+reference: $(VENV)/.installed ## write config/README.md from sorter/settings.py
+	@$(BIN)/python config/reference.py > config/README.md
 
 format: $(VENV)/.installed-dev ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .

@@ -16,7 +16,7 @@ import structlog
 from pydantic.fields import FieldInfo
 
 import sorter
-from sorter import console, hook, lock, logs, look_back, manifest, preflight, settings
+from sorter import console, hook, lock, logs, look_back, manifest, preflight, settings, shell_help
 from sorter.atomic import make_folder
 from sorter.errors import ConfigurationError, ExitCode, SorterError, StorageError
 from sorter.history import FOLDER, NAME, History, Run
@@ -35,6 +35,7 @@ exit codes:
   3  done, but some photos went to failed/ or were left in the inbox, or it was interrupted
 """
 _DESCRIPTION = "Sorts photos into cats/ and dogs/ with a ResNet50, and never overwrites or deletes one."
+_SOURCES = "Settings come from flags, then SORTER_... variables, then the TOML file."
 _CONFIG_HELP = "TOML file with any of these settings, its keys named like the flags with _ for - (also SORTER_CONFIG)"
 
 
@@ -48,11 +49,14 @@ class _Parser(argparse.ArgumentParser):
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=min(98, shutil.get_terminal_size((98, 24)).columns - 2))
+        self._action_max_length = 14  # argparse forgets the indent of commands, and would break after the longest
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = _Parser(prog="sorter", description=_DESCRIPTION, epilog=_EXIT_CODES, formatter_class=_Formatter)
+    parser = _Parser(
+        prog="sorter", description=f"{_DESCRIPTION}\n{_SOURCES}", epilog=_EXIT_CODES, formatter_class=_Formatter
+    )
     parser.add_argument("--version", action="version", version=f"sorter {sorter.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     folders, settings_ = "[--inbox DIR] [--output DIR] [--config FILE]", None
@@ -63,6 +67,8 @@ def build_parser() -> argparse.ArgumentParser:
         "status": ("show how things stand", look_back.show_status, folders, ("Folders", "Model")),
         "undo": ("bring photos back under their old names", look_back.undo, "--last|--run ID|PATH...", ("Folders",)),
         "bench": ("measure how fast this machine sorts, on copies of photos", _bench, "[--photos DIR]", ("Model",)),
+        "completion": ("print what completes these commands in a shell", _completion, "|".join(shell_help.SHELLS), ()),
+        "manpage": ("print the manual page", _manpage, "", ()),
     }
     add_options = {
         "run": _add_run_options,
@@ -70,17 +76,17 @@ def build_parser() -> argparse.ArgumentParser:
         "status": look_back.add_status_options,
         "undo": look_back.add_undo_options,
         "bench": _add_bench_options,
+        "completion": _add_completion_options,
     }
     for name, (what, action, usage, groups) in described.items():
         sentence = what[0].upper() + what[1:] + "."
-        description = textwrap.fill(
-            sentence + " Settings come from flags, then SORTER_... variables, then the TOML file."
-        )
+        if groups != ():
+            sentence += f" {_SOURCES}"
         command = commands.add_parser(
             name,
-            usage=f"sorter {name} {usage} [option ...]",
+            usage=" ".join(filter(None, ("sorter", name, usage, "[option ...]" * (groups != ())))),
             help=what,
-            description=description,
+            description=textwrap.fill(sentence),
             epilog=_EXIT_CODES,
             formatter_class=_Formatter,
         )
@@ -111,6 +117,10 @@ def _add_bench_options(parser: argparse.ArgumentParser) -> None:
         "--runs", metavar="N", type=look_back.positive, default=3, help="how often, medians count (default: 3)"
     )
     group.add_argument("--json", action="store_true", help="print one line of JSON")
+
+
+def _add_completion_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", metavar="SHELL", choices=shell_help.SHELLS, help=", ".join(shell_help.SHELLS))
 
 
 def _add_settings(parser: argparse.ArgumentParser, only: Sequence[str] | None) -> None:
@@ -155,7 +165,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = {name: flags.pop(name) for name in own}
         chosen = settings.load(flags)
         log_format, log_level = chosen.log_format, chosen.log_level
-        return int(action(chosen, **options))
+        code = int(action(chosen, **options))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # who reads, as `| head` does, has seen enough
+        _discard_output()
+        return ExitCode.STOPPED
     except Exception as error:
         # Standard error is a log from the first line on where a program reads it.
         if command == "run" and logs.is_json(log_format) and not structlog.is_configured():
@@ -270,8 +285,13 @@ def _run(chosen: Settings, *, json: bool) -> ExitCode:
     try:
         print(console.summary(tally, preflight.destinations(model), dry_run=chosen.dry_run), flush=True)
     except OSError:  # a summary that nobody can read changes nothing about the photos
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _discard_output()
     return tally.exit_code
+
+
+def _discard_output() -> None:
+    """Let Python's own last flush of standard output have somewhere to go."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> History:
@@ -296,6 +316,16 @@ def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> Hist
         undoing.release()
     history.begin(run)
     return history
+
+
+def _completion(_: Settings, *, shell: str) -> ExitCode:
+    print(shell_help.completion(build_parser(), shell))
+    return ExitCode.DONE
+
+
+def _manpage(_: Settings) -> ExitCode:
+    print(shell_help.manual_page(build_parser()), end="")
+    return ExitCode.DONE
 
 
 def _bench(chosen: Settings, *, photos: Path | None, count: int, runs: int, json: bool) -> ExitCode:

@@ -91,6 +91,11 @@ def make_install_brings_a_service_that_verifies() -> None:
     os.environ.update(settings)
     said = run("make", "-C", HOST / "clone", "install")
     assert "systemctl enable --now sorter" in said
+    share = Path("/usr/local/share")
+    assert (share / "man/man1/sorter.1").read_text().startswith(".TH SORTER")
+    assert "--max-error-rate" in (share / "bash-completion/completions/sorter").read_text()
+    assert (share / "zsh/site-functions/_sorter").read_text().startswith("#compdef sorter")
+    assert "complete -c sorter" in (share / "fish/vendor_completions.d/sorter.fish").read_text()
     run("useradd", "-M", "-G", "sorter", "alice")
     assert run("systemd-analyze", "verify", "sorter.service", "sorter@second.service") == ""
     # Shorter than by default, so that the test is.

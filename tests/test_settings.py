@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -276,3 +278,13 @@ def test_the_shipped_toml_file_changes_nothing_as_it_is() -> None:
 def test_the_shipped_toml_file_uncommented_is_the_default_settings(tmp_path: Path) -> None:
     lines = [line for _, line in commented_settings() if line.split(" = ")[0] not in PLACEHOLDERS]
     assert load({"config": toml(tmp_path, "\n".join(lines))}).model_dump() == load({}).model_dump()
+
+
+# --- config/README.md ---
+
+
+def test_the_reference_is_what_the_settings_say() -> None:
+    said = subprocess.run(
+        [sys.executable, CONFIG.with_name("reference.py")], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert CONFIG.with_name("README.md").read_text(encoding="utf-8") == said.stdout, "run make reference"
