@@ -23,6 +23,7 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 _RENAME_NOREPLACE = 1
 _COPY_BYTES = 1 << 20
+_LONGEST_BYTES = 255 - len(".json")  # of a numbered name: file systems allow 255, and companions add to it
 
 
 class StayedError(Exception):
@@ -142,14 +143,14 @@ def _first_free(names: Sequence[str], place: Callable[[str], None]) -> str:
 
 
 def numbered(base: str, number: int) -> str:
-    """`a.jpg` and 2 make `a-2.jpg`, cut so that the name stays within the 255 bytes that file systems allow."""
+    """`a.jpg` and 2 make `a-2.jpg`, cut so that it stays within the bytes that file systems allow."""
     if not number:
         return base
     stem, extension = os.path.splitext(base)
     tail = os.fsencode(f"-{number}{extension}")
-    if len(tail) > 254:  # an extension that long is none
+    if len(tail) >= _LONGEST_BYTES:  # an extension that long is none
         stem, tail = base, os.fsencode(f"-{number}")
-    return os.fsdecode(os.fsencode(stem)[: 255 - len(tail)] + tail)
+    return os.fsdecode(os.fsencode(stem)[: _LONGEST_BYTES - len(tail)] + tail)
 
 
 def check_removable(folder: int, base: str) -> None:

@@ -4,6 +4,7 @@ In: `Decision`s. Out: an `Outcome` for each. The order is the promise: what is a
 first photo is touched, and nothing is recorded as done before the folders are synced.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -75,25 +76,26 @@ class BatchMover:
         outcomes: list[Outcome] = []
         try:
             # Before the history, which belongs into the output and not where its disk is not mounted.
-            self._patiently(lambda: self._mover.check_output(moves[0].root))
+            self._patiently(lambda: self._mover.check_output(plans[0].photo.root))
             self._patiently(lambda: history.intend(moves))
             for decision, plan in zip(batch, plans, strict=True):
                 outcomes.append(self._move_one(decision, plan))
         finally:
             # What was moved is recorded and told, also when the next one could not be.
             done = [move for move, outcome in zip(moves, outcomes, strict=False) if outcome.destination is not None]
-            unclear = [move for move, plan in zip(moves, plans, strict=True) if self._mover.is_unresolved(plan)]
-            withdrawn = [move for move in moves if move not in done and move not in unclear]
+            kept = {move.token for move in done}
+            kept |= {plan.token for plan in plans if self._mover.is_unresolved(plan)}
+            withdrawn = [move for move in moves if move.token not in kept]
             try:
                 self._patiently(self._mover.settle)
                 if done or withdrawn:
-                    self._patiently(lambda: self._settle(history, done, withdrawn))
+                    self._patiently(lambda: self._settle(history, plans[0].photo.root, done, withdrawn))
             finally:
                 for outcome in outcomes:
                     tell(outcome)
 
-    def _settle(self, history: History, done: list[Move], withdrawn: list[Move]) -> None:
-        self._mover.check_output((done + withdrawn)[0].root)
+    def _settle(self, history: History, inbox: Path, done: list[Move], withdrawn: list[Move]) -> None:
+        self._mover.check_output(inbox)
         history.settle(done, withdrawn)
 
     def _move_one(self, decision: Decision, plan: Plan) -> Outcome:
@@ -135,7 +137,8 @@ class BatchMover:
         return Move(
             token=plan.token,
             run=self._run,
-            root=Path(plan.photo.root),
+            # What the history calls it holds also for those who come to it another way, by a link or from elsewhere.
+            root=Path(os.path.realpath(plan.photo.root)),
             source=plan.photo.name,
             folder=plan.folder,
             name=plan.name,
@@ -145,4 +148,5 @@ class BatchMover:
             confidence=decision.confidence,
             reason=None if decoded.reason is None else str(decoded.reason),
             detail=decision.detail or decoded.detail or None,
+            follows=decision.follows,
         )

@@ -166,10 +166,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = settings.load(flags)
         log_format, log_level = chosen.log_format, chosen.log_level
         code = int(action(chosen, **options))
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return code
     except BrokenPipeError:  # who reads, as `| head` does, has seen enough
-        _discard_output()
+        console.discard(sys.stdout)
         return ExitCode.STOPPED
     except Exception as error:
         # Standard error is a log from the first line on where a program reads it.
@@ -266,7 +267,7 @@ def _run(chosen: Settings, *, json: bool) -> ExitCode:
         if command is not None and not chosen.dry_run:
             telling = hook.Hook(command, fields)
             stack.callback(telling.close)  # after the pipeline, with the inbox still ours
-            told["on_moved"] = telling.add
+            told["on_moved"], stop.abandon = telling.add, telling.kill
         pipeline = Pipeline(engine, model, mover, history, run.id, chosen, workers=default_workers(), **told)
         stack.callback(pipeline.close)
         service = Service(chosen, inbox, pipeline, stop, held, log_fields=fields, **ways)
@@ -282,16 +283,8 @@ def _run(chosen: Settings, *, json: bool) -> ExitCode:
                 history.finish(run)
     if not chosen.once or json:
         return tally.exit_code if chosen.once else ExitCode.DONE
-    try:
-        print(console.summary(tally, preflight.destinations(model), dry_run=chosen.dry_run), flush=True)
-    except OSError:  # a summary that nobody can read changes nothing about the photos
-        _discard_output()
+    console.say(console.summary(tally, preflight.destinations(model), dry_run=chosen.dry_run), sys.stdout, flush=True)
     return tally.exit_code
-
-
-def _discard_output() -> None:
-    """Let Python's own last flush of standard output have somewhere to go."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> History:
@@ -310,10 +303,15 @@ def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> Hist
     try:
         undoing.take()
     except ConfigurationError:  # it clears up after itself
-        recover(history, output, undoing=False)
+        found = recover(history, output, undoing=False)
     else:
-        recover(history, output)
+        found = recover(history, output)
         undoing.release()
+    log = structlog.get_logger()
+    for path, reason in found.waiting:
+        log.warning("recovery.waiting", path=path, reason=reason)
+    if found.moved or found.stayed or found.waiting:
+        log.info("recovery.finished", moved=found.moved, stayed=found.stayed, waiting=len(found.waiting))
     history.begin(run)
     return history
 

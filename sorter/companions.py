@@ -6,7 +6,7 @@ alone, so a companion keeps the pairing wherever its photo goes: `IMG_1.jpg` tha
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from sorter import images, raw
 from sorter.inbox import Photo, opened_folder
@@ -29,12 +29,10 @@ def is_companion(name: str) -> bool:
 def companions(photo: str) -> Iterator[str]:
     """The names that a photo's companions may have."""
     stem, _ = os.path.splitext(photo)
-    for extension in _OF_STEMS:
+    for extension in _spelled(_OF_STEMS):
         yield stem + extension
-        yield stem + extension.upper()
-    for extension in _OF_NAMES:
+    for extension in _spelled(_OF_NAMES):
         yield photo + extension
-        yield photo + extension.upper()
 
 
 def photos(companion: str) -> Iterator[str]:
@@ -42,9 +40,14 @@ def photos(companion: str) -> Iterator[str]:
     stem, extension = os.path.splitext(companion)
     if extension.lower() in _OF_NAMES and os.path.splitext(stem)[1].lower() in _PHOTOS:
         yield stem
-    for of_photo in _PHOTOS:
+    for of_photo in _spelled(_PHOTOS):
         yield stem + of_photo
-        yield stem + of_photo.upper()
+
+
+def _spelled(extensions: Iterable[str]) -> Iterator[str]:
+    """As programs and cameras write them: `.jpg`, `.JPG`, `.Jpg`."""
+    for extension in extensions:
+        yield from (extension, extension.upper(), extension.title())
 
 
 def renamed(companion: str, photo: str, new: str) -> str:

@@ -1,10 +1,11 @@
 """What a person at a terminal sees: the progress bar while photos are sorted, and the summary after."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from sorter.decisions import Outcome
 from sorter.logs import LogStream
@@ -22,7 +23,7 @@ class Bar:
 
     def advance(self, tally: Tally) -> None:
         """Show the photos that are done."""
-        done = tally.folders.total() + tally.skipped + tally.left
+        done = tally.folders.total() + tally.skipped + tally.put_back + tally.left
         speed = done / max(time.monotonic() - tally.started, 0.001)
         self._progress.update(self._task, completed=done, speed=f"{speed:.1f} photos/s")
 
@@ -58,6 +59,23 @@ def bar(stream: LogStream, total: int | None) -> Iterator[Bar]:
             stream.above = None
 
 
+def say(text: str, stream: TextIO | None, *, flush: bool = False) -> None:
+    """Print a line; where nobody can read it any more, the work goes on all the same."""
+    if stream is None:
+        return
+    try:
+        stream.write(f"{text}\n")
+        if flush:
+            stream.flush()
+    except OSError:
+        discard(stream)
+
+
+def discard(stream: TextIO) -> None:
+    """Have what is still to be written go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def print_decision(outcome: Outcome) -> None:
     """What a dry run would do with one photo, as a line of JSON on standard output."""
     decision = outcome.decision
@@ -79,8 +97,10 @@ def summary(tally: Tally, folders: list[str], *, dry_run: bool) -> str:
     rows = [(f"{folder}/", tally.folders[folder]) for folder in folders if tally.folders[folder] or folder != "unsure"]
     rows += [("with their photos", tally.companions)] if tally.companions else []
     rows += [("skipped, not photos", tally.skipped), ("left in the inbox", tally.left)]
+    rows += [("put back by undo, not sorted again", tally.put_back)] if tally.put_back else []
     would = "would be " if dry_run else ""
-    head = f"{tally.photos} photos {would}sorted in {tally.seconds:.1f} s ({tally.photos_per_second:.1f} photos/s)"
+    photos = "1 photo" if tally.photos == 1 else f"{tally.photos} photos"
+    head = f"{photos} {would}sorted in {tally.seconds:.1f} s ({tally.photos_per_second:.1f} photos/s)"
     if tally.interrupted:
         head += ", interrupted: the rest is still in the inbox"
     width = max(len(name) for name, _ in rows)

@@ -31,6 +31,7 @@ class Decision:
         confidence: that class's probability, 0 to 1.
         batch_size: how many photos were classified together.
         name: the one that it has to have there; empty for its own, or the next that is free.
+        follows: of a companion, the name that its photo has in that folder.
         detail: why it is unsure, for a person, where its confidence does not say it.
     """
 
@@ -41,6 +42,7 @@ class Decision:
     confidence: float | None = None
     batch_size: int = 0
     name: str = ""
+    follows: str | None = None
     detail: str = ""
 
 

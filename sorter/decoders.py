@@ -43,6 +43,7 @@ _MOST_WORKERS = 16
 _REQUEST = struct.Struct("<I?")  # row, whether it is a camera's raw file
 _REPLY = struct.Struct("<BfI")  # kind, seconds, bytes of text that follow
 _OK, _FAILED, _UNREADABLE = range(3)
+_DEATHS = (Reason.DECODER_CRASH, Reason.DECODER_TIMEOUT)
 _READY = b"\1"
 
 Verdict = Literal["pixels", "failed", "skipped", "left", "gone"]
@@ -109,6 +110,8 @@ class Decoders:
         for row in range(rows):
             self._free.put(row)
         self._tasks: queue.SimpleQueue[tuple[Photo, int] | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._workers: dict[int, _Worker] = {}  # by the thread that asks it
         self._threads = [threading.Thread(target=self._run, name=f"decoder-{n}", daemon=True) for n in range(workers)]
         for thread in self._threads:
             thread.start()
@@ -127,7 +130,10 @@ class Decoders:
         self._free.put(row)
 
     def close(self) -> None:
-        """End the workers after the photos in hand."""
+        """End the workers at once, and forget the photos that are not decoded yet: they stay where they are."""
+        self._closing.set()
+        for worker in [*self._workers.values()]:
+            worker.stop()
         for _ in self._threads:
             self._tasks.put(None)
         for thread in self._threads:
@@ -138,17 +144,19 @@ class Decoders:
         worker = None
         try:
             worker = self._new_worker()
-            while (task := self._tasks.get()) is not None:
+            while (task := self._tasks.get()) is not None and not self._closing.is_set():
                 photo, row = task
                 decoded = self._decode(worker, photo, row)
-                if decoded.reason in (Reason.DECODER_CRASH, Reason.DECODER_TIMEOUT):
+                if decoded.reason in _DEATHS and not self._closing.is_set():
                     # Once more, in a process of its own: the death may have been another's fault (out of memory, say).
                     worker.kill()
                     worker = self._new_worker()
                     decoded = self._decode(worker, photo, row)
-                    if decoded.reason in (Reason.DECODER_CRASH, Reason.DECODER_TIMEOUT):
+                    if decoded.reason in _DEATHS and not self._closing.is_set():
                         worker.kill()
                         worker = self._new_worker()
+                if self._closing.is_set():  # it may have died of that, and the photo is not to blame
+                    break
                 if decoded.verdict == "failed" and raw.is_raw(photo.name):
                     # LibRaw knows not every camera, and nobody's negatives belong in failed/ for that.
                     detail = f"a camera's raw file, {decoded.detail}"
@@ -157,13 +165,18 @@ class Decoders:
                     self.release(row)
                 self._deliver(decoded)
         except BaseException as error:
-            self._fail(error)
+            if not self._closing.is_set():  # a worker that was ended while it started
+                self._fail(error)
         finally:
             if worker is not None:
                 worker.kill()
 
     def _new_worker(self) -> "_Worker":
-        return _Worker(self._descriptor, self._preprocessing, self._limits)
+        worker = _Worker(self._descriptor, self._preprocessing, self._limits)
+        self._workers[threading.get_ident()] = worker
+        if self._closing.is_set():
+            worker.stop()
+        return worker
 
     def _decode(self, worker: "_Worker", photo: Photo, row: int) -> Decoded:
         try:
@@ -269,6 +282,10 @@ class _Worker:
             raise PhotoError(Reason.DECODER_TIMEOUT, f"not decoded after {timeout_seconds:g} s") from None
         except (EOFError, ConnectionError):
             raise PhotoError(Reason.DECODER_CRASH, f"the decoder died of it ({self._ended()})") from None
+
+    def stop(self) -> None:
+        """Have the process end, from another thread than the one that asks it, which notices."""
+        self._process.kill()
 
     def kill(self) -> None:
         """End the process at once."""

@@ -64,7 +64,10 @@ _MIGRATIONS = (
     -- what the folder is inside of, where that is not the output
     ALTER TABLE moves ADD COLUMN target BLOB;
     ALTER TABLE moves ADD COLUMN undoes INTEGER REFERENCES moves (id);
+    -- the photo that a companion went with
+    ALTER TABLE moves ADD COLUMN follows INTEGER REFERENCES moves (id);
     CREATE INDEX moves_source ON moves (source);
+    CREATE INDEX moves_following ON moves (follows) WHERE follows IS NOT NULL;
     CREATE INDEX moves_undone ON moves (target, name) WHERE undoes IS NOT NULL;
     CREATE UNIQUE INDEX moves_undone_once ON moves (undoes) WHERE undoes IS NOT NULL;
     """,
@@ -75,7 +78,15 @@ _COLUMNS = (
     "token, run, root, source, folder, name, device, inode, size, mtime_ns, kind, label, confidence, reason, detail, "
     "target, undoes"
 )
-_INSERT = f"INSERT INTO moves ({_COLUMNS}) VALUES ({', '.join('?' * len(_COLUMNS.split(',')))})"  # noqa: S608
+# The last photo of that name in that folder; asked for companions alone, and found among the last rows.
+_FOLLOWS = (
+    "CASE WHEN ? IS NOT NULL THEN (SELECT id FROM moves WHERE folder = ? AND name = ? AND kind <> 'companion' "
+    "AND done IS NOT NULL AND undoes IS NULL ORDER BY id DESC LIMIT 1) END"
+)
+_INSERT = (
+    f"INSERT INTO moves ({_COLUMNS}, follows) "  # noqa: S608
+    f"VALUES ({', '.join('?' * len(_COLUMNS.split(',')))}, {_FOLLOWS})"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +119,7 @@ class Move:
         target: None for the output. The inbox for a photo that is brought back: `root` is the output then, `folder` is
             empty, and `name` is a path inside the target.
         undoes: the row of the move that it takes back.
+        follows: of a companion, the name that its photo has in the same folder.
     """
 
     token: str
@@ -124,6 +136,7 @@ class Move:
     detail: str | None = None
     target: Path | None = None
     undoes: int | None = None
+    follows: str | None = None
 
 
 class History:
@@ -295,6 +308,7 @@ class History:
 
 def _row(move: Move) -> tuple[object, ...]:
     device, inode, size, mtime_ns, _ = move.identity
+    follows = None if move.follows is None else os.fsencode(move.follows)
     return (
         move.token,
         move.run,
@@ -313,6 +327,9 @@ def _row(move: Move) -> tuple[object, ...]:
         move.detail,
         None if move.target is None else os.fsencode(move.target),
         move.undoes,
+        follows,
+        move.folder,
+        follows,
     )
 
 

@@ -42,6 +42,7 @@ def split(command: str) -> list[str]:
     """
     try:
         words = shlex.split(command)
+        words[:1] = [os.path.expanduser(word) for word in words[:1]]
         found = shutil.which(words[0]) if words else None
     except ValueError as error:  # quotes; a NUL
         reason = str(error)[:1].lower() + str(error)[1:]
@@ -68,6 +69,7 @@ class Hook:
         self._waiting: list[Outcome] = []
         self._changed = threading.Condition()
         self._closing = False
+        self._process: subprocess.Popen[bytes] | None = None
         self._thread = threading.Thread(target=self._run, name="on-sorted", daemon=True)
         self._thread.start()
 
@@ -83,6 +85,13 @@ class Hook:
             self._closing = True
             self._changed.notify()
         self._thread.join()
+
+    def kill(self) -> None:
+        """End a command that is running, with what it started, as for one that takes too long."""
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(OSError):  # it has ended, or become another user
+                os.killpg(process.pid, signal.SIGKILL)
 
     def _run(self) -> None:
         while True:
@@ -105,7 +114,7 @@ class Hook:
         with tempfile.TemporaryFile() as told:
             told.write(json.dumps(self._fields | {"photos": [_described(outcome) for outcome in moved]}).encode())
             told.seek(0)
-            process = subprocess.Popen(
+            process = self._process = subprocess.Popen(
                 self._words,
                 stdin=told,
                 stdout=subprocess.DEVNULL,
@@ -116,11 +125,11 @@ class Hook:
         with process.stderr as errors:
             said, in_time = _follow(process, errors.fileno(), time.monotonic() + LIMIT_SECONDS)
         if not in_time:
-            with contextlib.suppress(OSError):  # it has become another user
-                os.killpg(process.pid, signal.SIGKILL)
+            self.kill()
             with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel is left there
                 process.wait(_KILLED_SECONDS)
             return f"took longer than {LIMIT_SECONDS:g} seconds and was killed", said
+        self._process = None
         code = process.returncode
         return "" if code == 0 else f"ended with {code}" if code > 0 else f"was ended by signal {-code}", said
 

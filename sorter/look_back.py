@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
@@ -20,8 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 import sorter
-from sorter import lock, manifest, preflight
-from sorter.atomic import StayedError
+from sorter import console, lock, manifest, preflight
 from sorter.decisions import COMPANION, FAILED, UNSURE
 from sorter.errors import ConfigurationError, ExitCode
 from sorter.history import History, Run
@@ -30,7 +29,7 @@ from sorter.lock import Lock
 from sorter.past import Entry, Past
 from sorter.recovery import recover
 from sorter.settings import Settings
-from sorter.undo import Undo, Undone, check
+from sorter.undo import Undo, Undone, would
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _WHEN = "a time (2026-11-24, 2026-11-24T18:00) or an age (30m, 2h, 7d)"
@@ -67,16 +66,24 @@ def add_undo_options(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--last", action="store_true", help="what the last run sorted")
     which.add_argument("--run", metavar="ID", help="what one run sorted; sorter history names them")
     which.add_argument("--since", metavar="WHEN", type=parse_when, help=f"what was sorted from then on: {_WHEN}")
-    which.add_argument("paths", metavar="PATH", nargs="*", default=[], help="a photo, where it is or was, or a folder")
+    which.add_argument(
+        "paths", metavar="PATH", nargs="*", default=[], type=_path, help="a photo, where it is or was, or a folder"
+    )
     group.add_argument("--dry-run", action="store_true", help="say what would happen and change nothing")
     group.add_argument("--json", action="store_true", help="print one line of JSON for each photo")
 
 
+def _path(text: str) -> str:
+    if not text:  # the current folder, for os.path: an unset shell variable must not bring back whatever is in it
+        raise argparse.ArgumentTypeError("a PATH must not be empty")
+    return text
+
+
 def positive(text: str) -> int:
     """A whole number above zero."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 # --- history -----------------------------------------------------------------------------------------------------
@@ -96,22 +103,32 @@ def show_history(chosen: Settings, *, limit: int, since: float | None, run: str 
         (
             _local(e.done),
             e.run,
-            _shown(e.source),
+            _shown(_source(chosen, e)),
             "→",
-            _shown(_below(chosen, e)),
-            _sureness(e),
-            "undone" if e.undone else "",
+            _shown(_target(chosen, e)),
+            _sureness(e) + (", undone" if e.undone else ""),
         )
         for e in entries
     ]
-    _print_table(("when", "run", "photo", "", "went to", "why", ""), rows)
+    _print_table(("when", "run", "photo", "", "went to", "why"), rows)
     return ExitCode.DONE
 
 
-def _below(chosen: Settings, entry: Entry) -> str:
-    if entry.kind == "undone":
-        return entry.destination
-    return os.path.relpath(entry.destination, chosen.output_folder.absolute())
+def _source(chosen: Settings, entry: Entry) -> str:
+    return _inside(chosen.output_folder if entry.kind == "undone" else chosen.inbox, entry.source)
+
+
+def _target(chosen: Settings, entry: Entry) -> str:
+    """The folder, and the name where it is another one now."""
+    root = chosen.inbox if entry.kind == "undone" else chosen.output_folder
+    folder, base = os.path.split(_inside(root, entry.destination))
+    return os.path.join(folder or ".", "" if base == os.path.basename(entry.source) else base)
+
+
+def _inside(folder: Path, path: str) -> str:
+    """A path as it is below a folder, or the whole of it where it is not."""
+    whole = Path(path)
+    return str(whole.relative_to(folder.absolute())) if whole.is_relative_to(folder.absolute()) else path
 
 
 def _sureness(entry: Entry) -> str:
@@ -149,7 +166,7 @@ def _described(entry: Entry) -> dict[str, Any]:
 def show_status(chosen: Settings, *, json: bool) -> ExitCode:
     """Show how things stand."""
     model = manifest.read(chosen.model)
-    waiting = 0
+    waiting: int | None = None  # where there is no inbox
     if chosen.inbox.is_dir():
         inbox = Inbox(
             chosen.inbox,
@@ -161,7 +178,7 @@ def show_status(chosen: Settings, *, json: bool) -> ExitCode:
     past = Past(chosen.output_folder)
     midnight = datetime.now().astimezone().replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
     today, ever = past.counts(midnight), past.counts()
-    holder = lock.holder(chosen.inbox)
+    holder = lock.holder(chosen.output_folder) or lock.holder(chosen.inbox)
     failed = past.last_failure()
     found: dict[str, Any] = {
         "inbox": str(chosen.inbox.absolute()),
@@ -179,7 +196,7 @@ def show_status(chosen: Settings, *, json: bool) -> ExitCode:
         return ExitCode.DONE
     rows = [
         ("state", f"running, {holder}" if holder else "not running"),
-        ("in the inbox", f"{waiting} files"),
+        ("in the inbox", f"there is no folder {chosen.inbox}" if waiting is None else _counted(waiting, "file")),
         *(
             (f"{folder}/", f"{count} ({today.folders.get(folder, 0)} today)")
             for folder, count in _ordered(ever.folders, model)
@@ -216,30 +233,40 @@ def undo(
     json: bool,
 ) -> ExitCode:
     """Bring photos back."""
-    output = chosen.output_folder
-    past = Past(output)
-    if last and (run := next((entry.run for entry in past.undoable()), None)) is None:
-        raise ConfigurationError(f"nothing of what was sorted into {output} is left to bring back")
-    if run is not None and next(past.undoable(run=run), None) is None:
-        raise ConfigurationError(f"run {run} has nothing to bring back: sorter history names the runs")
-    named = [os.path.abspath(path) for path in paths]
-    unknown = [path for path in named if next(past.undoable(path=path), None) is None]
-    for path in unknown:
-        sys.stderr.write(f"sorter: {_shown(path)} was not sorted, or is back already\n")
-    entries = _once(past, named) if paths else past.undoable(run=run, since=since)
-    tell = _tell_json if json else partial(_tell_person, dry_run=dry_run)
-    back = stayed = along = 0
-    stopping = threading.Event()
-    for undone in _would(entries) if dry_run else _undo(output, entries, stopping):
-        tell(undone)
-        is_companion = undone.entry.kind == COMPANION
-        stayed += bool(undone.problem)
-        back += not undone.problem and not is_companion
-        along += not undone.problem and is_companion
+    output, stopping = chosen.output_folder, threading.Event()
+    with ExitStack() as stack:
+        bring_back = would
+        if not dry_run:
+            Past(output).close()  # without a history there is nothing to bring back, and none is begun
+            bring_back = _open_undo(output, stopping, stack).bring_back
+        past = Past(output)  # it has what a crash had left unfinished
+        stack.callback(past.close)
+        if last and (run := past.last_run()) is None:
+            raise ConfigurationError(f"nothing of what was sorted into {output} is left to bring back")
+        if run is not None and next(past.undoable(run=run), None) is None:
+            raise ConfigurationError(f"run {run} has nothing to bring back: sorter history names the runs")
+        unknown = [path for path in paths if next(past.undoable(path=path), None) is None]
+        for path in unknown:
+            console.say(f"sorter: {_shown(path)} was not sorted, or is back already", sys.stderr)
+        tell = _tell_json if json else partial(_tell_person, dry_run=dry_run)
+        back = stayed = along = 0
+        for undone in bring_back(_once(past, paths) if paths else past.undoable(run=run, since=since)):
+            tell(undone)
+            is_companion = undone.entry.kind == COMPANION
+            stayed += bool(undone.problem)
+            back += not undone.problem and not is_companion
+            along += not undone.problem and is_companion
+    if last and stayed and not back:
+        console.say("sorter: for an earlier run name it: sorter undo --run ID, sorter history has the IDs", sys.stderr)
     if not json:
-        what = f"{back} photos" + (f" and {along} companions" if along else "")
-        print(f"{what} {'would go' if dry_run else 'are'} back, {stayed} stay{'s' if stayed == 1 else ''}")
+        what = _counted(back, "photo") + (f" and {_counted(along, 'companion')}" if along else "")
+        are = "would go" if dry_run else "is" if back + along == 1 else "are"
+        console.say(f"{what} {are} back, {stayed} stay{'s' if stayed == 1 else ''}", sys.stdout, flush=True)
     return ExitCode.INCOMPLETE if stayed or unknown or stopping.is_set() else ExitCode.DONE
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _once(past: Past, paths: Sequence[str]) -> Iterator[Entry]:
@@ -252,43 +279,41 @@ def _once(past: Past, paths: Sequence[str]) -> Iterator[Entry]:
                 yield entry
 
 
-def _would(entries: Iterable[Entry]) -> Iterator[Undone]:
-    for entry in entries:
-        try:
-            check(entry)
-        except StayedError as error:
-            yield Undone(entry, str(error))
-        else:
-            yield Undone(entry)
-
-
-def _undo(output: Path, entries: Iterable[Entry], stopping: threading.Event) -> Iterator[Undone]:
-    with ExitStack() as stack:
-        held = Lock(output, lock.UNDOING)
-        stack.callback(held.release)
-        held.take()
-        history = History(output)
-        stack.callback(history.close)
-        recover(history, output, sorting=False)
-        run = Run(uuid4().hex[:12], sorter.__version__, "", kind="undo")
-        history.begin(run)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stopping.set())
-        yield from Undo(output, history, run.id, stopping).bring_back(entries)
-        history.finish(run)
+def _open_undo(output: Path, stopping: threading.Event, stack: ExitStack) -> Undo:
+    """Lock the output's way back, and clear up after a crash, so that what it left can be brought back too."""
+    held = Lock(output, lock.UNDOING)
+    stack.callback(held.release)
+    held.take()
+    history = History(output)
+    stack.callback(history.close)
+    sorting = Lock(output)
+    try:
+        if any(move.target is None for move in history.unfinished()):
+            sorting.take()
+        found = recover(history, output)
+    except ConfigurationError:  # a sorter is at work, and these are its moves
+        found = recover(history, output, sorting=False)
+    finally:
+        sorting.release()
+    for path, reason in found.waiting:
+        console.say(f"sorter: {_shown(path)} cannot be looked at now ({reason})", sys.stderr)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    return Undo(output, history, Run(uuid4().hex[:12], sorter.__version__, "", kind="undo"), stopping)
 
 
 def _tell_person(undone: Undone, *, dry_run: bool) -> None:
     entry = undone.entry
     if undone.problem:
-        sys.stderr.write(f"sorter: {_shown(entry.destination)} stays: {undone.problem}\n")
+        console.say(f"sorter: {_shown(entry.destination)} stays: {undone.problem}", sys.stderr)
     elif dry_run:
-        print(f"{_shown(entry.destination)} → {_shown(entry.source)}")
+        console.say(f"{_shown(entry.destination)} → {_shown(entry.source)}", sys.stdout)
 
 
 def _tell_json(undone: Undone) -> None:
     entry = undone.entry
-    _print_json({"path": entry.destination, "destination": entry.source, "problem": undone.problem or None})
+    content = {"path": entry.destination, "destination": entry.source, "problem": undone.problem or None}
+    console.say(json.dumps(content), sys.stdout)
 
 
 # --- output ------------------------------------------------------------------------------------------------------
@@ -305,7 +330,7 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in head:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name in ("when", "run", ""))
     for row in rows:
         table.add_row(*map(Text, row))
     console = Console()

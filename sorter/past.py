@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from sorter import history
-from sorter.companions import LATE_SECONDS, companions, photos
+from sorter.companions import LATE_SECONDS, photos
 from sorter.decisions import COMPANION, FAILED, UNSURE
 from sorter.errors import ConfigurationError
 from sorter.history import FOLDER, NAME, History
-from sorter.inbox import Photo
+from sorter.inbox import Photo, file_of
 
 _ENTRY = """
     SELECT m.id, m.run, m.done, m.root, m.source, m.target, m.folder, m.name, m.size, m.mtime_ns, m.kind, m.label,
-        m.confidence, m.reason, m.detail, r.model,
+        m.confidence, m.reason, m.detail, m.follows, r.model,
         EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL)
     FROM moves m JOIN runs r ON r.id = m.run
     WHERE m.done IS NOT NULL
@@ -43,6 +43,7 @@ class Entry:
         size: bytes.
         mtime_ns: of the file, nanoseconds since the epoch.
         kind: `sorted`, `unsure`, `failed`, `companion`, `undone`.
+        follows: of a companion, its photo's `id`.
         undone: whether it was brought back since.
     """
 
@@ -60,6 +61,7 @@ class Entry:
     confidence: float | None
     reason: str | None
     detail: str | None
+    follows: int | None
     model: str
     undone: bool
 
@@ -94,19 +96,30 @@ class Past:
     """
 
     def __init__(self, output: Path) -> None:
-        self._output = output.absolute()
+        self._output = Path(os.path.realpath(output))
         self.path = self._output / FOLDER / NAME
-        if not self.path.is_file():
-            raise ConfigurationError(f"{output} has no history: nothing was sorted into it yet, or name its --output")
+        self._real_roots: dict[Path, bytes] = {}
         try:
-            self._connection = _opened(self.path)
+            if not self.path.is_file():
+                raise ConfigurationError(
+                    f"{output} has no history: nothing was sorted into it yet, or name its --output"
+                )
+            self._open()
             (version,) = self._connection.execute("PRAGMA user_version").fetchone()
             if version != history.VERSION:
                 self._connection.close()
                 History(output).close()  # brings an older one up to date, and refuses a newer one
-                self._connection = _opened(self.path)
+                self._open()
         except sqlite3.DatabaseError as error:
             raise ConfigurationError(f"the history {self.path} cannot be read ({error})") from None
+        except OSError as error:
+            raise ConfigurationError(
+                f"the history {self.path} cannot be read ({error.strerror}): give this user permission to"
+            ) from None
+
+    def _open(self) -> None:
+        self._connection = _opened(self.path)
+        self._file = file_of(self.path)
 
     def close(self) -> None:
         """Close the file; idempotent."""
@@ -134,37 +147,40 @@ class Past:
         Args:
             run: of this run only.
             since: moved at this time or later, seconds since the epoch.
-            path: an absolute path, of where a photo is or was, or of a folder that it is in.
+            path: of where a photo is or was, or of a folder that it is or was in.
         """
-        conditions, values = _chosen(run, since)
+        chosen, values = _chosen(run, since)
         if path is not None:
             at, where = self._at(path)
-            conditions, values = conditions + at, values + where
-        for kinds in ("<>", "="):
-            query = f"{_ENTRY}{conditions}{_UNDOABLE} AND m.kind {kinds} '{COMPANION}' AND m.id < ?"
+            chosen, values = chosen + at, [*values, *where]
+        # What followed a photo goes with it, whichever run moved it.
+        its_photo = "SELECT 1 FROM moves p WHERE p.id = m.follows" + chosen.replace("m.", "p.")  # noqa: S608
+        for kind, values_ in (
+            (f" AND m.kind <> '{COMPANION}'{chosen}", values),
+            (f" AND m.kind = '{COMPANION}' AND ((TRUE{chosen}) OR EXISTS ({its_photo}))", values + values),
+        ):
+            query = f"{_ENTRY}{kind}{_UNDOABLE} AND m.id < ?"
             last = _ALL
-            while rows := self._all(f"{query} ORDER BY m.id DESC LIMIT ?", (*values, last, _SOME)):
+            while rows := self._all(f"{query} ORDER BY m.id DESC LIMIT ?", (*values_, last, _SOME)):
                 last = rows[-1][0]
                 yield from map(self._entry, rows)
 
-    def _at(self, path: str) -> tuple[str, list[object]]:
-        """A condition for the photos that a path names, and for their companions."""
-        whole = Path(path)
-        names: list[str] = []
-        values: list[object] = []
-        followers = [os.fsencode(name) for name in companions(whole.name)]
-        or_followers = f"IN (?{', ?' * len(followers)})"
-        for parent in whole.parents:
-            names.append(f"(m.root = ? AND m.source {or_followers})")
-            source = os.fsencode(whole.relative_to(parent))
-            at = os.path.dirname(source)
-            values += [os.fsencode(parent), source, *(os.path.join(at, name) for name in followers)]
+    def _at(self, path: str) -> tuple[str, list[bytes]]:
+        """A condition for what is or was at a path, or below it."""
+        folder, base = os.path.split(os.path.abspath(path))
+        # A photo may be a link by now, which was none when it was sorted.
+        whole = Path(os.path.realpath(path) if os.path.isdir(path) else os.path.join(os.path.realpath(folder), base))
+        found, values = ["m.root = ?"], [os.fsencode(whole)]
+        for root in whole.parents:
+            source = os.fsencode(whole.relative_to(root))
+            found.append("(m.root = ? AND (m.source = ? OR (m.source > ? AND m.source < ?)))")
+            values += [os.fsencode(root), source, source + b"/", source + b"0"]  # below it: "0" is next to "/"
         if whole.is_relative_to(self._output):
-            parts = whole.relative_to(self._output).parts
-            if len(parts) < 3:  # below the output, a folder and a name
-                names.append(" AND ".join(["TRUE", *("m.folder = ?", f"m.name {or_followers}")[: len(parts)]]))
-                values += [*parts[:1], *map(os.fsencode, parts[1:]), *(followers if len(parts) == 2 else ())]
-        return f" AND ({' OR '.join(names)})", values
+            parts = [os.fsencode(part) for part in whole.relative_to(self._output).parts]
+            if len(parts) < 3:  # the output, a folder in it, a name in that
+                found.append(" AND ".join(["TRUE", *("CAST(m.folder AS BLOB) = ?", "m.name = ?")[: len(parts)]]))
+                values += parts
+        return f" AND ({' OR '.join(found)})", values
 
     def photo_of(self, companion: Photo) -> Entry | None:
         """The photo that a companion belongs to, if it was sorted not long ago and is where it was sorted to.
@@ -177,11 +193,17 @@ class Past:
         query = f"{_ENTRY} AND m.source IN ({marks}) AND m.root = ? AND m.kind <> '{COMPANION}' AND m.done >= ?"
         since = time.time() - LATE_SECONDS
         try:
-            rows = self._all(f"{query} ORDER BY m.id DESC LIMIT 1", (*names, os.fsencode(companion.root), since))
+            rows = self._all(f"{query} ORDER BY m.id DESC LIMIT 1", (*names, self._real(companion.root), since))
         except ConfigurationError:
             return None
         entry = next(map(self._entry, rows), None)
         return None if entry is None or entry.undone or not os.path.lexists(entry.destination) else entry
+
+    def last_run(self) -> str | None:
+        """The last run of which something can be brought back."""
+        query = "SELECT m.run FROM moves m WHERE m.done IS NOT NULL" + _UNDOABLE  # noqa: S608
+        found = self._all(f"{query} ORDER BY m.id DESC LIMIT 1", ())
+        return str(found[0][0]) if found else None
 
     def last_failure(self) -> Entry | None:
         """The last photo that could not be read and was not brought back."""
@@ -206,20 +228,31 @@ class Past:
         """
         query = "SELECT size, mtime_ns FROM moves WHERE undoes IS NOT NULL AND target = ? AND name = ?"
         try:
-            rows = self._all(f"{query} ORDER BY id DESC LIMIT 1", (os.fsencode(photo.root), os.fsencode(photo.name)))
+            rows = self._all(f"{query} ORDER BY id DESC LIMIT 1", (self._real(photo.root), os.fsencode(photo.name)))
         except ConfigurationError:
             return False
         return [(photo.identity.size, str(photo.identity.mtime_ns))] == rows
 
+    def _real(self, root: Path) -> bytes:
+        """An inbox as the history calls it, whichever way it was named now."""
+        if root not in self._real_roots:
+            self._real_roots[root] = os.fsencode(os.path.realpath(root))
+        return self._real_roots[root]
+
     def _all(self, query: str, values: Sequence[object]) -> list[Any]:
         try:
+            if self._file != file_of(self.path):  # taken away, and begun anew by now
+                self._connection.close()
+                self._open()
             return self._connection.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
             raise ConfigurationError(f"the history {self.path} cannot be read ({error})") from None
+        except OSError as error:
+            raise ConfigurationError(f"the history {self.path} cannot be read ({error.strerror})") from None
 
     def _entry(self, row: Sequence[Any]) -> Entry:
         id_, run, done, root, source, target, folder, name, size, mtime_ns, *why = row
-        kind, label, confidence, reason, detail, model, undone = why
+        kind, label, confidence, reason, detail, follows, model, undone = why
         root, source, name = (os.fsdecode(part) for part in (root, source, name))
         there = str(self._output) if target is None else os.fsdecode(target)
         return Entry(
@@ -237,6 +270,7 @@ class Past:
             confidence,
             reason,
             detail,
+            follows,
             model,
             bool(undone),
         )

@@ -150,10 +150,13 @@ class Pipeline:
             SorterError: a stage could not go on; nothing is half moved.
         """
         self._raise_error()
-        try:
-            self._decided.put_nowait([*companions])
-        except queue.Full:
-            return False
+        if self._closed:  # nobody else uses the mover any more
+            self._move_batch(companions)
+        else:
+            try:
+                self._decided.put_nowait([*companions])
+            except queue.Full:
+                return False
         self.in_flight += len(companions)
         return True
 
@@ -214,7 +217,8 @@ class Pipeline:
             self._fail(error)
 
     def _deliver(self, decoded: Decoded) -> None:
-        self._measures.decoded(decoded.milliseconds / 1000)
+        if decoded.milliseconds:
+            self._measures.decoded(decoded.milliseconds / 1000)
         self._decoded.put(decoded)
         with self._counting:
             self._decoding -= 1
@@ -311,14 +315,17 @@ class Pipeline:
                 if isinstance(item, Outcome):
                     self._outcomes.put(item)
             if decisions := [item for item in batch if isinstance(item, Decision)]:
-                moved: list[Outcome] = []
-                started = time.monotonic()
-                try:
-                    self._mover.move(decisions, functools.partial(self._tell, moved))
-                finally:
-                    self._measures.moved(len(moved), time.monotonic() - started)
-                    if moved:  # also where the rest of the batch could not be
-                        self._on_moved(moved)
+                self._move_batch(decisions)
+
+    def _move_batch(self, decisions: list[Decision]) -> None:
+        moved: list[Outcome] = []
+        started = time.monotonic()
+        try:
+            self._mover.move(decisions, functools.partial(self._tell, moved))
+        finally:
+            self._measures.moved(len(moved), time.monotonic() - started)
+            if moved:  # also where the rest of the batch could not be
+                self._on_moved(moved)
 
     def _tell(self, moved: list[Outcome], outcome: Outcome) -> None:
         if outcome.destination is not None:

@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import structlog
-
 from sorter.atomic import (
     ChangedError,
     away_name,
@@ -35,8 +33,6 @@ from sorter.history import History, Move
 from sorter.inbox import Identity, Photo, opened_folder
 
 COARSE_NS = 2_000_000_000  # some file systems keep times to two seconds
-
-log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +154,9 @@ def _status(folder: int | None, name: str) -> os.stat_result | None:
         return None
     try:
         return os.stat(name, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+            raise
         return None
 
 
@@ -177,7 +175,21 @@ def _perhaps(root: Path, relative: str) -> Iterator[int | None]:
         yield folder
 
 
-def recover(history: History, output: Path, *, sorting: bool = True, undoing: bool = True) -> None:
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """What became of the moves that a crash left unfinished.
+
+    Attributes:
+        moved: arrived; `stayed` did not.
+        waiting: cannot be told yet: paths, and why.
+    """
+
+    moved: int
+    stayed: int
+    waiting: tuple[tuple[str, str], ...]
+
+
+def recover(history: History, output: Path, *, sorting: bool = True, undoing: bool = True) -> Recovered:
     """Finish or withdraw what a crash left unfinished, and record which.
 
     Args:
@@ -189,12 +201,12 @@ def recover(history: History, output: Path, *, sorting: bool = True, undoing: bo
     Raises:
         StorageError: the history cannot be written.
     """
-    unfinished = [move for move in history.unfinished() if (sorting if move.target is None else undoing)]
-    if not unfinished:
-        return
     done: list[Move] = []
     withdrawn: list[Move] = []
-    for move in unfinished:
+    waiting: list[tuple[str, str]] = []
+    for move in history.unfinished():
+        if not (sorting if move.target is None else undoing):
+            continue
         photo = Photo(move.root, move.source, move.identity, 0.0)
         into, plan = output, Plan(photo, move.folder, move.name, move.token)
         if move.target is not None:
@@ -203,13 +215,9 @@ def recover(history: History, output: Path, *, sorting: bool = True, undoing: bo
         try:
             arrived = resolve(into, plan)
         except OSError as error:
-            log.warning("recovery.waiting", path=photo.path, reason=error.strerror)
+            waiting.append((photo.path, error.strerror or str(error)))
             continue
         (done if arrived else withdrawn).append(move)
-    history.settle(done, withdrawn)
-    log.info(
-        "recovery.finished",
-        moved=len(done),
-        stayed=len(withdrawn),
-        waiting=len(unfinished) - len(done) - len(withdrawn),
-    )
+    if done or withdrawn:
+        history.settle(done, withdrawn)
+    return Recovered(len(done), len(withdrawn), tuple(waiting))

@@ -54,11 +54,14 @@ class Stop:
     """
 
     def __init__(self, idle_code: int) -> None:
-        self.requested = threading.Event()
+        # No threading.Event: its lock may be held by the very thread that the handler interrupts.
+        self.requested = False
         self.wake: Callable[[], None] = lambda: None
         """Ends the loop's sleep."""
         self.moving: threading.Lock | None = None
         """Held while one photo moves; None while nothing can be in hand."""
+        self.abandon: Callable[[], None] = lambda: None
+        """Ends what would go on without this process."""
         self._idle_code = idle_code
 
     def listen(self) -> None:
@@ -69,12 +72,13 @@ class Stop:
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.moving is None:
             os._exit(self._idle_code)
-        if self.requested.is_set():
+        if self.requested:
             # One photo's move is let through, so that nothing is half moved; a copy that takes longer leaves a hidden
             # partial file and the photo where it was.
             self.moving.acquire(timeout=2)
+            self.abandon()
             os._exit(128 + number)
-        self.requested.set()
+        self.requested = True
         self.wake()
 
 
@@ -84,11 +88,14 @@ class Tally:
 
     Attributes:
         folders: photos by the folder they were moved to.
+        skipped: files that are no photos.
+        put_back: photos that undo brought back, and that are left alone.
     """
 
     folders: Counter[str] = field(default_factory=Counter)
     companions: int = 0
     skipped: int = 0
+    put_back: int = 0
     left: int = 0
     interrupted: bool = False
     started: float = field(default_factory=time.monotonic)
@@ -164,7 +171,7 @@ class Service:
         try:
             self._backlog()
             moved, deadline = -1, 0.0
-            while not self._stop.requested.is_set() and (self._inbox.changing or self._submitted or self._retry):
+            while not self._stop.requested and (self._inbox.changing or self._submitted or self._retry):
                 if self.tally.folders.total() != moved:  # only waiting counts, not working
                     moved = self.tally.folders.total()
                     deadline = time.monotonic() + self._settings.settle_timeout_seconds
@@ -176,8 +183,8 @@ class Service:
                         break
                     if waiting := {*self._inbox.changing, *self._retry}:
                         self._on_waiting(len(waiting))
-                    self._stop.requested.wait(0.1)
-            self.tally.interrupted = self._stop.requested.is_set()
+                    time.sleep(0.1)
+            self.tally.interrupted = self._stop.requested
             for name in {*self._inbox.changing, *self._retry}:
                 self._leave(Photo(self._inbox.root, name, _UNKNOWN, 0.0), "is still changing")
             self._inbox.check()
@@ -197,7 +204,7 @@ class Service:
         self._notifier.ready()
         try:
             rescanned = float("-inf")
-            while not self._stop.requested.is_set():
+            while not self._stop.requested:
                 self._tell(watcher.trouble)
                 watcher.supervise(time.monotonic())
                 # Asked at each turn, since the watcher may begin or cease to poll meanwhile.
@@ -254,7 +261,7 @@ class Service:
 
     def _feed(self, photos: Iterable[Photo]) -> None:
         for photo in photos:
-            if self._stop.requested.is_set():
+            if self._stop.requested:
                 return
             self._tell()
             if photo.name in self._submitted or self._is_skipped(photo) or self._is_beside_photo(photo):
@@ -265,7 +272,9 @@ class Service:
                     continue
                 photo = replace(photo, seen=retry.seen)
             if self._put_back(photo):
-                self._record(Outcome(photo, "skipped", detail="sorter undo put it back; --include-undone sorts it"))
+                self.tally.put_back += 1
+                self._ignore(photo)
+                log.info("photo.skipped", path=photo.path, reason="sorter undo put it back; --include-undone sorts it")
                 continue
             if is_companion(photo.name) and (entry := self._photo_of(photo)) is not None:
                 self._follow(photo, entry.name, entry.destination)
@@ -275,7 +284,7 @@ class Service:
                 self._account()
                 self._report_blocked()
                 self._tell()
-                if self._stop.requested.is_set():
+                if self._stop.requested:
                     return
             self._submitted.add(photo.name)
             self._account()
@@ -323,7 +332,7 @@ class Service:
             self._leave(companion, f"cannot follow its photo: {os.path.join(place, name)} exists")
             return
         decoded = Decoded(companion, "skipped")
-        self._following.append(Decision(decoded, COMPANION, os.path.basename(place), name=name))
+        self._following.append(Decision(decoded, COMPANION, os.path.basename(place), name=name, follows=new))
         self._submitted.add(companion.name)
 
     # --- accounting ----------------------------------------------------------------------------------------------
@@ -417,7 +426,7 @@ class Service:
     def _tell(self, trouble: str | None = None) -> None:
         """Tell the service manager what goes on, and that the loop lives, unless the pipeline does not."""
         # A sign of life after the manager's SIGTERM would wind its watchdog up again, which nobody feeds at the end.
-        if not self._pipeline.hung and not self._stop.requested.is_set():
+        if not self._pipeline.hung and not self._stop.requested:
             self._notifier.alive()
         self._notifier.status(lambda: self._situation(trouble))
 
@@ -435,6 +444,9 @@ class Service:
         self._pipeline.close()
         try:
             self._account()
+            while self._following:  # companions of the last photos; none is left behind by a stop
+                self._account()
+            self._account()
         finally:
             self.tally.seconds = time.monotonic() - self.tally.started
             log.info(
@@ -443,6 +455,7 @@ class Service:
                 folders=dict(self.tally.folders),
                 companions=self.tally.companions,
                 skipped=self.tally.skipped,
+                put_back=self.tally.put_back,
                 left=self.tally.left,
                 seconds=round(self.tally.seconds, 3),
                 photos_per_second=round(self.tally.photos_per_second, 1),

@@ -24,6 +24,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 MAX_CONFIG_BYTES = 1_000_000
+_PATH_TYPE = f"path for {Path}"  # what pydantic calls it
 
 
 def _not_empty(value: Any) -> Any:
@@ -195,6 +196,8 @@ def load(flags: Mapping[str, Any]) -> Settings:
     }
     named = variables.pop("config", None)
     config = flags.get("config", os.environ[named] if named else None)
+    if config == "":
+        raise ConfigurationError(f"{'--config' if 'config' in flags else named} is empty: name a file or leave it out")
     # pydantic-settings passes over variables that it does not know, and over a file that is not there.
     if unknown := sorted(name for field, name in variables.items() if field not in Settings.model_fields):
         raise ConfigurationError(
@@ -244,5 +247,5 @@ def _sentence(error: ErrorDetails, given: Mapping[str, Any], variables: Mapping[
         return f"{place}: there is no such setting; config/sorter.toml lists them all"
     if error["type"] == "string_pattern_mismatch":
         message = f"should be {Settings.model_fields[field].description}"
-    message = message.removeprefix("Input ").split(", unable")[0]
+    message = message.removeprefix("Input ").split(", unable")[0].replace(_PATH_TYPE, "path")
     return f"{place}: {message}, not {repr(error['input'])[:100]}"

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sorter.atomic import StayedError, make_folder, new_token
-from sorter.companions import companions
 from sorter.decisions import COMPANION
-from sorter.history import History, Move
+from sorter.errors import StorageError
+from sorter.history import History, Move, Run
 from sorter.inbox import Identity, Photo, opened_folder
 from sorter.mover import Mover
 from sorter.past import Entry
@@ -61,9 +61,46 @@ def check(entry: Entry) -> Identity:
         raise StayedError("it was changed or replaced since it was sorted")
     if not os.path.isdir(entry.root):
         raise StayedError(f"the folder it came from, {entry.root}, is gone")
+    _check_folder(entry)
     if os.path.lexists(entry.source):
         raise StayedError(_TAKEN)
     return Identity.of(status)
+
+
+def _check_folder(entry: Entry) -> None:
+    """Make sure that a photo's old folder takes it; one that is gone is made anew."""
+    try:
+        with opened_folder(Path(entry.root), os.path.dirname(entry.name)) as descriptor:
+            if not os.access(".", os.W_OK | os.X_OK, dir_fd=descriptor):
+                raise StayedError("its old folder may not be changed by this user")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise StayedError(f"its old folder cannot be used any more ({error.strerror})") from None
+
+
+def would(entries: Iterable[Entry]) -> Iterator[Undone]:
+    """Tell what `Undo` would do; changes nothing."""
+    stayed: set[int] = set()
+    taken: set[str] = set()
+    for entry in entries:
+        try:
+            _check_photo(entry, stayed)
+            check(entry)
+            if entry.source in taken:
+                raise StayedError(_TAKEN)
+        except StayedError as error:
+            stayed.add(entry.id)
+            yield Undone(entry, str(error))
+        else:
+            taken.add(entry.source)
+            yield Undone(entry)
+
+
+def _check_photo(entry: Entry, stayed: set[int]) -> None:
+    """A companion stays with its photo."""
+    if entry.follows in stayed:
+        raise StayedError("its photo stays too")
 
 
 class Undo:
@@ -72,31 +109,34 @@ class Undo:
     Args:
         output: the folder that they were sorted into.
         history: its history.
-        run: the id that the history has this process under.
+        run: what the history has this process under.
         stopping: ends it after the batch in hand.
     """
 
-    def __init__(self, output: Path, history: History, run: str, stopping: threading.Event) -> None:
-        self._output, self._history, self._run, self._stopping = output.absolute(), history, run, stopping
+    def __init__(self, output: Path, history: History, run: Run, stopping: threading.Event) -> None:
+        self._output = Path(os.path.realpath(output))
+        self._history, self._run, self._stopping = history, run, stopping
         self._movers: dict[str, Mover] = {}  # by the folder that photos go back to
-        self._stayed: set[str] = set()  # the names of companions whose photos could not go back
+        self._stayed: set[int] = set()  # those that could not go back
 
     def bring_back(self, entries: Iterable[Entry]) -> Iterator[Undone]:
         """Bring photos back, a batch and its fsyncs at a time.
 
         Raises:
-            StorageError: nothing more can be moved; what was moved is recorded.
+            StorageError: the history cannot be written, or a folder not be synced; what was moved is found again.
         """
+        self._history.begin(self._run)
         left = iter(entries)
         while not self._stopping.is_set() and (batch := list(itertools.islice(left, _BATCH))):
             yield from self._batch(batch)
+        self._history.finish(self._run)
 
     def _batch(self, entries: Sequence[Entry]) -> list[Undone]:
         results: list[Undone] = []
         planned: list[tuple[Entry, Plan, Move]] = []
         for entry in entries:
             try:
-                self._check_photo(entry)
+                _check_photo(entry, self._stayed)
                 plan = self._plan(entry, check(entry))
             except StayedError as error:
                 results.append(self._stays(entry, str(error)))
@@ -109,28 +149,23 @@ class Undo:
         try:
             for entry, plan, move in planned:
                 try:
-                    self._check_photo(entry)
+                    _check_photo(entry, self._stayed)
                     self._move(entry, plan)
-                except StayedError as error:
+                except (StayedError, StorageError) as error:  # another photo may come from a folder that is well
                     results.append(self._stays(entry, _TAKEN if os.path.lexists(entry.source) else str(error)))
                 else:
                     done.append(move)
                     results.append(Undone(entry))
         finally:
-            unclear = [m for e, plan, m in planned if self._movers[e.root].is_unresolved(plan)]
+            kept = {move.token for move in done}
+            kept |= {plan.token for entry, plan, _ in planned if self._movers[entry.root].is_unresolved(plan)}
             for root in {entry.root for entry, _, _ in planned}:
                 self._movers[root].settle()
-            self._history.settle(done, [m for _, _, m in planned if m not in done and m not in unclear])
+            self._history.settle(done, [move for _, _, move in planned if move.token not in kept])
         return results
 
-    def _check_photo(self, entry: Entry) -> None:
-        if entry.kind == COMPANION and entry.destination in self._stayed:
-            raise StayedError("its photo stays too")
-
     def _stays(self, entry: Entry, problem: str) -> Undone:
-        folder, base = os.path.split(entry.destination)
-        if entry.kind != COMPANION:
-            self._stayed.update(os.path.join(folder, name) for name in companions(base))
+        self._stayed.add(entry.id)
         return Undone(entry, problem)
 
     def _plan(self, entry: Entry, identity: Identity) -> Plan:
@@ -149,7 +184,7 @@ class Undo:
     def _intent(self, entry: Entry, plan: Plan) -> Move:
         return Move(
             token=plan.token,
-            run=self._run,
+            run=self._run.id,
             root=self._output,
             source=plan.photo.name,
             folder="",

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import signal
 import sqlite3
 import time
 from collections.abc import Callable
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, Running, make_tree, pipeline_to, plain, read_tree
+from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, Running, make_tree, photo, pipeline_to, plain, read_tree
 from test_undo import described, sort, undo
 
 from sorter import companions
+from sorter.decisions import Decision
+from sorter.decoders import Decoded
 from sorter.inbox import Inbox
 from sorter.manifest import Manifest
 from sorter.past import Past
@@ -217,8 +220,36 @@ def test_its_name_in_the_new_place(companion: str, photo: str, new: str, expecte
 
 
 def test_photos_and_companions_name_each_other() -> None:
-    for photo in ("a.jpg", "IMG_1.HEIC", "x.y.png"):
-        for name in companions.companions(photo):
+    for of in ("a.jpg", "IMG_1.HEIC", "x.y.png"):
+        for name in companions.companions(of):
             assert companions.is_companion(name)
-            assert photo in companions.photos(name)
+            assert of in companions.photos(name)
     assert not any(map(companions.is_companion, itertools.chain(companions.photos("a.xmp"), ["a.txt", "xmp"])))
+
+
+def test_a_name_that_is_too_long_in_the_new_place_is_left_and_holds_up_nothing(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    inbox, long = tmp_path / "in", "a" * 247 + ".jpg"
+    make_tree(inbox, {"b.jpg": plain(RED), "b.xmp": b"b's"})
+    pipeline = pipeline_to(inbox, RedGreenEngine(), manifest, Settings(inbox=inbox, once=True))
+    companion = Inbox(inbox, recursive=False, excluded=frozenset(), settle_seconds=0).look("b.xmp", time.time())
+    assert companion is not None
+    pipeline.follow([Decision(Decoded(companion, "skipped"), "companion", "cats", name=f"{long}-12.xmp")])
+    (outcome,) = pipeline.outcomes(timeout_seconds=10)
+    pipeline.close()
+    assert (outcome.kind, outcome.detail) == ("left", "cannot be moved: File name too long")
+
+
+def test_a_stop_parts_no_photo_from_its_companions(tmp_path: Path, start: Start) -> None:
+    inbox = make_tree(tmp_path / "in", {f"{n}.jpg": photo(n) for n in range(200)})
+    make_tree(inbox, {f"{n}.xmp": b"%d" % n for n in range(200)})
+    running = start("run", "--once", "--inbox", inbox)
+    running.wait_for_event("photo.sorted", 1)
+    running.process.send_signal(signal.SIGTERM)
+    assert running.finish()[0] == 3
+    found = read_tree(inbox)
+    moved = {Path(name) for name in found if name.startswith(("cats/", "dogs/")) and name.endswith(".jpg")}
+    assert 0 < len(moved) < 200
+    assert all(str(name.with_suffix(".xmp")) in found for name in moved)
+    assert all(f"{Path(name).stem}.xmp" in found for name in found if "/" not in name)

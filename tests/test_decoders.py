@@ -228,6 +228,21 @@ def test_a_decoder_that_dies_once_gets_the_photo_a_second_time_in_a_new_process(
     assert first not in workers()
 
 
+def test_the_end_waits_for_no_photo_in_hand_and_blames_none(tmp_path: Path, bench: Callable[..., Bench]) -> None:
+    make_tree(tmp_path / "in", {f"{n}.jpg": photo(n) for n in range(3)})
+    made = bench(timeout_seconds=60)
+    assert made.decode("a.jpg").verdict == "pixels"
+    (hanging,) = workers()
+    os.kill(hanging, signal.SIGSTOP)
+    for n in range(3):
+        assert made.decoders.submit(made.photo(f"{n}.jpg"), timeout_seconds=5)
+    started = time.monotonic()
+    made.decoders.close()
+    assert time.monotonic() - started < 30, "half of the time that one photo may take"
+    assert made.results.empty()
+    assert workers() == []
+
+
 @pytest.mark.parametrize(("python", "why"), [("/bin/false", "exit code 1"), ("/nothing", "No such file")])
 def test_decoders_that_cannot_start_are_not_held_against_a_photo(
     python: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

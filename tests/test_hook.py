@@ -223,3 +223,26 @@ def test_a_command_that_cannot_run_is_refused_at_the_start(
         assert refused.finish()[0] == 2
         assert sentence in refused.errors.read_text()
     assert list(inbox.iterdir()) == [inbox / "a.jpg"]
+
+
+def test_a_second_signal_leaves_no_command_behind(tmp_path: Path, start: Start) -> None:
+    inbox, group = make_tree(tmp_path / "in", {"a.jpg": photo(1)}), tmp_path / "group"
+    command = script(tmp_path, f'echo $$ > "{group}.new"; mv "{group}.new" "{group}"; sleep 100')
+    running = start("run", "--inbox", inbox, "--on-sorted", command)
+    running.wait_for(group.exists)
+    running.process.send_signal(signal.SIGTERM)
+    running.wait_for_event("service.stopping")
+    running.process.send_signal(signal.SIGTERM)
+    assert running.finish(seconds=20)[0] == 143
+    deadline = time.monotonic() + 10
+    while _group_exists(int(group.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _group_exists(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

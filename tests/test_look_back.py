@@ -55,9 +55,19 @@ def test_a_person_gets_a_table_of_one_line_for_each_photo(sorted_once: Path) -> 
     assert lines[0].split() == ["when", "run", "photo", "went", "to", "why"]
     assert len(lines) == 9
     assert all("%" in line or "truncated" in line for line in lines[1:])
+    assert not any(str(sorted_once) in line for line in lines)
     assert len(sorter("history", "--limit", "3", "--inbox", sorted_once).stdout.splitlines()) == 4
     assert "nothing was sorted" in sorter("history", "--since", "2999-01-01", "--inbox", sorted_once).stdout
     assert "nothing was sorted" in sorter("history", "--run", "other", "--inbox", sorted_once).stdout
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(sorted_once: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "sorter", "history", "--inbox", str(sorted_once)]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_reading_leaves_nothing_behind(sorted_once: Path) -> None:

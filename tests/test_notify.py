@@ -142,7 +142,7 @@ class Loop:
         _wait_for(lambda: (self.output / ("cats" if color == RED else "dogs") / name).exists())
 
     def end(self) -> None:
-        self.stop.requested.set()
+        self.stop.requested = True
         self.stop.wake()
         self.thread.join(30)
         assert not self.thread.is_alive()

@@ -224,14 +224,14 @@ def test_a_missing_toml_file_named_by_the_variable_is_refused_by_its_path(
     assert refusal().startswith(f"there is no configuration file {path}: ")
 
 
-@pytest.mark.parametrize("path", ["", "."])
-def test_a_toml_file_that_is_no_file_is_refused(path: str) -> None:
-    assert "no configuration file" in refusal(config=path)
+def test_a_toml_file_that_is_no_file_is_refused() -> None:
+    assert "no configuration file" in refusal(config=".")
+    assert refusal(config="").startswith("--config is empty: ")
 
 
 def test_an_empty_variable_for_the_toml_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SORTER_CONFIG", "")
-    assert "no configuration file" in refusal()
+    assert refusal().startswith("SORTER_CONFIG is empty: ")
 
 
 @pytest.mark.parametrize("content", [b"batch_size = ", b"batch_size: 4\n", b'inbox = "caf\xe9"\n'])
