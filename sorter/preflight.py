@@ -7,9 +7,27 @@ import importlib.util
 import os
 from pathlib import Path
 
+from sorter import hook
+from sorter import manifest as manifests
 from sorter.errors import ConfigurationError
 from sorter.manifest import RESERVED_FOLDERS, Manifest
 from sorter.settings import Settings
+
+
+def check(settings: Settings) -> tuple[Settings, Manifest, list[str] | None]:
+    """Everything that can be wrong and is known before the model is loaded.
+
+    Returns:
+        The settings as they are meant, the model's manifest, and the words of `--on-sorted`.
+
+    Raises:
+        ConfigurationError, ModelError: a sentence that says what to do.
+    """
+    model = manifests.read(settings.model)
+    settings = decided(settings, model)
+    check_folders(settings, model)
+    check_metrics(settings)
+    return settings, model, None if settings.on_sorted is None else hook.split(settings.on_sorted)
 
 
 def destinations(manifest: Manifest) -> list[str]:

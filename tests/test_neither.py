@@ -199,7 +199,8 @@ def test_the_threshold_catches_what_the_manifest_says_and_little_more_on_torch(s
     samples = evaluate.labelled_photos(SHARED / "photos", shipped.classes)
     cats_and_dogs = np.stack([read(sample.path, shipped.input.preprocessing) for sample in samples])
     eight = open_engine(SHIPPED_MODEL, shipped, "openvino", "cpu", 50, catch_neither=True).judge(cats_and_dogs)[1]
-    assert round(float((eight > shipped.neither.threshold).mean()), 4) == shipped.neither.caught
+    # Processors round 8-bit sums in different ways, which moves a photo or two over the threshold.
+    assert abs((eight > shipped.neither.threshold).mean() - shipped.neither.caught) <= 0.004
     other = open_engine(SHIPPED_MODEL, shipped, "torch", "cpu", 50, catch_neither=True).judge(cats_and_dogs)[1]
     assert (other > shipped.neither.threshold).mean() <= 0.02
     assert np.corrcoef(eight, other)[0, 1] > 0.9
