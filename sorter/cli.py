@@ -89,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=_EXIT_CODES,
             formatter_class=_Formatter,
         )
-        command.set_defaults(action=action)
+        command.set_defaults(action=action, has_settings=groups != ())
         if name in add_options:
             add_options[name](command)
         _add_settings(command, groups)
@@ -154,23 +154,28 @@ def _help(field: FieldInfo) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; errors are sentences on standard error."""
     flags = vars(build_parser().parse_args(arguments))
-    command, action = flags.pop("command"), flags.pop("action")
+    command, action, has_settings = flags.pop("command"), flags.pop("action"), flags.pop("has_settings")
     log_format, log_level = flags.get("log_format", "auto"), flags.get("log_level", "info")
+    code = int(ExitCode.DONE)
     try:
         # What is no setting is the command's own; a flag that both have is the command's.
         own = {name for name in flags if name not in Settings.model_fields and name != "config"}
         if command == "undo":
             own.add("dry_run")
         options = {name: flags.pop(name) for name in own}
-        chosen = settings.load(flags)
-        log_format, log_level = chosen.log_format, chosen.log_level
-        code = int(action(chosen, **options))
+        if has_settings:
+            chosen = settings.load(flags)
+            log_format, log_level = chosen.log_format, chosen.log_level
+            code = int(action(chosen, **options))
+        else:
+            code = int(action(**options))
         if sys.stdout is not None:
             sys.stdout.flush()
         return code
     except BrokenPipeError:  # who reads, as `| head` does, has seen enough
-        console.discard(sys.stdout)
-        return ExitCode.STOPPED
+        if sys.stdout is not None:
+            console.discard(sys.stdout)
+        return code
     except Exception as error:
         # Standard error is a log from the first line on where a program reads it.
         if command == "run" and logs.is_json(log_format) and not structlog.is_configured():
@@ -187,11 +192,11 @@ def _say(error: Exception, *, with_traceback: bool) -> None:
         sys.stderr.write("".join(f"sorter: {line}\n" for line in detail.splitlines()))
 
 
-def _completion(_: Settings, *, shell: str) -> ExitCode:
+def _completion(*, shell: str) -> ExitCode:
     print(shell_help.completion(build_parser(), shell))
     return ExitCode.DONE
 
 
-def _manpage(_: Settings) -> ExitCode:
+def _manpage() -> ExitCode:
     print(shell_help.manual_page(build_parser()), end="")
     return ExitCode.DONE

@@ -29,6 +29,9 @@ from sorter.settings import Settings
 if TYPE_CHECKING:
     from sorter.engines import Engine
 
+# An undo that clears up after a crash holds the lock for a moment.
+_PATIENCE_SECONDS = 2.0
+
 
 def run(chosen: Settings, *, json: bool) -> ExitCode:
     """Sort the inbox: once, or until told to stop."""
@@ -68,7 +71,7 @@ def run(chosen: Settings, *, json: bool) -> ExitCode:
         if not chosen.dry_run:
             held = Lock(inbox.root)
             stack.callback(held.release)
-            held.take()
+            held.take(patience_seconds=_PATIENCE_SECONDS)
             history = _open_history(inbox.root, output, this_run, stack)
         fields = {"run": this_run.id, "model": model.name} | ({"dry_run": True} if chosen.dry_run else {})
         log.info(
@@ -127,7 +130,7 @@ def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> Hist
     if not os.path.samefile(inbox, output):
         held = Lock(output)
         stack.callback(held.release)
-        held.take()
+        held.take(patience_seconds=_PATIENCE_SECONDS)
     history = History(output)
     stack.callback(history.close)
     undoing = Lock(output, lock.UNDOING)

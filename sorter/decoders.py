@@ -176,6 +176,7 @@ class Decoders:
         self._workers[threading.get_ident()] = worker
         if self._closing.is_set():
             worker.stop()
+        worker.await_ready()
         return worker
 
     def _decode(self, worker: "_Worker", photo: Photo, row: int) -> Decoded:
@@ -249,9 +250,8 @@ class _Worker:
             raise _cannot_start(error.strerror) from None
         finally:
             theirs.close()
-        self._await_ready()
 
-    def _await_ready(self) -> None:
+    def await_ready(self) -> None:
         """Wait until it can decode, so that a worker that cannot even start is not held against a photo."""
         self._socket.settimeout(START_SECONDS)
         try:

@@ -64,12 +64,18 @@ _MIGRATIONS = (
     -- what the folder is inside of, where that is not the output
     ALTER TABLE moves ADD COLUMN target BLOB;
     ALTER TABLE moves ADD COLUMN undoes INTEGER REFERENCES moves (id);
-    -- the photo that a companion went with
-    ALTER TABLE moves ADD COLUMN follows INTEGER REFERENCES moves (id);
     CREATE INDEX moves_source ON moves (source);
-    CREATE INDEX moves_following ON moves (follows) WHERE follows IS NOT NULL;
     CREATE INDEX moves_undone ON moves (target, name) WHERE undoes IS NOT NULL;
     CREATE UNIQUE INDEX moves_undone_once ON moves (undoes) WHERE undoes IS NOT NULL;
+    """,
+    """
+    -- the photo that a companion went with
+    ALTER TABLE moves ADD COLUMN follows INTEGER REFERENCES moves (id);
+    CREATE INDEX moves_following ON moves (follows) WHERE follows IS NOT NULL;
+    CREATE INDEX moves_companions ON moves (id) WHERE kind = 'companion';
+    CREATE INDEX moves_place ON moves (name, folder);
+    DROP INDEX moves_source;
+    CREATE INDEX moves_source ON moves (root, source);
     """,
 )
 VERSION = len(_MIGRATIONS)
@@ -78,7 +84,7 @@ _COLUMNS = (
     "token, run, root, source, folder, name, device, inode, size, mtime_ns, kind, label, confidence, reason, detail, "
     "target, undoes"
 )
-# The last photo of that name in that folder; asked for companions alone, and found among the last rows.
+# The last photo of that name in that folder; asked for companions alone.
 _FOLLOWS = (
     "CASE WHEN ? IS NOT NULL THEN (SELECT id FROM moves WHERE folder = ? AND name = ? AND kind <> 'companion' "
     "AND done IS NOT NULL AND undoes IS NULL ORDER BY id DESC LIMIT 1) END"

@@ -122,14 +122,16 @@ class Hook:
                 start_new_session=True,  # Ctrl-C is meant for the sorter; and it is killed as a group
             )
         assert process.stderr is not None
-        with process.stderr as errors:
-            said, in_time = _follow(process, errors.fileno(), time.monotonic() + LIMIT_SECONDS)
-        if not in_time:
-            self.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel is left there
-                process.wait(_KILLED_SECONDS)
-            return f"took longer than {LIMIT_SECONDS:g} seconds and was killed", said
-        self._process = None
+        try:
+            with process.stderr as errors:
+                said, in_time = _follow(process, errors.fileno(), time.monotonic() + LIMIT_SECONDS)
+            if not in_time:
+                self.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel is left there
+                    process.wait(_KILLED_SECONDS)
+                return f"took longer than {LIMIT_SECONDS:g} seconds and was killed", said
+        finally:
+            self._process = None
         code = process.returncode
         return "" if code == 0 else f"ended with {code}" if code > 0 else f"was ended by signal {-code}", said
 

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import stat
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from sorter.inbox import opened_folder
 SORTING, UNDOING = "lock", "undo-lock"
 """What the lock files are called."""
 _DOING = {SORTING: "being sorted", UNDOING: "having photos put back"}
+_LOOK_SECONDS = 0.05
 _TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
@@ -37,8 +39,11 @@ class Lock:
         self._folder, self._name = folder.absolute(), name
         self._descriptor: int | None = None
 
-    def take(self) -> None:
+    def take(self, *, patience_seconds: float = 0.0) -> None:
         """Take the lock if it is not held, or if the folder is another one now; a folder that is gone has none.
+
+        Args:
+            patience_seconds: how long to wait for one who may only be clearing up after a crash.
 
         Raises:
             ConfigurationError: somebody else sorts the folder, or it cannot be locked.
@@ -58,8 +63,14 @@ class Lock:
         if self._descriptor is not None and os.path.sameopenfile(self._descriptor, descriptor):
             os.close(descriptor)
             return
+        deadline = time.monotonic() + patience_seconds
         try:
-            _lock(descriptor, self._folder, self._name)
+            while not _try_lock(descriptor, self._folder, self._name):
+                if time.monotonic() >= deadline:
+                    raise ConfigurationError(
+                        f"{self._folder} is {_DOING[self._name]} by {_said(descriptor)}: stop that one first"
+                    )
+                time.sleep(_LOOK_SECONDS)
         except BaseException:
             os.close(descriptor)
             raise
@@ -104,7 +115,7 @@ def _open(folder: Path, name: str) -> int:
         )
 
 
-def _lock(descriptor: int, folder: Path, name: str) -> None:
+def _try_lock(descriptor: int, folder: Path, name: str) -> bool:
     status = os.fstat(descriptor)
     # A link would have us write into somebody else's file.
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
@@ -113,9 +124,7 @@ def _lock(descriptor: int, folder: Path, name: str) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _TAKEN:
-            raise ConfigurationError(
-                f"{folder} is {_DOING[name]} by {_said(descriptor)}: stop that one first"
-            ) from None
+            return False
         if error.errno in _NO_LOCKS:
             raise ConfigurationError(
                 f"{folder} is on a file system without locks ({error.strerror}): sort a folder on another one"
@@ -125,3 +134,4 @@ def _lock(descriptor: int, folder: Path, name: str) -> None:
     with contextlib.suppress(OSError):  # a full disk
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename} since {now}\n".encode(), 0)
+    return True

@@ -31,6 +31,7 @@ from sorter.recovery import recover
 from sorter.settings import Settings
 from sorter.undo import Undo, Undone, would
 
+_MOST = 1_000_000_000
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _WHEN = "a time (2026-11-24, 2026-11-24T18:00) or an age (30m, 2h, 7d)"
 
@@ -81,8 +82,8 @@ def _path(text: str) -> str:
 
 def positive(text: str) -> int:
     """A whole number above zero."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    if not text.isdecimal() or not 1 <= int(text[:20]) <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no whole number from 1 to {_MOST:,}")
     return int(text)
 
 
@@ -127,8 +128,8 @@ def _target(chosen: Settings, entry: Entry) -> str:
 
 def _inside(folder: Path, path: str) -> str:
     """A path as it is below a folder, or the whole of it where it is not."""
-    whole = Path(path)
-    return str(whole.relative_to(folder.absolute())) if whole.is_relative_to(folder.absolute()) else path
+    whole, real = Path(path), Path(os.path.realpath(folder))
+    return str(whole.relative_to(real)) if whole.is_relative_to(real) else path
 
 
 def _sureness(entry: Entry) -> str:
@@ -239,23 +240,23 @@ def undo(
         if not dry_run:
             Past(output).close()  # without a history there is nothing to bring back, and none is begun
             bring_back = _open_undo(output, stopping, stack).bring_back
-        past = Past(output)  # it has what a crash had left unfinished
+        past = Past(output)  # by now it has what a crash had left unfinished
         stack.callback(past.close)
         if last and (run := past.last_run()) is None:
             raise ConfigurationError(f"nothing of what was sorted into {output} is left to bring back")
         if run is not None and next(past.undoable(run=run), None) is None:
             raise ConfigurationError(f"run {run} has nothing to bring back: sorter history names the runs")
-        unknown = [path for path in paths if next(past.undoable(path=path), None) is None]
-        for path in unknown:
-            console.say(f"sorter: {_shown(path)} was not sorted, or is back already", sys.stderr)
+        unknown: list[str] = []
         tell = _tell_json if json else partial(_tell_person, dry_run=dry_run)
         back = stayed = along = 0
-        for undone in bring_back(_once(past, paths) if paths else past.undoable(run=run, since=since)):
+        for undone in bring_back(_once(past, paths, unknown) if paths else past.undoable(run=run, since=since)):
             tell(undone)
             is_companion = undone.entry.kind == COMPANION
             stayed += bool(undone.problem)
             back += not undone.problem and not is_companion
             along += not undone.problem and is_companion
+    for path in unknown:
+        console.say(f"sorter: {_shown(path)} was not sorted, or is back already", sys.stderr)
     if last and stayed and not back:
         console.say("sorter: for an earlier run name it: sorter undo --run ID, sorter history has the IDs", sys.stderr)
     if not json:
@@ -269,14 +270,18 @@ def _counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def _once(past: Past, paths: Sequence[str]) -> Iterator[Entry]:
-    """The photos that paths name, each once."""
+def _once(past: Past, paths: Sequence[str], unknown: list[str]) -> Iterator[Entry]:
+    """The photos that paths name, each once; paths that name none are noted."""
     met: set[int] = set()
     for path in paths:
+        named = False
         for entry in past.undoable(path=path):
+            named = True
             if entry.id not in met:
                 met.add(entry.id)
                 yield entry
+        if not named:
+            unknown.append(path)
 
 
 def _open_undo(output: Path, stopping: threading.Event, stack: ExitStack) -> Undo:
@@ -287,14 +292,14 @@ def _open_undo(output: Path, stopping: threading.Event, stack: ExitStack) -> Und
     history = History(output)
     stack.callback(history.close)
     sorting = Lock(output)
+    left = any(move.target is None for move in history.unfinished())
     try:
-        if any(move.target is None for move in history.unfinished()):
+        if left:
             sorting.take()
-        found = recover(history, output)
     except ConfigurationError:  # a sorter is at work, and these are its moves
-        found = recover(history, output, sorting=False)
-    finally:
-        sorting.release()
+        left = False
+    found = recover(history, output, sorting=left)
+    sorting.release()
     for path, reason in found.waiting:
         console.say(f"sorter: {_shown(path)} cannot be looked at now ({reason})", sys.stderr)
     for number in (signal.SIGTERM, signal.SIGINT):

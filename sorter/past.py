@@ -98,7 +98,6 @@ class Past:
     def __init__(self, output: Path) -> None:
         self._output = Path(os.path.realpath(output))
         self.path = self._output / FOLDER / NAME
-        self._real_roots: dict[Path, bytes] = {}
         try:
             if not self.path.is_file():
                 raise ConfigurationError(
@@ -167,16 +166,22 @@ class Past:
 
     def _at(self, path: str) -> tuple[str, list[bytes]]:
         """A condition for what is or was at a path, or below it."""
-        folder, base = os.path.split(os.path.abspath(path))
-        # A photo may be a link by now, which was none when it was sorted.
-        whole = Path(os.path.realpath(path) if os.path.isdir(path) else os.path.join(os.path.realpath(folder), base))
-        found, values = ["m.root = ?"], [os.fsencode(whole)]
-        for root in whole.parents:
-            source = os.fsencode(whole.relative_to(root))
-            found.append("(m.root = ? AND (m.source = ? OR (m.source > ? AND m.source < ?)))")
-            values += [os.fsencode(root), source, source + b"/", source + b"0"]  # below it: "0" is next to "/"
-        if whole.is_relative_to(self._output):
-            parts = [os.fsencode(part) for part in whole.relative_to(self._output).parts]
+        named = os.path.abspath(path)
+        folder, base = os.path.split(named)
+        # A photo may be a link by now, which was none when it was sorted. Older histories have names as they came.
+        real = os.path.realpath(path) if os.path.isdir(path) else os.path.join(os.path.realpath(folder), base)
+        found: list[str] = []
+        values: list[bytes] = []
+        for whole in map(Path, dict.fromkeys((real, named))):
+            name = os.fsencode(whole)
+            found += ["m.root = ?", "(m.root > ? AND m.root < ?)"]  # "0" is next to "/"
+            values += [name, name + b"/", name + b"0"]
+            for root in whole.parents:
+                source = os.fsencode(whole.relative_to(root))
+                found += ["(m.root = ? AND m.source = ?)", "(m.root = ? AND m.source > ? AND m.source < ?)"]
+                values += [os.fsencode(root), source, os.fsencode(root), source + b"/", source + b"0"]
+        if Path(real).is_relative_to(self._output):
+            parts = [os.fsencode(part) for part in Path(real).relative_to(self._output).parts]
             if len(parts) < 3:  # the output, a folder in it, a name in that
                 found.append(" AND ".join(["TRUE", *("CAST(m.folder AS BLOB) = ?", "m.name = ?")[: len(parts)]]))
                 values += parts
@@ -193,15 +198,15 @@ class Past:
         query = f"{_ENTRY} AND m.source IN ({marks}) AND m.root = ? AND m.kind <> '{COMPANION}' AND m.done >= ?"
         since = time.time() - LATE_SECONDS
         try:
-            rows = self._all(f"{query} ORDER BY m.id DESC LIMIT 1", (*names, self._real(companion.root), since))
+            rows = self._all(f"{query} ORDER BY m.id DESC LIMIT 1", (*names, _real(companion.root), since))
         except ConfigurationError:
             return None
         entry = next(map(self._entry, rows), None)
         return None if entry is None or entry.undone or not os.path.lexists(entry.destination) else entry
 
     def last_run(self) -> str | None:
-        """The last run of which something can be brought back."""
-        query = "SELECT m.run FROM moves m WHERE m.done IS NOT NULL" + _UNDOABLE  # noqa: S608
+        """The last run of which a photo can be brought back."""
+        query = f"SELECT m.run FROM moves m WHERE m.done IS NOT NULL AND m.kind <> '{COMPANION}'{_UNDOABLE}"  # noqa: S608
         found = self._all(f"{query} ORDER BY m.id DESC LIMIT 1", ())
         return str(found[0][0]) if found else None
 
@@ -228,21 +233,16 @@ class Past:
         """
         query = "SELECT size, mtime_ns FROM moves WHERE undoes IS NOT NULL AND target = ? AND name = ?"
         try:
-            rows = self._all(f"{query} ORDER BY id DESC LIMIT 1", (self._real(photo.root), os.fsencode(photo.name)))
+            rows = self._all(f"{query} ORDER BY id DESC LIMIT 1", (_real(photo.root), os.fsencode(photo.name)))
         except ConfigurationError:
             return False
         return [(photo.identity.size, str(photo.identity.mtime_ns))] == rows
 
-    def _real(self, root: Path) -> bytes:
-        """An inbox as the history calls it, whichever way it was named now."""
-        if root not in self._real_roots:
-            self._real_roots[root] = os.fsencode(os.path.realpath(root))
-        return self._real_roots[root]
-
     def _all(self, query: str, values: Sequence[object]) -> list[Any]:
         try:
-            if self._file != file_of(self.path):  # taken away, and begun anew by now
+            if self._file != file_of(self.path):  # taken away, and perhaps begun anew, or its disk is back
                 self._connection.close()
+                self._file = None
                 self._open()
             return self._connection.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
@@ -274,6 +274,11 @@ class Past:
             model,
             bool(undone),
         )
+
+
+def _real(root: Path) -> bytes:
+    """An inbox as the history calls it, whichever way it was named now."""
+    return os.fsencode(os.path.realpath(root))
 
 
 def _chosen(run: str | None, since: float | None) -> tuple[str, list[object]]:

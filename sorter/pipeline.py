@@ -88,8 +88,7 @@ class Pipeline:
         self._decode_deadline = NEVER
         self._classify_deadlines = [NEVER] * engine.concurrency
         self._batching = threading.Lock()  # held by the thread that forms the next batch
-        self._classifying = engine.concurrency  # threads that have not ended
-        self._closed = False
+        self._stopped = self._closed = False
         self.backlog = False
         """True while more photos are about to be submitted: batches are then filled, however long that takes."""
         self._mover = BatchMover(mover, history, run=run, patient=not settings.once, stopping=self._stopping)
@@ -150,13 +149,10 @@ class Pipeline:
             SorterError: a stage could not go on; nothing is half moved.
         """
         self._raise_error()
-        if self._closed:  # nobody else uses the mover any more
-            self._move_batch(companions)
-        else:
-            try:
-                self._decided.put_nowait([*companions])
-            except queue.Full:
-                return False
+        try:
+            self._decided.put_nowait([*companions])
+        except queue.Full:
+            return False
         self.in_flight += len(companions)
         return True
 
@@ -191,16 +187,33 @@ class Pipeline:
             decided = sum(len(batch) for batch in self._decided.queue if batch is not None)
         return {"decode": self._decoding, "classify": self._decoded.qsize(), "move": decided}
 
-    def close(self) -> None:
-        """Finish the batch in hand, forget the photos that are not classified yet, and end the stages; idempotent."""
-        if self._closed:
+    def stop(self) -> None:
+        """Finish the batch in hand and forget the photos that are not classified yet; idempotent.
+
+        The mover goes on until `close`, for the companions of what it moves.
+        """
+        if self._stopped:
             return
-        self._closed = True
+        self._stopped = True
         self._stopping.set()
         self._decoders.close()
         self._decoded.put(None)
-        for thread in self._threads:
+        for thread in self._threads[:-1]:
             thread.join()
+
+    @property
+    def idle(self) -> bool:
+        """Tell whether the mover has done all that it was given, or has ended."""
+        return not self._decided.unfinished_tasks or not self._threads[-1].is_alive()
+
+    def close(self) -> None:
+        """Stop, and end the mover too; idempotent."""
+        if self._closed:
+            return
+        self.stop()
+        self._closed = True
+        self._hand_over(None)
+        self._threads[-1].join()
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -226,16 +239,6 @@ class Pipeline:
 
     def _classify(self, number: int) -> None:
         """Batch what is decoded, classify it, and decide."""
-        try:
-            self._classify_all(number)
-        finally:
-            with self._counting:
-                self._classifying -= 1
-                is_last = not self._classifying
-            if is_last:
-                self._hand_over(None)
-
-    def _classify_all(self, number: int) -> None:
         while (batch := self._next_batch()) is not None:
             passed: list[Decision | Outcome] = [self._unclassified(d) for d in batch if d.verdict != "pixels"]
             ready = [d for d in batch if d.verdict == "pixels"]
@@ -316,6 +319,7 @@ class Pipeline:
                     self._outcomes.put(item)
             if decisions := [item for item in batch if isinstance(item, Decision)]:
                 self._move_batch(decisions)
+            self._decided.task_done()
 
     def _move_batch(self, decisions: list[Decision]) -> None:
         moved: list[Outcome] = []

@@ -441,13 +441,14 @@ class Service:
 
     def _finish(self) -> None:
         """End the stages, account for what they still did, and say what the run did, however it ended."""
-        self._pipeline.close()
         try:
-            self._account()
-            while self._following:  # companions of the last photos; none is left behind by a stop
-                self._account()
+            self._pipeline.stop()
+            while self._following or not self._pipeline.idle:  # no photo's companion is left behind by a stop
+                self._account(timeout_seconds=0.1)
+            self._pipeline.close()
             self._account()
         finally:
+            self._pipeline.close()
             self.tally.seconds = time.monotonic() - self.tally.started
             log.info(
                 "run.finished",

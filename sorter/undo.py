@@ -193,6 +193,6 @@ class Undo:
             kind="undone",
             label=entry.label,
             confidence=entry.confidence,
-            target=Path(entry.root),
+            target=Path(os.path.realpath(entry.root)),
             undoes=entry.id,
         )
