@@ -338,10 +338,12 @@ def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(name, overflow="fold", no_wrap=name in ("when", "run", ""))
     for row in rows:
         table.add_row(*map(Text, row))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=10_000)
-    console.print(table)
+    terminal = Console()
+    if not terminal.is_terminal:
+        terminal = Console(width=10_000)
+    with terminal.capture() as table_as_text:  # rich ends the process by itself where nobody reads
+        terminal.print(table)
+    print(table_as_text.get(), end="")
 
 
 def _local(seconds: float) -> str:
