@@ -101,6 +101,7 @@ def test_a_folder_without_permission_holds_up_no_other(open_to_all: Path) -> Non
     inbox = make_tree(open_to_all / "in", {"deep/0.jpg": photo(0), "1.jpg": photo(1)})
     sort(inbox, "--recursive")
     nobodys(inbox)
+    assert main(["undo", "--last", "--dry-run", "--inbox", str(inbox)]) == 0  # what it imports, nobody may not read
     (inbox / "deep").chmod(0o555)
 
     def bring_back() -> None:
@@ -117,6 +118,7 @@ def test_a_history_that_may_not_be_read_is_a_sentence(open_to_all: Path) -> None
     inbox = make_tree(open_to_all / "in", photos(1))
     sort(inbox)
     nobodys(inbox)
+    assert main(["status", "--inbox", str(inbox)]) == 0  # what it imports, nobody may not read
     (inbox / ".sorter/history.sqlite3").chmod(0)
 
     def ask() -> None:
