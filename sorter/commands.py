@@ -25,6 +25,7 @@ from sorter.mover import Mover
 from sorter.past import Past
 from sorter.recovery import recover
 from sorter.settings import Settings
+from sorter.stop import Stop
 
 if TYPE_CHECKING:
     from sorter.engines import Engine
@@ -44,7 +45,7 @@ def run(chosen: Settings, *, json: bool) -> ExitCode:
     # Heavy from here on: everything that can be wrong without them has been said.
     from sorter.decoders import default_workers
     from sorter.pipeline import Pipeline
-    from sorter.service import Service, Stop
+    from sorter.service import Service
     from sorter.watcher import Watcher
 
     stop = Stop(idle_code=ExitCode.INCOMPLETE if chosen.once else ExitCode.DONE)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from sorter.decisions import Outcome
 from sorter.logs import LogStream
-from sorter.service import Tally
+from sorter.tally import Tally
 
 if TYPE_CHECKING:
     from rich.progress import Progress

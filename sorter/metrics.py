@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 from sorter.decisions import FAILED, UNSURE
 from sorter.errors import ConfigurationError
 from sorter.pipeline import Measures, Pipeline
-from sorter.service import Tally
+from sorter.tally import Tally
 from sorter.watcher import Watcher
 
 HOST = "127.0.0.1"

@@ -5,27 +5,25 @@ pipeline: one stops when the backlog is empty and nothing is changing any more, 
 """
 
 import os
-import signal
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from types import FrameType
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
 
 from sorter.companions import beside, has_photo, is_companion, photos, renamed
-from sorter.decisions import COMPANION, FAILED, Decision, Outcome
+from sorter.decisions import COMPANION, Decision, Outcome
 from sorter.decoders import Decoded
-from sorter.errors import ExitCode, InboxGoneError
+from sorter.errors import InboxGoneError
 from sorter.inbox import Identity, Inbox, Photo
 from sorter.lock import Lock
 from sorter.notify import Notifier
 from sorter.past import Entry
 from sorter.pipeline import Pipeline
 from sorter.settings import Settings
+from sorter.stop import Stop
+from sorter.tally import Tally
 from sorter.watcher import Watcher
 
 AGAIN_SECONDS = 0.5
@@ -44,78 +42,6 @@ class _Retry:
     identity: Identity
     seen: float
     due: float
-
-
-class Stop:
-    """SIGTERM and SIGINT: the first asks for an end after the batch in hand, a second ends the process at once.
-
-    Args:
-        idle_code: the exit code while there is nothing in hand yet.
-    """
-
-    def __init__(self, idle_code: int) -> None:
-        # No threading.Event: its lock may be held by the very thread that the handler interrupts.
-        self.requested = False
-        self.wake: Callable[[], None] = lambda: None
-        """Ends the loop's sleep."""
-        self.moving: threading.Lock | None = None
-        """Held while one photo moves; None while nothing can be in hand."""
-        self.abandon: Callable[[], None] = lambda: None
-        """Ends what would go on without this process."""
-        self._idle_code = idle_code
-
-    def listen(self) -> None:
-        """Take the signals, for the rest of the process."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.moving is None:
-            os._exit(self._idle_code)
-        if self.requested:
-            # One photo's move is let through, so that nothing is half moved; a copy that takes longer leaves a hidden
-            # partial file and the photo where it was.
-            self.moving.acquire(timeout=2)
-            self.abandon()
-            os._exit(128 + number)
-        self.requested = True
-        self.wake()
-
-
-@dataclass
-class Tally:
-    """What happened so far.
-
-    Attributes:
-        folders: photos by the folder they were moved to.
-        skipped: files that are no photos.
-        put_back: photos that undo brought back, and that are left alone.
-    """
-
-    folders: Counter[str] = field(default_factory=Counter)
-    companions: int = 0
-    skipped: int = 0
-    put_back: int = 0
-    left: int = 0
-    interrupted: bool = False
-    started: float = field(default_factory=time.monotonic)
-    seconds: float = 0.0
-
-    @property
-    def photos(self) -> int:
-        """Photos that were sorted: moved, and not to `failed/`."""
-        return self.folders.total() - self.folders[FAILED]
-
-    @property
-    def photos_per_second(self) -> float:
-        """Over the whole time."""
-        return self.photos / self.seconds if self.seconds else 0.0
-
-    @property
-    def exit_code(self) -> ExitCode:
-        """What the run ends with."""
-        incomplete = self.left or self.interrupted or self.folders[FAILED]
-        return ExitCode.INCOMPLETE if incomplete else ExitCode.DONE
 
 
 class Service:

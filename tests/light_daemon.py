@@ -14,8 +14,9 @@ from sorter import logs, preflight, watcher
 from sorter.inbox import Inbox
 from sorter.lock import Lock
 from sorter.mover import Mover
-from sorter.service import Service, Stop
+from sorter.service import Service
 from sorter.settings import Settings
+from sorter.stop import Stop
 
 
 class _FailingWatcher(watcher.Watcher):

@@ -19,8 +19,10 @@ from sorter.decoders import Decoded
 from sorter.inbox import Inbox
 from sorter.manifest import Manifest
 from sorter.past import Past
-from sorter.service import Service, Stop, Tally
+from sorter.service import Service
 from sorter.settings import Settings
+from sorter.stop import Stop
+from sorter.tally import Tally
 
 Start = Callable[..., Running]
 

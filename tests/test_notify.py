@@ -19,8 +19,9 @@ from sorter.manifest import Manifest
 from sorter.mover import Mover
 from sorter.notify import Notifier
 from sorter.recovery import Plan
-from sorter.service import Service, Stop
+from sorter.service import Service
 from sorter.settings import Settings
+from sorter.stop import Stop
 from sorter.watcher import Watcher
 
 
