@@ -10,6 +10,7 @@ Runs inside the decoder processes (`decoders.py`), so it imports neither torch n
 import contextlib
 import io
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -62,6 +63,10 @@ _EXTENSIONS = {
     "AVIF": (".avif",),
     "HEIF": (".heic", ".heif", ".hif"),
 }
+# JPEG's markers, but for those that stand alone between the bytes of a scan; encoders make a dozen scans.
+_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
+_START_OF_SCAN, _END_OF_IMAGE, _MOST_SCANS = b"\xff\xda", b"\xff\xd9", 100
+_MOST_JPEG_BYTES = 100_000_000
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 FORMATS = tuple(name for name in _EXTENSIONS if name in Image.OPEN)
 EXTENSIONS = frozenset(extension for name in FORMATS for extension in _EXTENSIONS[name])
@@ -150,6 +155,8 @@ def decode_file(
     try:
         with Image.open(tracked, formats=FORMATS) as image:  # type: ignore[arg-type]
             _check_size(image, limits)
+            if image.info.get("progressive"):
+                _check_scans(tracked)
             needed_bytes = image.width * image.height * _NEEDED_BYTES.get(image.format or "", 5)
             return _shrink(image, preprocessing, orientation)
     except (PhotoError, MemoryError):
@@ -190,6 +197,20 @@ def _check_size(image: Image.Image, limits: Limits) -> None:
     allowed = limits.max_jpeg_megapixels if image.format in ("JPEG", "MPO") else limits.max_megapixels
     if width * height > allowed * 1e6:
         raise PhotoError(Reason.TOO_MANY_PIXELS, f"{width} x {height} pixels; the limit is {allowed:g} megapixels")
+
+
+def _check_scans(file: io.BufferedIOBase) -> None:
+    """Refuse a progressive JPEG that is made to keep a processor busy: each scan is a pass over the whole picture."""
+    position = file.tell()
+    file.seek(0)
+    content = file.read(_MOST_JPEG_BYTES)
+    file.seek(position)
+    at, scans = 2, 0
+    while (found := _MARKER.search(content, at)) is not None and found[0] != _END_OF_IMAGE:
+        scans += found[0] == _START_OF_SCAN
+        at = found.end() + int.from_bytes(content[found.end() : found.end() + 2])  # the length of what the marker names
+    if scans > _MOST_SCANS:
+        raise PhotoError(Reason.CORRUPT, f"{scans} scans, and no photo has more than {_MOST_SCANS}")
 
 
 def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int | None) -> Image.Image:

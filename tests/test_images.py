@@ -1,5 +1,6 @@
 """One photo, from an open descriptor to the pixels that the network wants."""
 
+import io
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from pictures import BRICK, HAS_AVIF, claiming, encoded, every_format, plain, qu
 from PIL import Image
 
 from sorter.errors import PhotoError, Reason
-from sorter.images import SIGNATURE_BYTES, Limits, Preprocessing, decode, has_signature
+from sorter.images import SIGNATURE_BYTES, Limits, Preprocessing, decode, decode_file, has_signature
 
 FILES = every_format()
 SQUASH = Preprocessing(32)
@@ -318,3 +319,15 @@ def test_a_float_tiff_without_finite_numbers_is_corrupt(tmp_path: Path) -> None:
 def test_a_plain_16_bit_grey_is_not_black(tmp_path: Path) -> None:
     values = np.full((8, 8), 32768, np.uint16)
     assert mean_color(decoded(tmp_path, encoded(Image.fromarray(values), "PNG"))) == [127, 127, 127]
+
+
+def test_a_jpeg_of_endless_scans_is_refused_and_an_ordinary_progressive_one_is_not() -> None:
+    seen = Preprocessing(32)
+    good = encoded(smooth(0, (64, 48)), "JPEG", progressive=True)
+    begin = good.index(b"\xff\xda")
+    head, scans, end = good[:begin], good[begin:-2], good[-2:]
+    film = b"\xff\xda" * 1000  # what phones put behind a photo
+    assert decode_file(io.BytesIO(good + film), seen, Limits()).size == (32, 32)
+    with pytest.raises(PhotoError, match="scans, and no photo has more than 100") as caught:
+        decode_file(io.BytesIO(head + scans * 20 + end), seen, Limits())
+    assert caught.value.reason == Reason.CORRUPT
