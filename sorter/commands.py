@@ -18,7 +18,7 @@ from sorter import console, hook, lock, logs, preflight
 from sorter.atomic import make_folder
 from sorter.errors import ConfigurationError, ExitCode, StorageError
 from sorter.history import FOLDER, NAME, History, Run
-from sorter.inbox import Inbox, is_temporary
+from sorter.inbox import is_temporary
 from sorter.lock import Lock
 from sorter.manifest import Manifest
 from sorter.mover import Mover
@@ -50,12 +50,7 @@ def run(chosen: Settings, *, json: bool) -> ExitCode:
 
     stop = Stop(idle_code=ExitCode.INCOMPLETE if chosen.once else ExitCode.DONE)
     stop.listen()
-    inbox = Inbox(
-        chosen.inbox,
-        recursive=chosen.recursive,
-        excluded=preflight.excluded(chosen, model),
-        settle_seconds=chosen.settle_seconds,
-    )
+    inbox = preflight.watched(chosen, model)
     # Last of what can be wrong at the start, so that nothing was touched when the process ends with 2.
     engine = _open_engine(chosen, model)
     this_run = Run(uuid4().hex[:12], sorter.__version__, model.name)

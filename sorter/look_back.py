@@ -24,7 +24,6 @@ from sorter import console, lock, manifest, preflight
 from sorter.decisions import COMPANION, FAILED, UNSURE
 from sorter.errors import ConfigurationError, ExitCode
 from sorter.history import History, Run
-from sorter.inbox import Inbox
 from sorter.lock import Lock
 from sorter.past import Entry, Past
 from sorter.recovery import recover
@@ -169,12 +168,7 @@ def show_status(chosen: Settings, *, json: bool) -> ExitCode:
     model = manifest.read(chosen.model)
     waiting: int | None = None  # where there is no inbox
     if chosen.inbox.is_dir():
-        inbox = Inbox(
-            chosen.inbox,
-            recursive=chosen.recursive,
-            excluded=preflight.excluded(chosen, model),
-            settle_seconds=chosen.settle_seconds,
-        )
+        inbox = preflight.watched(chosen, model)
         waiting = sum(1 for _ in inbox.scan(time.time())) + len(inbox.changing)
     past = Past(chosen.output_folder)
     midnight = datetime.now().astimezone().replace(hour=0, minute=0, second=0, microsecond=0).timestamp()

@@ -98,6 +98,7 @@ class Past:
     def __init__(self, output: Path) -> None:
         self._output = Path(os.path.realpath(output))
         self.path = self._output / FOLDER / NAME
+        self._real_roots: dict[tuple[int, int] | None, bytes] = {}  # by device and inode
         try:
             if not self.path.is_file():
                 raise ConfigurationError(
@@ -198,7 +199,7 @@ class Past:
         query = f"{_ENTRY} AND m.source IN ({marks}) AND m.root = ? AND m.kind <> '{COMPANION}' AND m.done >= ?"
         since = time.time() - LATE_SECONDS
         try:
-            rows = self._all(f"{query} ORDER BY m.id DESC LIMIT 1", (*names, _real(companion.root), since))
+            rows = self._all(f"{query} ORDER BY m.id DESC LIMIT 1", (*names, self._real(companion.root), since))
         except ConfigurationError:
             return None
         entry = next(map(self._entry, rows), None)
@@ -233,10 +234,17 @@ class Past:
         """
         query = "SELECT size, mtime_ns FROM moves WHERE undoes IS NOT NULL AND target = ? AND name = ?"
         try:
-            rows = self._all(f"{query} ORDER BY id DESC LIMIT 1", (_real(photo.root), os.fsencode(photo.name)))
+            rows = self._all(f"{query} ORDER BY id DESC LIMIT 1", (self._real(photo.root), os.fsencode(photo.name)))
         except ConfigurationError:
             return False
         return [(photo.identity.size, str(photo.identity.mtime_ns))] == rows
+
+    def _real(self, root: Path) -> bytes:
+        """An inbox as the history calls it, whichever way it was named now; asked for each photo, and so kept."""
+        folder = file_of(root)
+        if folder not in self._real_roots:
+            self._real_roots = {folder: os.fsencode(os.path.realpath(root))}
+        return self._real_roots[folder]
 
     def _all(self, query: str, values: Sequence[object]) -> list[Any]:
         try:
@@ -274,11 +282,6 @@ class Past:
             model,
             bool(undone),
         )
-
-
-def _real(root: Path) -> bytes:
-    """An inbox as the history calls it, whichever way it was named now."""
-    return os.fsencode(os.path.realpath(root))
 
 
 def _chosen(run: str | None, since: float | None) -> tuple[str, list[object]]:

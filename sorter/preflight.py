@@ -10,6 +10,7 @@ from pathlib import Path
 from sorter import hook
 from sorter import manifest as manifests
 from sorter.errors import ConfigurationError
+from sorter.inbox import Inbox
 from sorter.manifest import RESERVED_FOLDERS, Manifest
 from sorter.settings import Settings
 
@@ -33,6 +34,16 @@ def check(settings: Settings) -> tuple[Settings, Manifest, list[str] | None]:
 def destinations(manifest: Manifest) -> list[str]:
     """The folders that photos are sorted into, in the manifest's order, then `unsure` and `failed`."""
     return [*(c.folder for c in manifest.classes), *sorted(RESERVED_FOLDERS, reverse=True)]
+
+
+def watched(settings: Settings, manifest: Manifest) -> Inbox:
+    """The inbox as it is asked for, without the folders that photos are sorted into."""
+    return Inbox(
+        settings.inbox,
+        recursive=settings.recursive,
+        excluded=excluded(settings, manifest),
+        settle_seconds=settings.settle_seconds,
+    )
 
 
 def excluded(settings: Settings, manifest: Manifest) -> frozenset[str]:

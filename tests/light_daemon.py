@@ -11,7 +11,6 @@ import sys
 from conftest import RedGreenEngine, pipeline_to, small_manifest
 
 from sorter import logs, preflight, watcher
-from sorter.inbox import Inbox
 from sorter.lock import Lock
 from sorter.mover import Mover
 from sorter.service import Service
@@ -37,12 +36,7 @@ def main() -> None:
     logs.configure("json", "info")
     stop = Stop(idle_code=0)
     stop.listen()
-    inbox = Inbox(
-        settings.inbox,
-        recursive=settings.recursive,
-        excluded=preflight.excluded(settings, manifest),
-        settle_seconds=settings.settle_seconds,
-    )
+    inbox = preflight.watched(settings, manifest)
     lock = Lock(inbox.root)
     lock.take()
     mover = Mover(settings.output_folder)
