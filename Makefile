@@ -8,10 +8,9 @@ MODEL ?= mymodel
 SIZE ?= 144
 VENV := .venv
 BIN := $(VENV)/bin
-NEEDED_MB := 7000
 PREFIX ?= /usr/local
 
-export CALIBRATION DATA DESTDIR INBOX MODEL NEEDED_MB PREFIX PYTHON WEIGHTS
+export CALIBRATION DATA DESTDIR INBOX MODEL PREFIX PYTHON WEIGHTS
 
 .DEFAULT_GOAL := help
 .PHONY: help sort install uninstall model bench steps test long torture check reference format lowest clean
@@ -49,13 +48,14 @@ long: $(VENV)/.installed-dev ## run the tests that take minutes
 torture: $(VENV)/.installed-dev ## prove what the README says of safety: kills, errors, races, broken files
 	@$(BIN)/python -m pytest -m torture
 
-check: $(VENV)/.installed-dev ## ruff, ruff format, mypy --strict
+check: $(VENV)/.installed-dev ## ruff, ruff format, mypy --strict, and the arrows between the packages
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
 
 reference: $(VENV)/.installed ## write config/README.md from sorter/settings.py
-	@$(BIN)/python config/reference.py > config/README.md
+	@$(BIN)/python -m sorter.cli.reference > config/README.md
 
 format: $(VENV)/.installed-dev ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .
@@ -63,8 +63,8 @@ format: $(VENV)/.installed-dev ## let ruff rewrite what it can
 
 lowest: ## run every test with the oldest dependencies that pyproject.toml allows, in .venv-lowest
 	@test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
-	@sed '/^dev = /,/^\]/d' pyproject.toml | grep -oE '"[a-z0-9-]+>=[0-9.]+"' | grep -v setuptools | sed 's/"//g;s/>=\(.*\)/==\1.*/' > .venv-lowest/constraints.txt
-	@.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[dev]'
+	@.venv-lowest/bin/python -m pip install --quiet uv
+	@.venv-lowest/bin/uv pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[dev]'
 	@.venv-lowest/bin/python -m pytest
 
 clean: ## remove the virtual environments; photos and the model stay
@@ -72,9 +72,7 @@ clean: ## remove the virtual environments; photos and the model stay
 
 # The stamps stand for "this pyproject.toml is installed": a newer one makes them stale.
 define install
-	@.ci/venv "$(VENV)" "$(NEEDED_MB)"
-	@echo "Installing into $(VENV), once; PyTorch is large."
-	@$(BIN)/python -m pip install --quiet --editable '.$(1)' || { echo "The installation failed; pip says why above. Mend that and run make again." >&2; exit 1; }
+	@config/environment "$(VENV)" . "$(1)" --editable
 endef
 
 $(VENV)/.installed: pyproject.toml
@@ -82,9 +80,9 @@ $(VENV)/.installed: pyproject.toml
 	@touch $@
 
 $(VENV)/.installed-train: pyproject.toml
-	$(call install,[train])
+	$(call install,train)
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-dev: pyproject.toml
-	$(call install,[dev])
+	$(call install,dev)
 	@touch $(VENV)/.installed $(VENV)/.installed-train $@

@@ -12,7 +12,7 @@ def main() -> int:
     os.close(descriptor)
     # Ctrl-C while the modules load ends the process without a traceback, as it does with other tools.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from sorter.cli import main as run
+    from sorter.cli.main import main as run
 
     return run()
 

@@ -4,20 +4,18 @@ In: a decoded photo and its probabilities. Out: a `Decision`; later, from the mo
 """
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
-from sorter.decoders import Decoded
+from sorter.classifier.manifest import Manifest
+from sorter.decoding.decoded import Decoded
 from sorter.errors import Reason
-from sorter.inbox import Photo
-from sorter.manifest import Manifest
-
-FAILED, UNSURE = "failed", "unsure"
-COMPANION: Final = "companion"
+from sorter.files.photo import Photo
+from sorter.history.store import UNSURE
 
 TRUNCATED_GRACE_SECONDS = 60.0
 """A photo that reads as truncated and changed within this time may still be on its way: it is looked at again."""
 
-Kind = Literal["sorted", "unsure", "failed", "companion", "skipped", "left", "again"]
+Kind = Literal["sorted", "unsure", "failed", "sidecar", "skipped", "left", "again"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,18 +23,18 @@ class Decision:
     """Where a photo belongs, and why.
 
     Attributes:
-        kind: `companion` is no photo, and follows one.
+        kind: `sidecar` is no photo, and follows one.
         folder: beside the other destinations, `cats`, `unsure`, `failed`.
         label: the likeliest class, None if it was not classified.
         confidence: that class's probability, 0 to 1.
         batch_size: how many photos were classified together.
         name: the one that it has to have there; empty for its own, or the next that is free.
-        follows: of a companion, the name that its photo has in that folder.
+        follows: of a sidecar, the name that its photo has in that folder.
         detail: why it is unsure, for a person, where its confidence does not say it.
     """
 
     decoded: Decoded
-    kind: Literal["sorted", "unsure", "failed", "companion"]
+    kind: Literal["sorted", "unsure", "failed", "sidecar"]
     folder: str
     label: str | None = None
     confidence: float | None = None
@@ -51,7 +49,7 @@ class Outcome:
     """What became of a photo.
 
     Attributes:
-        kind: `sorted`, `unsure`, `failed` and `companion` were moved; `skipped` is no photo; `left` is a photo that
+        kind: `sorted`, `unsure`, `failed` and `sidecar` were moved; `skipped` is no photo; `left` is a photo that
             could not be moved or read; `again` changed meanwhile and wants another look.
         destination: where it is now, None where it stayed.
         detail: why, for a person.

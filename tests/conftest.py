@@ -18,12 +18,13 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 
-from sorter.engines import Engine
-from sorter.history import FOLDER, History, Run
-from sorter.images import Preprocessing
-from sorter.manifest import Class, Input, Manifest
-from sorter.mover import Mover
-from sorter.pipeline import Pipeline
+from sorter.classifier.engine import Engine
+from sorter.classifier.manifest import Class, Input, Manifest
+from sorter.decoding.images import Preprocessing
+from sorter.files import FOLDER
+from sorter.history.store import History, Run
+from sorter.moving.mover import Mover
+from sorter.pipeline.pipeline import Pipeline
 from sorter.settings import Settings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -75,7 +76,9 @@ class RedGreenEngine:
         cat = 1 / (1 + np.exp(-(red - green) / 8))
         return np.stack([cat, 1 - cat], 1).astype(np.float32)
 
-    def judge(self, pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    def classify_with_distance(
+        self, pixels: npt.NDArray[np.uint8]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """The bluer, the farther from cats and dogs."""
         return self.classify(pixels), pixels[..., 2].reshape(len(pixels), -1).mean(1).astype(np.float32)
 

@@ -10,12 +10,14 @@ import sys
 
 from conftest import RedGreenEngine, pipeline_to, small_manifest
 
-from sorter import logs, preflight, watcher
-from sorter.lock import Lock
-from sorter.mover import Mover
-from sorter.service import Service
+from sorter import logs
+from sorter.cli import preflight
+from sorter.files.lock import Lock
+from sorter.inbox import watcher
+from sorter.moving.mover import Mover
+from sorter.service.service import Service
+from sorter.service.stop import Stop
 from sorter.settings import Settings
-from sorter.stop import Stop
 
 
 class _FailingWatcher(watcher.Watcher):

@@ -13,8 +13,8 @@ from pictures import encoded, smooth
 from pydantic.fields import FieldInfo
 
 import sorter
-from sorter import manifest
-from sorter.cli import build_parser, main
+from sorter.classifier import manifest
+from sorter.cli.main import build_parser, main
 from sorter.settings import SHIPPED_MODEL, Settings
 
 

@@ -12,9 +12,10 @@ from conftest import make_tree
 from PIL import Image
 
 from sorter.errors import ConfigurationError
-from trainer import data, inspection, layouts
-from trainer.data import Dataset
-from trainer.layouts import Sample
+from trainer.data import inspection, layouts
+from trainer.data import split as data
+from trainer.data.layouts import Sample
+from trainer.data.split import Dataset
 
 
 def picture(seed: int, *, brightness: float = 1.0, quality: int = 95) -> bytes:

@@ -19,10 +19,12 @@ from conftest import LONG_AGO, make_tree, photo
 from pictures import encoded
 from PIL import Image
 
-from sorter.decoders import Decoded, Decoders
+from sorter.decoding.decoded import Decoded
+from sorter.decoding.decoders import Decoders
+from sorter.decoding.images import Limits, Preprocessing
 from sorter.errors import Reason, SorterError
-from sorter.images import Limits, Preprocessing
-from sorter.inbox import Inbox, Photo
+from sorter.files.photo import Photo
+from sorter.inbox.scan import Inbox
 
 if not Path("/proc/self/task").is_dir():
     pytest.skip("needs /proc to find the worker processes", allow_module_level=True)
@@ -35,7 +37,7 @@ def workers(parent: int | None = None) -> list[int]:
     for task in Path(f"/proc/{parent or os.getpid()}/task").glob("*"):
         with contextlib.suppress(OSError):
             found += [int(pid) for pid in (task / "children").read_text().split()]
-    return [pid for pid in found if b"sorter.decoders" in _command(pid)]
+    return [pid for pid in found if b"sorter.decoding.worker" in _command(pid)]
 
 
 def _command(pid: int) -> bytes:
@@ -135,7 +137,7 @@ def open_files(pid: int) -> list[str]:
 
 def is_alive(pid: int) -> bool:
     """Tell whether a worker runs, stopped or not; one that ended and is not waited for has no command any more."""
-    return b"sorter.decoders" in _command(pid)
+    return b"sorter.decoding.worker" in _command(pid)
 
 
 def forget_peak() -> None:

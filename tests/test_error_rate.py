@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from sorter import preflight
-from sorter.cli import main
+from sorter.classifier.manifest import Coverage, Manifest
+from sorter.cli import preflight
+from sorter.cli.main import main
 from sorter.errors import ConfigurationError
-from sorter.manifest import Coverage, Manifest
 from sorter.settings import Settings, load
 
 TABLE = (

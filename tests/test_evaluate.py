@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from pictures import encoded, smooth
 
-from sorter import manifest
+from sorter.classifier import manifest
+from sorter.classifier.manifest import Class
 from sorter.errors import ConfigurationError
-from sorter.manifest import Class
 from sorter.settings import SHIPPED_MODEL
 from trainer.cli import main
-from trainer.evaluate import fit_temperature, judge, labelled_photos, mistakes, risk_coverage, softmax, wilson
-from trainer.layouts import Sample
+from trainer.data.layouts import Sample
+from trainer.packaging.evaluate import fit_temperature, judge, labelled_photos, mistakes, risk_coverage, softmax, wilson
 
 CLASSES = (Class(label="cat", folder="cats"), Class(label="dog", folder="dogs"))
 NOWHERE = Path("photo.jpg")

@@ -11,13 +11,14 @@ from pictures import smooth, tinted
 from pydantic import ValidationError
 from torch import nn
 
-from sorter import manifest as manifests
-from sorter.engines.openvino_engine import OpenVinoEngine
-from sorter.manifest import FirstLook, Input, Manifest
+from sorter.classifier import manifest as manifests
+from sorter.classifier.manifest import FirstLook, Input, Manifest
+from sorter.classifier.openvino_engine import OpenVinoEngine
 from sorter.settings import SHIPPED_MODEL
-from trainer import features, first_look
 from trainer.cli import main
-from trainer.layouts import Sample
+from trainer.data.layouts import Sample
+from trainer.fitting import features
+from trainer.packaging import cascade as first_look
 from trainer.progress import Reporter
 
 Floats = npt.NDArray[np.float32]

@@ -22,14 +22,14 @@ from pictures import tinted
 from PIL import Image
 from torch import nn
 
-from sorter import manifest as manifest_module
-from sorter import network
-from sorter.engines import open_engine
+from sorter.classifier import manifest as manifest_module
+from sorter.classifier import network
+from sorter.classifier.engine import open_engine
 from sorter.errors import ConfigurationError
-from sorter.inbox import Inbox
+from sorter.inbox.scan import Inbox
 from sorter.settings import Settings
-from trainer import sources, weights
 from trainer.cli import main
+from trainer.fitting import sources, weights
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch and NNCF warn of themselves
 

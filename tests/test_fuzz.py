@@ -18,11 +18,11 @@ from conftest import LONG_AGO, RED, SHARED, RedGreenEngine, Running, hashes, mak
 from fuzzing import Mutant, from_shared, generated, mutant
 from test_decoders import forget_peak, peak_bytes
 
+from sorter.classifier.manifest import Manifest
 from sorter.decisions import Outcome
 from sorter.errors import Reason
-from sorter.inbox import Inbox
-from sorter.manifest import Manifest
-from sorter.pipeline import Pipeline
+from sorter.inbox.scan import Inbox
+from sorter.pipeline.pipeline import Pipeline
 from sorter.settings import Settings
 
 MAX_SECONDS, MAX_BYTES = 10.0, 1_000_000_000

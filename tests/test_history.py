@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from conftest import make_tree
 
-from sorter import file_systems
-from sorter import history as history_module
 from sorter.errors import ConfigurationError, StorageError
-from sorter.history import FOLDER, NAME, History, Move, Run
-from sorter.inbox import Identity
+from sorter.files import FOLDER, file_systems
+from sorter.files.photo import Identity
+from sorter.history import store as history_module
+from sorter.history.store import NAME, History, Move, Run
 
 RUN = Run("r1", "1.0", "model")
 

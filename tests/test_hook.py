@@ -14,10 +14,10 @@ import pytest
 from conftest import Running, make_tree, photo, read_tree
 from structlog.testing import capture_logs
 
-from sorter import hook
 from sorter.decisions import Decision, Outcome
-from sorter.decoders import Decoded
-from sorter.inbox import Identity, Photo
+from sorter.decoding.decoded import Decoded
+from sorter.files.photo import Identity, Photo
+from sorter.service import hook
 
 Start = Callable[..., Running]
 
@@ -51,7 +51,7 @@ def call(command: str, *, limit: float = 10, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(hook, "LIMIT_SECONDS", limit)
     with capture_logs() as logs:
         told = hook.Hook(hook.split(command), {"run": "1"})
-        told.add(moved())
+        told.notify_batch(moved())
         told.close()
     return logs
 
@@ -177,7 +177,7 @@ def test_a_command_that_is_gone_meanwhile_is_a_warning(tmp_path: Path, monkeypat
     os.unlink(words[0])
     with capture_logs() as logs:
         told = hook.Hook(words, {})
-        told.add(moved())
+        told.notify_batch(moved())
         told.close()
     assert [log["reason"].split(":")[0] for log in logs] == ["cannot be run"]
 
@@ -186,7 +186,7 @@ def test_a_call_that_fails_in_whatever_way_is_followed_by_others() -> None:
     with capture_logs() as logs:
         told = hook.Hook(["true"], {"run": object()})  # which no JSON can say
         for count in (1, 2):
-            told.add(moved(count))
+            told.notify_batch(moved(count))
             until = time.monotonic() + 10
             while len(logs) < count:
                 assert time.monotonic() < until

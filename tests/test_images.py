@@ -9,8 +9,8 @@ import pytest
 from pictures import BRICK, HAS_AVIF, claiming, encoded, every_format, plain, quarters, ramp, smooth, turned
 from PIL import Image
 
+from sorter.decoding.images import SIGNATURE_BYTES, Limits, Preprocessing, decode, decode_file, has_signature
 from sorter.errors import PhotoError, Reason
-from sorter.images import SIGNATURE_BYTES, Limits, Preprocessing, decode, decode_file, has_signature
 
 FILES = every_format()
 SQUASH = Preprocessing(32)

@@ -9,7 +9,8 @@ import pytest
 from conftest import LONG_AGO, as_nobody, make_tree
 
 from sorter.errors import InboxGoneError
-from sorter.inbox import Identity, Inbox, Photo, is_temporary, open_file
+from sorter.files.photo import Identity, Photo, open_file
+from sorter.inbox.scan import Inbox, is_temporary
 
 NOW = 1_000_000.0
 

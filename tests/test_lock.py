@@ -11,7 +11,7 @@ import pytest
 from conftest import Running, make_tree, photo, read_tree
 
 from sorter.errors import ConfigurationError
-from sorter.lock import Lock
+from sorter.files.lock import Lock
 
 Start = Callable[..., Running]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import Running, make_tree, photo, read_tree
 
-from sorter import look_back
+from sorter.cli import look_back
 
 Start = Callable[..., Running]
 
@@ -133,7 +133,7 @@ def test_a_dry_run_prints_one_decision_a_line_and_writes_nothing(tmp_path: Path)
 
 
 def test_a_history_of_the_first_schema_is_brought_up_to_date(sorted_once: Path, tmp_path: Path) -> None:
-    from sorter import history
+    from sorter.history import store as history
 
     (tmp_path / ".sorter").mkdir()
     path = tmp_path / ".sorter" / "history.sqlite3"

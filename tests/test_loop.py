@@ -11,14 +11,14 @@ import torch
 from conftest import make_tree, plain
 from torch import nn
 
+from sorter.decoding.images import Preprocessing
 from sorter.errors import ConfigurationError
-from sorter.images import Preprocessing
-from trainer import checkpoint, loop, recipes
-from trainer.layouts import Sample
-from trainer.loop import Epoch, Hooks, Machine
-from trainer.parallel import Group
-from trainer.recipes import RECIPES, Stage
-from trainer.sources import Batch, FeatureSource, PhotoSource
+from trainer.data.layouts import Sample
+from trainer.fitting import checkpoint, loop, recipes
+from trainer.fitting.loop import Epoch, Hooks, Machine
+from trainer.fitting.parallel import Group
+from trainer.fitting.recipes import RECIPES, Stage
+from trainer.fitting.sources import Batch, FeatureSource, PhotoSource
 
 HEAD = replace(RECIPES["head"].stages[0], epochs=5, batch_size=32)
 

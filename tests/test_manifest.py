@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from sorter.classifier.manifest import MANIFEST, WEIGHTS, Evaluation, Manifest, digest_of, read, write
+from sorter.decoding.images import Preprocessing
 from sorter.errors import ModelError
-from sorter.images import Preprocessing
-from sorter.manifest import MANIFEST, WEIGHTS, Evaluation, Manifest, digest_of, read, write
 from sorter.settings import SHIPPED_MODEL
 
 

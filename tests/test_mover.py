@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from conftest import LONG_AGO, as_nobody, hashes, make_tree, read_tree
 
-from sorter import atomic
-from sorter import mover as mover_module
-from sorter.atomic import ChangedError, StayedError, numbered
 from sorter.errors import StorageError
-from sorter.inbox import Inbox, Photo
-from sorter.mover import Mover
+from sorter.files import atomic
+from sorter.files.atomic import ChangedError, StayedError, numbered
+from sorter.files.photo import Photo
+from sorter.inbox.scan import Inbox
+from sorter.moving import mover as mover_module
+from sorter.moving.mover import Mover
 
 
 def found(root: Path) -> Photo:

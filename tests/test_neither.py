@@ -16,20 +16,23 @@ from pictures import encoded, smooth
 from PIL import Image, ImageDraw
 from pydantic import ValidationError
 
-from sorter import manifest as manifests
-from sorter import neither, network, preflight
+from sorter.classifier import manifest as manifests
+from sorter.classifier import network
+from sorter.classifier import outliers as neither
+from sorter.classifier.engine import open_engine
+from sorter.classifier.manifest import MANIFEST, NEITHER, Manifest, Neither
+from sorter.classifier.openvino_engine import OpenVinoEngine, hidden
+from sorter.classifier.outliers import OutlierDetector
+from sorter.cli import preflight
 from sorter.decisions import decide
-from sorter.decoders import Decoded
-from sorter.engines import open_engine
-from sorter.engines.openvino_engine import OpenVinoEngine, hidden
+from sorter.decoding.decoded import Decoded
 from sorter.errors import ConfigurationError, ModelError
-from sorter.inbox import Identity, Photo
-from sorter.manifest import MANIFEST, NEITHER, Manifest, Neither
-from sorter.neither import Distance
+from sorter.files.photo import Identity, Photo
 from sorter.settings import SHIPPED_MODEL, Settings
-from trainer import evaluate, features
-from trainer import neither as fitting
-from trainer.pixels import read
+from trainer.data.pixels import read
+from trainer.fitting import features
+from trainer.packaging import evaluate
+from trainer.packaging import outliers as fitting
 
 Floats = npt.NDArray[np.float32]
 
@@ -107,13 +110,19 @@ def test_a_distance_comes_back_from_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("distance", "said"),
     [
-        (Distance(np.zeros(7, np.float32), np.eye(7, dtype=np.float32)), "does not fit a head of 8 hidden units"),
-        (Distance(np.zeros(8, np.float32), np.eye(8, 7, dtype=np.float32)), "does not fit a head of 8 hidden units"),
-        (Distance(np.full(8, np.nan, np.float32), np.eye(8, dtype=np.float32)), "more than finite numbers"),
+        (
+            OutlierDetector(np.zeros(7, np.float32), np.eye(7, dtype=np.float32)),
+            "does not fit a head of 8 hidden",
+        ),
+        (
+            OutlierDetector(np.zeros(8, np.float32), np.eye(8, 7, dtype=np.float32)),
+            "does not fit a head of 8 hidden",
+        ),
+        (OutlierDetector(np.full(8, np.nan, np.float32), np.eye(8, dtype=np.float32)), "more than finite numbers"),
         (None, "cannot be read"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, distance: Distance | None, said: str) -> None:
+def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, distance: OutlierDetector | None, said: str) -> None:
     (tmp_path / NEITHER).write_bytes(b"nonsense" if distance is None else distance.as_file())
     with pytest.raises(ModelError, match=said):
         neither.read(tmp_path, small_manifest().model_copy(update={"head_hidden": (8, 4)}))
@@ -168,7 +177,7 @@ def pixels() -> npt.NDArray[np.uint8]:
 
 def test_judging_classifies_as_whole_looks_do(shipped: Manifest, pixels: npt.NDArray[np.uint8]) -> None:
     engine = open_engine(SHIPPED_MODEL, shipped, "openvino", "cpu", 32, catch_neither=True)
-    probabilities, distances = engine.judge(pixels)
+    probabilities, distances = engine.classify_with_distance(pixels)
     whole = OpenVinoEngine(SHIPPED_MODEL, shipped, min_confidence=1.0).classify(pixels)
     assert np.abs(probabilities - whole).max() < 0.02
     assert np.abs(engine.classify(pixels) - whole).max() < 0.02
@@ -178,7 +187,7 @@ def test_judging_classifies_as_whole_looks_do(shipped: Manifest, pixels: npt.NDA
 def test_torch_measures_what_openvino_does(shipped: Manifest, pixels: npt.NDArray[np.uint8]) -> None:
     eight = open_engine(SHIPPED_MODEL, shipped, "openvino", "cpu", 32, catch_neither=True)
     other = open_engine(SHIPPED_MODEL, shipped, "torch", "cpu", 8, catch_neither=True)
-    (_, ours), (answers, theirs) = eight.judge(pixels), other.judge(pixels)
+    (_, ours), (answers, theirs) = eight.classify_with_distance(pixels), other.classify_with_distance(pixels)
     assert np.corrcoef(ours, theirs)[0, 1] > 0.8
     assert np.abs(ours / theirs - 1).mean() < 0.15
     plain_answers = open_engine(SHIPPED_MODEL, shipped, "torch", "cpu", 8).classify(pixels)
@@ -189,7 +198,7 @@ def test_drawn_pictures_are_far_on_both_engines(shipped: Manifest, pixels: npt.N
     assert shipped.neither is not None
     for name in ("openvino", "torch"):
         engine = open_engine(SHIPPED_MODEL, shipped, name, "cpu", 32, catch_neither=True)
-        assert (engine.judge(pixels[:4])[1] > shipped.neither.threshold).all(), name
+        assert (engine.classify_with_distance(pixels[:4])[1] > shipped.neither.threshold).all(), name
 
 
 @pytest.mark.shared
@@ -198,10 +207,14 @@ def test_the_threshold_catches_what_the_manifest_says_and_little_more_on_torch(s
     assert shipped.neither is not None
     samples = evaluate.labelled_photos(SHARED / "photos", shipped.classes)
     cats_and_dogs = np.stack([read(sample.path, shipped.input.preprocessing) for sample in samples])
-    eight = open_engine(SHIPPED_MODEL, shipped, "openvino", "cpu", 50, catch_neither=True).judge(cats_and_dogs)[1]
+    eight = open_engine(SHIPPED_MODEL, shipped, "openvino", "cpu", 50, catch_neither=True).classify_with_distance(
+        cats_and_dogs
+    )[1]
     # Processors round 8-bit sums in different ways, which moves a photo or two over the threshold.
     assert abs((eight > shipped.neither.threshold).mean() - shipped.neither.caught) <= 0.004
-    other = open_engine(SHIPPED_MODEL, shipped, "torch", "cpu", 50, catch_neither=True).judge(cats_and_dogs)[1]
+    other = open_engine(SHIPPED_MODEL, shipped, "torch", "cpu", 50, catch_neither=True).classify_with_distance(
+        cats_and_dogs
+    )[1]
     assert (other > shipped.neither.threshold).mean() <= 0.02
     assert np.corrcoef(eight, other)[0, 1] > 0.9
 

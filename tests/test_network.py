@@ -11,11 +11,11 @@ import torch
 from pictures import smooth
 from torch import nn
 
-from sorter import manifest, network
-from sorter.engines import Engine, open_engine
-from sorter.engines.torch_engine import choose_device
+from sorter.classifier import manifest, network
+from sorter.classifier.engine import Engine, open_engine
+from sorter.classifier.manifest import WEIGHTS, Manifest
+from sorter.classifier.torch_engine import choose_device
 from sorter.errors import ConfigurationError, ModelError
-from sorter.manifest import WEIGHTS, Manifest
 from sorter.settings import SHIPPED_MODEL
 
 NOISE = 0.02
@@ -187,7 +187,7 @@ def test_the_engine_answers_what_the_network_does(engine: Engine, shipped: Manif
     assert np.abs(engine.classify(pixels) - wanted).max() < NOISE
 
 
-def test_a_photos_answer_does_not_depend_on_its_companions(engine: Engine, shipped: Manifest) -> None:
+def test_a_photos_answer_does_not_depend_on_its_sidecars(engine: Engine, shipped: Manifest) -> None:
     pixels = photos(6, shipped.input.size)
     together = engine.classify(pixels)
     alone = np.concatenate([engine.classify(pixels[i : i + 1]) for i in range(6)])

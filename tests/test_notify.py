@@ -12,17 +12,20 @@ from pathlib import Path
 import pytest
 from conftest import GREEN, RED, RedGreenEngine, Running, make_tree, photo, pipeline_to, plain, read_tree
 
-from sorter import batch_mover, pipeline, watcher
+from sorter.classifier.manifest import Manifest
 from sorter.errors import StorageError
-from sorter.inbox import Inbox, Photo
-from sorter.manifest import Manifest
-from sorter.mover import Mover
-from sorter.notify import Notifier
-from sorter.recovery import Plan
-from sorter.service import Service
+from sorter.files.photo import Photo
+from sorter.inbox import watcher
+from sorter.inbox.scan import Inbox
+from sorter.inbox.watcher import Watcher
+from sorter.moving import batch_mover
+from sorter.moving.mover import Mover
+from sorter.moving.recovery import Plan
+from sorter.pipeline import pipeline
+from sorter.service.notify import Notifier
+from sorter.service.service import Service
+from sorter.service.stop import Stop
 from sorter.settings import Settings
-from sorter.stop import Stop
-from sorter.watcher import Watcher
 
 
 class Manager:
@@ -245,7 +248,7 @@ def _decoder() -> int:
     (pid,) = (
         int(entry.name)
         for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and _parent(entry) == os.getpid() and b"sorter.decoders" in _command(entry)
+        if entry.name.isdigit() and _parent(entry) == os.getpid() and b"sorter.decoding.worker" in _command(entry)
     )
     return pid
 
@@ -289,7 +292,7 @@ def test_a_rescan_that_takes_long_is_no_hang(loop: Start, manager: Manager) -> N
 
     running = loop(box=SlowInbox, rescan_seconds=0.5)
     make_tree(running.inbox, {f"{n}.txt": b"no photo" for n in range(60)})
-    _wait_for(lambda: running.service.tally.skipped == 60)
+    _wait_for(lambda: running.service.counters.skipped == 60)
     assert _stays_alive(manager, 3)
 
 

@@ -13,11 +13,11 @@ from conftest import LONG_AGO, SHARED, make_tree
 from pictures import encoded, smooth
 from PIL import Image
 
-from sorter import manifest
-from sorter.engines import open_engine
-from sorter.engines.openvino_engine import OpenVinoEngine
+from sorter.classifier import manifest
+from sorter.classifier.engine import open_engine
+from sorter.classifier.manifest import OPENVINO_INT8, Manifest
+from sorter.classifier.openvino_engine import OpenVinoEngine
 from sorter.errors import ConfigurationError, ModelError
-from sorter.manifest import OPENVINO_INT8, Manifest
 from sorter.settings import SHIPPED_MODEL
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, hashes, make_tree, photo, pipeline_to, plain, read_tree
 
+from sorter.classifier.manifest import Manifest
 from sorter.decisions import Outcome, complete_after, decide
-from sorter.decoders import Decoded
+from sorter.decoding.decoded import Decoded
 from sorter.errors import Reason, StorageError
-from sorter.inbox import Identity, Inbox, Photo
-from sorter.manifest import Manifest
-from sorter.pipeline import Pipeline
+from sorter.files.photo import Identity, Photo
+from sorter.inbox.scan import Inbox
+from sorter.pipeline.pipeline import Pipeline
 from sorter.settings import Settings
 
 Sort = Callable[..., tuple[list[Outcome], RedGreenEngine]]

@@ -17,15 +17,18 @@ import pytest
 from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, make_tree, pipeline_to, read_tree
 from pictures import encoded, plain
 
-from sorter import atomic, recovery
-from sorter import mover as mover_module
-from sorter.atomic import StayedError, rename_noreplace
-from sorter.decoders import Decoded, Decoders
-from sorter.images import Limits, Preprocessing
-from sorter.inbox import Identity, Inbox, Photo
-from sorter.manifest import Manifest
-from sorter.mover import Mover
-from sorter.recovery import Plan
+from sorter.classifier.manifest import Manifest
+from sorter.decoding.decoded import Decoded
+from sorter.decoding.decoders import Decoders
+from sorter.decoding.images import Limits, Preprocessing
+from sorter.files import atomic
+from sorter.files.atomic import StayedError, rename_noreplace
+from sorter.files.photo import Identity, Photo
+from sorter.inbox.scan import Inbox
+from sorter.moving import mover as mover_module
+from sorter.moving import recovery
+from sorter.moving.mover import Mover
+from sorter.moving.recovery import Plan
 from sorter.settings import Settings
 
 RIVAL = Path(__file__).parent / "torture/rival.py"

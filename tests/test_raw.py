@@ -20,9 +20,9 @@ from test_decoders import Bench, whoever_opens
 from test_decoders import bench as bench  # a fixture
 from test_images import difference
 
-from sorter import images, raw
+from sorter.decoding import images, raw
+from sorter.decoding.images import Limits, Preprocessing
 from sorter.errors import PhotoError, Reason
-from sorter.images import Limits, Preprocessing
 
 rawpy = pytest.importorskip("rawpy", reason="needs the extra raw")
 

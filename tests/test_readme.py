@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sorter import cli
+from sorter.cli import main as cli
 from sorter.errors import ExitCode, Reason
 from sorter.settings import Settings
 from trainer import arguments

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import LONG_AGO, make_tree, read_tree
 
-from sorter.atomic import away_name, partial_name
-from sorter.history import FOLDER, History, Move, Run
-from sorter.inbox import Identity, Inbox
-from sorter.recovery import Recovered, recover
+from sorter.files import FOLDER
+from sorter.files.atomic import away_name, partial_name
+from sorter.files.photo import Identity
+from sorter.history.store import History, Move, Run
+from sorter.inbox.scan import Inbox
+from sorter.moving.recovery import Recovered, recover
 
 TOKEN = "0123456789abcdef"
 PARTIAL, HIDDEN = partial_name(TOKEN), away_name(TOKEN)

@@ -22,8 +22,8 @@ import pytest
 import safetensors.numpy
 from conftest import make_tree, photo
 
+from sorter.classifier.manifest import MANIFEST, WEIGHTS, Class, Input, Manifest, digest_of, read, write
 from sorter.errors import ModelError
-from sorter.manifest import MANIFEST, WEIGHTS, Class, Input, Manifest, digest_of, read, write
 
 COMMANDS = (["run", "--once"], ["run"], ["check"])
 # The heavy modules are imported once: each request runs in a fork of this process.
@@ -88,7 +88,7 @@ def server() -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole model of one of the small architectures, with a second file beside its weights."""
-    from sorter import network
+    from sorter.classifier import network
 
     folder = tmp_path_factory.mktemp("small") / "model"
     seen = Input(size=64, crop="squash", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))

@@ -12,8 +12,8 @@ import pytest
 import torch
 from test_fit import red_and_green
 
-from sorter import network
-from trainer import checkpoint
+from sorter.classifier import network
+from trainer.fitting import checkpoint
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -285,6 +285,6 @@ def test_the_shipped_toml_file_uncommented_is_the_default_settings(tmp_path: Pat
 
 def test_the_reference_is_what_the_settings_say() -> None:
     said = subprocess.run(
-        [sys.executable, CONFIG.with_name("reference.py")], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-m", "sorter.cli.reference"], capture_output=True, text=True, timeout=60, check=True
     )
     assert CONFIG.with_name("README.md").read_text(encoding="utf-8") == said.stdout, "run make reference"

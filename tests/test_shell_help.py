@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sorter.cli import build_parser, main
+from sorter.cli.main import build_parser, main
+from sorter.cli.shell_help import SHELLS, completion, manual_page
 from sorter.settings import Settings
-from sorter.shell_help import SHELLS, completion, manual_page
 
 # Asks what bash would: the function that is registered for the command, with the words typed so far.
 _BASH = """

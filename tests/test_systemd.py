@@ -15,13 +15,13 @@ import pytest
 import systemd_scenario as scenario
 from conftest import SHARED
 
-from sorter.engines import open_engine
-from sorter.manifest import read
+from sorter.classifier.engine import open_engine
+from sorter.classifier.manifest import read
 from sorter.settings import SHIPPED_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 SANDBOX = SHARED.parent / "tools" / "systemd-sandbox"
-CLONE = ("Makefile", "pyproject.toml", "README.md", "LICENSE", ".ci", "config", "sorter", "systemd", "trainer")
+CLONE = ("Makefile", "pyproject.toml", "README.md", "LICENSE", "config", "sorter", "systemd", "trainer")
 
 Boot = Callable[..., dict[str, dict[str, Any]]]
 

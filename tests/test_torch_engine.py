@@ -12,10 +12,9 @@ import torch
 from pictures import smooth
 from torch import nn
 
-from sorter import manifest, network
-from sorter.engines import torch_engine
-from sorter.engines.torch_engine import TorchEngine, choose_device, shapes
-from sorter.manifest import WEIGHTS, Class, Input, Manifest
+from sorter.classifier import manifest, network, torch_engine
+from sorter.classifier.manifest import WEIGHTS, Class, Input, Manifest
+from sorter.classifier.torch_engine import TorchEngine, choose_device, shapes
 
 NOISE = 0.02
 """How far probabilities may move from half precision alone."""

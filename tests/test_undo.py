@@ -238,7 +238,7 @@ def test_a_killed_undo_leaves_each_photo_once_and_the_next_start_clears_up(momen
 def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
     inbox = make_tree(tmp_path / "in", photos(2))
     sort(inbox)
-    from sorter.lock import UNDOING, Lock
+    from sorter.files.lock import UNDOING, Lock
 
     held = Lock(inbox, UNDOING)
     held.take()

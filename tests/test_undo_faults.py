@@ -16,7 +16,7 @@ import structlog
 from conftest import LONG_AGO, Running, as_nobody, make_tree, photo, read_tree
 from test_undo import photos, sort, sorter, undo
 
-from sorter.cli import main
+from sorter.cli.main import main
 
 Start = Callable[..., Running]
 
@@ -180,26 +180,26 @@ def test_an_unset_variable_names_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     assert not any(name in read_tree(inbox) for name in photos(2))
 
 
-# --- companions ---
+# --- sidecars ---
 
 
-def test_a_companion_that_came_later_goes_back_with_its_photo(tmp_path: Path) -> None:
+def test_a_sidecar_that_came_later_goes_back_with_its_photo(tmp_path: Path) -> None:
     inbox = make_tree(tmp_path / "in", {"IMG_1.jpg": photo(0)})
     sort(inbox)
     run = json.loads(sorter("history", "--json", "--inbox", inbox))["run"]
     make_tree(inbox, {"IMG_1.mov": b"its film"})
     sort(inbox)
-    assert undo(inbox, "--run", run) == "1 photo and 1 companion are back, 0 stay\n"
+    assert undo(inbox, "--run", run) == "1 photo and 1 sidecar are back, 0 stay\n"
     assert set(read_tree(inbox)) == {"IMG_1.jpg", "IMG_1.mov"}
 
 
-def test_a_photo_takes_no_companion_of_another_along(tmp_path: Path) -> None:
+def test_a_photo_takes_no_sidecar_of_another_along(tmp_path: Path) -> None:
     inbox = make_tree(tmp_path / "in", {"IMG_1.jpg": photo(0)})
     sort(inbox)
     make_tree(inbox, {"IMG_1.JPEG": photo(0, (64, 96)), "IMG_1.MOV": b"of the second"})
     sort(inbox)
     assert undo(inbox, inbox / "IMG_1.jpg") == "1 photo is back, 0 stay\n"
-    assert undo(inbox, inbox / "IMG_1.JPEG") == "1 photo and 1 companion are back, 0 stay\n"
+    assert undo(inbox, inbox / "IMG_1.JPEG") == "1 photo and 1 sidecar are back, 0 stay\n"
 
 
 def test_a_dry_run_knows_what_stays_with_what(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_dry_run_knows_what_stays_with_what(tmp_path: Path) -> None:
     assert (inbox / "b.jpg").read_bytes() == photo(2)
 
 
-def test_a_name_without_room_for_a_companion_holds_up_no_other_photo(tmp_path: Path) -> None:
+def test_a_name_without_room_for_a_sidecar_holds_up_no_other_photo(tmp_path: Path) -> None:
     long = "a" * 247 + ".jpg"
     inbox = make_tree(tmp_path / "in", {long: photo(0), f"{long}.xmp": b"its", "b.jpg": photo(1)})
     make_tree(inbox, {f"{folder}/{long}": photo(2) for folder in ("cats", "dogs")})

@@ -11,9 +11,9 @@ import pytest
 from conftest import make_tree
 from structlog.testing import capture_logs
 
-from sorter import file_systems
-from sorter.inbox import Inbox
-from sorter.watcher import CHECK_SECONDS, GATHER_SECONDS, HELD_SECONDS, MAX_NAMES, POLL_SECONDS, Watcher
+from sorter.files import file_systems
+from sorter.inbox.scan import Inbox
+from sorter.inbox.watcher import CHECK_SECONDS, GATHER_SECONDS, HELD_SECONDS, MAX_NAMES, POLL_SECONDS, Watcher
 
 TURNS = itertools.count(1)
 

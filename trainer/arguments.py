@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sorter.network import ARCHITECTURES
+from sorter.classifier.network import ARCHITECTURES
 from sorter.settings import SHIPPED_MODEL
 
 RECIPES = ("head", "default", "notebook")

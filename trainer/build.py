@@ -11,14 +11,18 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from sorter.classifier.manifest import FORMAT_VERSION, MANIFEST, Class, Manifest
 from sorter.errors import ConfigurationError
-from sorter.manifest import FORMAT_VERSION, MANIFEST, Class, Manifest
-from trainer import checkpoint, data, evaluate, files, fit, inspection, layouts, package, parallel, report
-from trainer.data import Dataset
-from trainer.features import Floats
-from trainer.layouts import Sample
-from trainer.loop import Epoch
-from trainer.options import Options
+from sorter.files.replaced import unfinished
+from trainer.data import inspection, layouts
+from trainer.data import split as data
+from trainer.data.layouts import Sample
+from trainer.data.split import Dataset
+from trainer.fitting import checkpoint, fit, parallel
+from trainer.fitting.features import Floats
+from trainer.fitting.loop import Epoch
+from trainer.fitting.options import Options
+from trainer.packaging import evaluate, package, report
 from trainer.progress import Reporter
 
 
@@ -83,7 +87,7 @@ def _check_output(folder: Path) -> None:
         raise ConfigurationError(f"{folder} cannot be written ({error.strerror}): name another --output") from None
     if MANIFEST in inside:
         raise ConfigurationError(f"{folder} has a finished model: name another --output, or take it away")
-    if inside - {checkpoint.NAME, files.beside(folder / checkpoint.NAME).name}:
+    if inside - {checkpoint.NAME, unfinished(folder / checkpoint.NAME).name}:
         raise ConfigurationError(f"{folder} is not empty: name a new folder with --output")
 
 

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import track
 
-from sorter import manifest
+from sorter.classifier import manifest
 from sorter.errors import ConfigurationError, ExitCode, SorterError
 from trainer.arguments import build_parser
 
 if TYPE_CHECKING:
-    from sorter.manifest import Evaluation
-    from trainer.evaluate import Floats
-    from trainer.layouts import Sample
-    from trainer.recipes import Recipe
+    from sorter.classifier.manifest import Evaluation
+    from trainer.data.layouts import Sample, labels_of
+    from trainer.fitting.recipes import Recipe
+    from trainer.packaging.evaluate import Floats
 
 _EXTRAS = {"tensorboard": "tensorboard", "onnx": "onnx", "onnxscript": "onnx"}
 """Modules that another extra than `train` brings."""
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fit(options: argparse.Namespace) -> ExitCode:
     from sorter.processors import available_cpus
     from trainer import build
-    from trainer.options import MLP_HEAD, Options
+    from trainer.fitting.options import MLP_HEAD, Options
     from trainer.progress import open_reporter
 
     chosen = Options(
@@ -93,7 +93,7 @@ def _fit(options: argparse.Namespace) -> ExitCode:
 
 def _recipe(options: argparse.Namespace) -> "Recipe":
     """The recipe, its last stage as the flags say."""
-    from trainer import recipes
+    from trainer.fitting import recipes
 
     recipe = recipes.RECIPES[options.recipe]
     given = {"epochs": options.epochs, "batch_size": options.batch_size, "lr": options.lr}
@@ -107,12 +107,13 @@ def _cache() -> Path:
 
 def _evaluate(options: argparse.Namespace) -> ExitCode:
     model = manifest.read(options.model)
-    from trainer import evaluate, first_look
+    from trainer.packaging import cascade as first_look
+    from trainer.packaging import evaluate
 
     what, samples = evaluate.dataset_photos(options.data, model.classes, _cache())
     readable, answers = _classify(options, model, samples)
     result = evaluate.judge(answers, readable, data=what, role="test")
-    labels = evaluate.labels_of(readable)
+    labels = labels_of(readable)
     untempered = evaluate.softmax(evaluate.log(answers), 1 / model.temperature)
     before = evaluate.calibration_error(untempered, labels)
     whole = _classify(options, model, readable, min_confidence=1.0)[1] if model.first_look else answers
@@ -150,7 +151,7 @@ def _print_coverage(coverage: Sequence[manifest.Coverage]) -> None:
 
 def _predict(options: argparse.Namespace) -> ExitCode:
     model = manifest.read(options.model)
-    from trainer import evaluate
+    from trainer.packaging import evaluate
 
     if len(model.classes) != 2:
         raise ConfigurationError(f"{options.model} has {len(model.classes)} classes: a submission is about two")
@@ -164,12 +165,12 @@ def _predict(options: argparse.Namespace) -> ExitCode:
 
 def _export(options: argparse.Namespace) -> ExitCode:
     model = manifest.read(options.model)
-    from sorter import network
+    from sorter.classifier import network
 
     if options.format == "onnx":
         import onnxscript  # noqa: F401  torch asks for it late and at length
 
-        from trainer import export
+        from trainer.packaging import export
 
         difference = export.export_onnx(options.output, network.load(options.model, model), model)
         print(f"{options.output}: pixels, uint8 (N, {model.input.size}, {model.input.size}, 3), to probabilities")
@@ -178,7 +179,8 @@ def _export(options: argparse.Namespace) -> ExitCode:
     if options.data is None:
         raise ConfigurationError("the 8-bit network is made from photos: name the model's dataset with --data")
     from sorter.processors import available_cpus
-    from trainer import build, package
+    from trainer import build
+    from trainer.packaging import package
     from trainer.progress import open_reporter
 
     reporter = open_reporter(None)
@@ -199,8 +201,8 @@ def _classify(
     options: argparse.Namespace, model: manifest.Manifest, samples: "Sequence[Sample]", min_confidence: float = 0.0
 ) -> "tuple[Sequence[Sample], Floats]":
     """Open the model and classify photos, with a progress bar; those that cannot be read are named and left out."""
-    from sorter.engines import open_engine
-    from trainer import evaluate
+    from sorter.classifier.engine import open_engine
+    from trainer.packaging import evaluate
 
     engine = open_engine(options.model, model, "auto", options.device, evaluate.BATCH, min_confidence)
     batches = evaluate.probabilities(engine, samples, model.input.preprocessing)

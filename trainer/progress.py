@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, track
 
-from trainer import loop
+from trainer.fitting import loop
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

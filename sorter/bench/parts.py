@@ -11,17 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from sorter import __version__
-from sorter.batch_mover import BatchMover
+from sorter.classifier.engine import Engine
+from sorter.classifier.manifest import Manifest
 from sorter.decisions import Decision
-from sorter.decoders import Decoded, Decoders
-from sorter.engines import Engine
+from sorter.decoding.decoded import Decoded
+from sorter.decoding.decoders import Decoders
+from sorter.decoding.images import Limits
+from sorter.decoding.images import decode as decode_photo
 from sorter.errors import ConfigurationError, PhotoError
-from sorter.history import History, Run
-from sorter.images import Limits
-from sorter.images import decode as decode_photo
-from sorter.inbox import Inbox, Photo
-from sorter.manifest import Manifest
-from sorter.mover import Mover
+from sorter.files.photo import Photo
+from sorter.history.store import History, Run
+from sorter.inbox.scan import Inbox
+from sorter.moving.batch_mover import BatchMover
+from sorter.moving.mover import Mover
 
 _ENGINE_SECONDS = 5.0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sorter import images
+from sorter.decoding import images
 from sorter.errors import ConfigurationError
 
 _GENERATED, _SIZE = 100, (2000, 1500)

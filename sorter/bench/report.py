@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sorter import manifest as manifests
 from sorter.bench import parts, photos, whole
-from sorter.decoders import default_workers
-from sorter.engines import open_engine
+from sorter.classifier import manifest as manifests
+from sorter.classifier.engine import open_engine
+from sorter.decoding.decoders import default_workers
 from sorter.processors import available_cpus
 from sorter.settings import Settings
 

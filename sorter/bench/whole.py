@@ -14,7 +14,7 @@ from typing import Any
 
 from sorter.errors import SorterError
 
-PLAIN_LOOP = Path(__file__).resolve().parents[2] / "tests" / "benchmarks" / "plain_loop.py"
+PLAIN_LOOP = Path(__file__).with_name("plain_loop.py")
 _LOOK_SECONDS = 0.2
 
 

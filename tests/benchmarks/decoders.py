@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sorter import manifest
 from sorter.bench import photos
-from sorter.engines.openvino_engine import OpenVinoEngine
+from sorter.classifier import manifest
+from sorter.classifier.openvino_engine import OpenVinoEngine
 from sorter.settings import SHIPPED_MODEL
 
 os.environ["VIPS_CONCURRENCY"] = "1"

@@ -18,13 +18,15 @@ import numpy.typing as npt
 import openvino
 from neither_pictures import gather
 
-from sorter import manifest, neither
-from sorter.engines import open_engine
-from sorter.engines.openvino_engine import hidden, network_files
-from sorter.manifest import Manifest
+from sorter.classifier import manifest
+from sorter.classifier import outliers as neither
+from sorter.classifier.engine import open_engine
+from sorter.classifier.manifest import Manifest
+from sorter.classifier.openvino_engine import hidden, network_files
 from sorter.settings import SHIPPED_MODEL
-from trainer import evaluate, features
-from trainer.layouts import Sample
+from trainer.data.layouts import Sample, labels_of
+from trainer.fitting import features
+from trainer.packaging import evaluate
 
 Floats = npt.NDArray[np.float32]
 Score = Callable[["Inside"], Floats]
@@ -146,7 +148,7 @@ def how_sure(model: Path, described: Manifest, groups: dict[str, list[Path]]) ->
         batches = list(features.batches([Sample(path, 0) for path in paths], described.input.preprocessing))
         sure = np.concatenate([usual.classify(pixels).max(1) for pixels in batches])
         unsure = np.concatenate([careful.classify(pixels).max(1) < rate.threshold for pixels in batches])
-        judged = [catching.judge(pixels) for pixels in batches]
+        judged = [catching.classify_with_distance(pixels) for pixels in batches]
         caught = np.concatenate([distances > described.neither.threshold for _, distances in judged])
         shares = [(sure > 0.9), (sure > 0.99), unsure, caught, unsure | caught]
         print(f"| {name} | {len(paths)} | {np.median(sure):.3f} |", *(f"{share.mean():.0%} |" for share in shares))
@@ -194,7 +196,7 @@ def main() -> None:
             found = evaluate.labelled_photos(options.training, described.classes)
             some = random.Random(0).sample(found, min(len(found), TRAINING_PHOTOS))
             network = Network(options.model, described)
-            seen, labels = network([sample.path for sample in some]), evaluate.labels_of(some)
+            seen, labels = network([sample.path for sample in some]), labels_of(some)
             compare(network, list(scores(options.model, described, seen, labels, options.imagenet)), photos, groups)
 
 

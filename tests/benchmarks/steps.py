@@ -20,14 +20,15 @@ import openvino
 import torch
 from PIL import Image, ImageOps
 
-from sorter import images, manifest, network
 from sorter.bench import parts, photos
-from sorter.decoders import default_workers
-from sorter.engines.openvino_engine import OpenVinoEngine
-from sorter.engines.torch_engine import TorchEngine, multiplies_bf16
+from sorter.classifier import manifest, network
+from sorter.classifier.openvino_engine import OpenVinoEngine
+from sorter.classifier.torch_engine import TorchEngine, multiplies_bf16
+from sorter.decoding import images
+from sorter.decoding.decoders import default_workers
 from sorter.processors import available_cpus
 from sorter.settings import SHIPPED_MODEL
-from trainer import features
+from trainer.fitting import features
 
 BATCH, SECONDS, MOST_PHOTOS = 32, 3.0, 200
 

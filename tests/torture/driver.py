@@ -13,16 +13,17 @@ from pathlib import Path
 
 import structlog
 
-from sorter.atomic import make_folder
-from sorter.batch_mover import BatchMover
 from sorter.decisions import Decision, Outcome
-from sorter.decoders import Decoded
+from sorter.decoding.decoded import Decoded
 from sorter.errors import SorterError
-from sorter.history import History, Run
-from sorter.inbox import Inbox, Photo
-from sorter.lock import Lock
-from sorter.mover import Mover
-from sorter.recovery import recover
+from sorter.files.atomic import make_folder
+from sorter.files.lock import Lock
+from sorter.files.photo import Photo
+from sorter.history.store import History, Run
+from sorter.inbox.scan import Inbox
+from sorter.moving.batch_mover import BatchMover
+from sorter.moving.mover import Mover
+from sorter.moving.recovery import recover
 
 BATCH_SIZE = 2
 

@@ -18,11 +18,13 @@ import driver
 import structlog
 from owner import Owner
 
-from sorter import atomic, batch_mover, history, mover, recovery
 from sorter.decisions import Decision
-from sorter.decoders import Decoded
+from sorter.decoding.decoded import Decoded
 from sorter.errors import SorterError
-from sorter.inbox import Identity, Photo, open_file
+from sorter.files import atomic
+from sorter.files.photo import Identity, Photo, open_file
+from sorter.history import store as history
+from sorter.moving import batch_mover, mover, recovery
 
 MODULES = {module.__file__ for module in (atomic, batch_mover, history, mover, recovery)}
 

@@ -1,0 +1,288 @@
+"""The model folder: what a model is, beside its weights.
+
+    manifest.json         everything the sorter must know: classes and folders, preprocessing, figures, digests
+    weights.safetensors   the network's state dict in torchvision's names, fp16
+    openvino.xml, .bin    the same network for OpenVINO, in 8 bits if that passed its gate
+    openvino-fp16.xml, .bin   otherwise
+    neither.safetensors   what tells photos of none of the classes, if the head has a hidden layer
+    README.md             the model card, for people
+
+`read` verifies versions and digests before anything is used, `write` makes a folder that `read` accepts. Nothing is
+ever unpickled, and nothing here imports torch.
+"""
+
+import errno
+import hashlib
+import io
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sorter.decoding.images import Preprocessing
+from sorter.errors import ModelError
+from sorter.files.replaced import replaced
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+OPENVINO_INT8 = ("openvino.xml", "openvino.bin")
+OPENVINO_FP16 = ("openvino-fp16.xml", "openvino-fp16.bin")
+NEITHER = "neither.safetensors"
+RESERVED_FOLDERS = frozenset({"unsure", "failed"})
+MAX_MANIFEST_BYTES = 10_000_000
+_MAX_NAME_BYTES = 255  # of a folder, on the usual file systems
+
+
+def _printable(text: str) -> str:
+    # It stands in logs, on terminals and in sentences of one line.
+    if not text.isprintable():
+        raise ValueError(f"{ascii(text)[:60]} has characters that cannot be shown")
+    return text
+
+
+Printable = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
+Positive = Annotated[float, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Channels = tuple[float, float, float]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Class(_Part):
+    """One thing the network can say, and the folder of the photos it says it of."""
+
+    label: Printable
+    folder: str
+
+
+class Input(_Part):
+    """How a photo becomes the network's input; mean and standard deviation are of pixels from 0 to 1."""
+
+    size: int = Field(ge=16, le=1024)
+    crop: Literal["squash", "center"]
+    resize: int = Field(default=0, ge=0, le=2048)
+    interpolation: Literal["bilinear"] = "bilinear"
+    mean: Channels
+    std: tuple[Positive, Positive, Positive]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The part of it that makes the picture."""
+        return Preprocessing(self.size, self.crop, self.resize)
+
+
+class Evaluation(_Part):
+    """What the model measured on one set of photos, and what that set was used for."""
+
+    data: str
+    role: Literal["calibration", "test"]
+    photos: int = Field(gt=0)
+    right: int = Field(ge=0)
+    accuracy: Probability
+    accuracy_interval_95: tuple[Probability, Probability]
+    log_loss: float = Field(ge=0)
+    calibration_error: Probability | None = None
+    confusion: tuple[tuple[int, ...], ...] = ()
+
+
+class Coverage(_Part):
+    """What share of the photos can be sorted without a person at some rate of errors.
+
+    Photos whose confidence reaches the threshold are wrong at most at that rate, at a 95 % upper confidence bound.
+    """
+
+    error_rate: Probability
+    threshold: Probability
+    coverage: Probability
+
+
+class Int8(_Part):
+    """How often the 8-bit network and the 32-bit one agree, on photos that neither was fitted on."""
+
+    photos: int = Field(gt=0)
+    agreement: Probability
+
+
+class FirstLook(_Part):
+    """A look at the photo made smaller, for networks on a CPU; where it is sure enough, it is the only one.
+
+    Attributes:
+        size: of its side, pixels.
+        temperature: its own; a smaller picture makes a network less sure.
+        threshold: the confidence from which on nothing is looked at again.
+        photos: those that it was judged on, which nothing was fitted on.
+        enough: the share of them that one look was enough for.
+        agreement: the share of them that have the label which a look at the whole would give them.
+    """
+
+    size: int = Field(ge=16, le=1024)
+    temperature: float = Field(gt=0)
+    threshold: Probability
+    photos: int = Field(gt=0)
+    enough: Probability
+    agreement: Probability
+
+
+class Neither(_Part):
+    """What tells photos that show none of the classes, with `neither.safetensors`: see `sorter.neither`.
+
+    Attributes:
+        score: what is compared; Mahalanobis's distance of the head's first hidden layer.
+        threshold: the distance above which a photo is taken for none of the classes.
+        photos: photos of the classes, which nothing was fitted on, that it was chosen on.
+        caught: the share of them that is above it, by mistake.
+    """
+
+    score: Literal["mahalanobis"] = "mahalanobis"
+    threshold: Positive
+    photos: int = Field(gt=0)
+    caught: Probability
+
+
+class Manifest(_Part):
+    """A model folder's description; field by field what stands in `manifest.json`."""
+
+    format_version: int = Field(ge=1)
+    name: Printable
+    architecture: Printable
+    head_hidden: tuple[Annotated[int, Field(ge=1, le=65536)], ...] = Field(default=(), max_length=16)
+    classes: tuple[Class, ...] = Field(min_length=2, max_length=10_000)
+    input: Input
+    temperature: float = Field(gt=0)
+    evaluations: tuple[Evaluation, ...] = ()
+    risk_coverage: tuple[Coverage, ...] = ()
+    int8: Int8 | None = None
+    first_look: FirstLook | None = None
+    neither: Neither | None = None
+    training: Mapping[str, str | int | float] = {}
+    files: Mapping[str, str]
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Self:
+        folders = [_as_a_disk_may_see_it(c.folder) for c in self.classes]
+        for folder, seen in zip((c.folder for c in self.classes), folders, strict=True):
+            plain = re.fullmatch(r"[^/.][^/]*", folder) and folder.isprintable()
+            if not plain or len(os.fsencode(folder)) > _MAX_NAME_BYTES or seen in RESERVED_FOLDERS:
+                raise ValueError(f"the folder {ascii(folder)[:60]} is not a plain name, or is reserved")
+        if len(set(folders)) < len(folders) or len({c.label for c in self.classes}) < len(folders):
+            raise ValueError("two classes have the same label or folder")
+        if self.input.crop == "center" and self.input.resize < self.input.size:
+            raise ValueError("a center crop needs a resize of at least the input size")
+        if self.first_look is not None and self.first_look.size >= self.input.size:
+            raise ValueError("the first look is not smaller than the input")
+        if self.neither is not None and not self.head_hidden:
+            raise ValueError("neither needs a head with a hidden layer")
+        return self
+
+    @property
+    def accuracy(self) -> float | None:
+        """On photos that nothing was chosen on; None if that was never measured."""
+        return next((e.accuracy for e in self.evaluations if e.role == "test"), None)
+
+
+def _as_a_disk_may_see_it(folder: str) -> str:
+    """What two names have in common that are one folder on a disk that ignores case or composes accents."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", folder).casefold())
+
+
+def read(folder: Path) -> Manifest:
+    """Read a model folder's manifest and verify the files beside it.
+
+    Raises:
+        ModelError: it is not there, not understood, of a newer format, or a file differs from its digest.
+    """
+    path = folder / MANIFEST
+    try:
+        with _opened(path) as file:
+            text = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise ModelError(
+            f"there is no model in {folder} ({error.strerror}: {MANIFEST}): name a model folder with --model"
+        ) from None
+    if len(text) > MAX_MANIFEST_BYTES:
+        raise ModelError(f"{path} is too large to be a manifest: name a model folder with --model")
+    version = re.search(rb'"format_version"\s*:\s*0*(\d+)', text)
+    digits = version[1][:9].decode() if version else "0"  # Python refuses to read thousands of them
+    if int(digits) > FORMAT_VERSION:
+        raise ModelError(
+            f"the model in {folder} has format {digits} and this sorter knows {FORMAT_VERSION}: upgrade it"
+        )
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its content"
+        where = where if where.isprintable() and len(where) < 100 else ascii(where)[:100]
+        raise ModelError(f"{path} is not a valid manifest ({where}: {first['msg']}): export the model again") from None
+    if WEIGHTS not in manifest.files:
+        raise ModelError(f"{path} names no {WEIGHTS}: export the model again")
+    if manifest.neither is not None and NEITHER not in manifest.files:
+        raise ModelError(f"{path} names no {NEITHER}: export the model again")
+    for name, digest in manifest.files.items():
+        _verify(folder, name, digest)
+    return manifest
+
+
+def _verify(folder: Path, name: str, digest: str) -> None:
+    if "/" in name or not name.isprintable() or name.startswith("."):
+        raise ModelError(f"the model in {folder} names a file outside itself ({ascii(name)[:100]}): do not use it")
+    try:
+        found = digest_of(folder / name)
+    except OSError as error:
+        raise ModelError(
+            f"the model in {folder} cannot be used: {name[:100]}: {error.strerror}; copy the whole folder again"
+        ) from None
+    if found != digest:
+        raise ModelError(f"the model in {folder} is damaged: {name} differs from its digest; copy it again")
+
+
+def digest_of(path: Path) -> str:
+    """`sha256:` and the hexadecimal SHA-256 of a regular file."""
+    with _opened(path) as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    """Open a regular file; never wait for a FIFO's writer, never read a device without an end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def write(folder: Path, manifest: Manifest, files: Mapping[str, bytes], card: str) -> Manifest:
+    """Write a model folder: its files, model card, and last the manifest with their digests.
+
+    Each file is written beside its name and renamed, so that an older model in the folder stays whole until the new
+    one is complete.
+
+    Args:
+        folder: made where it is missing.
+        manifest: its `files` are replaced by the digests of what is written.
+        files: by name; `weights.safetensors` at least.
+        card: Markdown.
+
+    Returns:
+        The manifest as written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        _write(folder / name, content)
+    _write(folder / "README.md", card.encode())
+    written = manifest.model_copy(update={"files": {name: digest_of(folder / name) for name in sorted(files)}})
+    _write(folder / MANIFEST, (written.model_dump_json(indent=2) + "\n").encode())
+    return written
+
+
+def _write(path: Path, content: bytes) -> None:
+    with replaced(path) as part:
+        part.write_bytes(content)

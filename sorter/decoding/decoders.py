@@ -1,0 +1,288 @@
+"""The processes that decode: a crash, a hang, a leak or native noise in a decoder stays inside them.
+
+In: settled `Photo`s. Out: a `Decoded` for each, with its pixels in a row of shared memory, or why it has none.
+
+Each worker process decodes one photo at a time for the thread that owns it, so that a death names its photo. Workers
+get an open descriptor, never a path: they can read the one photo they were given and nothing else. They hold no lock,
+write to nothing but their row, and die with their parent. This module runs in them too, so it imports no numpy.
+"""
+
+import contextlib
+import errno
+import mmap
+import os
+import queue
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+
+from sorter.decoding import images, raw
+from sorter.decoding.decoded import Decoded
+from sorter.decoding.images import Limits, Preprocessing
+from sorter.decoding.worker import OK, READY, REPLY, REQUEST, UNREADABLE
+from sorter.errors import PhotoError, Reason, SorterError
+from sorter.files.photo import Identity, Photo, open_file
+from sorter.processors import available_cpus
+
+START_SECONDS = 60.0
+"""How long a worker may take to start; it is a fraction of a second where the machine is not overloaded."""
+
+_MOST_WORKERS = 16
+_DEATHS = (Reason.DECODER_CRASH, Reason.DECODER_TIMEOUT)
+
+
+def default_workers() -> int:
+    """How many worker processes there are: one a processor, and no more than one process can hand out photos to."""
+    return min(available_cpus(), _MOST_WORKERS)
+
+
+class Decoders:
+    """A fixed number of worker processes, the shared memory that they fill, and the threads that look after them.
+
+    Args:
+        workers: how many photos are decoded at a time.
+        rows: how many decoded photos may exist at a time; submitting blocks while all are taken.
+        preprocessing: what the network wants.
+        limits: what is refused.
+        max_bytes: larger files fail as too-large without being read.
+        timeout_seconds: a worker that takes longer is killed.
+        deliver: called with each `Decoded`, from the threads here.
+        fail: called with what a thread here died of.
+    """
+
+    def __init__(
+        self,
+        *,
+        workers: int,
+        rows: int,
+        preprocessing: Preprocessing,
+        limits: Limits,
+        max_bytes: int,
+        timeout_seconds: float,
+        deliver: Callable[[Decoded], None],
+        fail: Callable[[BaseException], None],
+    ) -> None:
+        self._descriptor = _shared_memory(rows * preprocessing.size**2 * 3)
+        self.pixels = mmap.mmap(self._descriptor, 0)  # uint8 (rows, S, S, 3)
+        self._preprocessing, self._limits = preprocessing, limits
+        self._max_bytes, self._timeout_seconds = max_bytes, timeout_seconds
+        self._deliver, self._fail = deliver, fail
+        self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for row in range(rows):
+            self._free.put(row)
+        self._tasks: queue.SimpleQueue[tuple[Photo, int] | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._workers: dict[int, _Worker] = {}  # by the thread that asks it
+        self._threads = [threading.Thread(target=self._run, name=f"decoder-{n}", daemon=True) for n in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, photo: Photo, *, timeout_seconds: float) -> bool:
+        """Hand over a photo, waiting for a free row; False if none came free in time."""
+        try:
+            row = self._free.get(timeout=timeout_seconds)
+        except queue.Empty:
+            return False
+        self._tasks.put((photo, row))
+        return True
+
+    def release(self, row: int) -> None:
+        """Give a row back once its pixels are used."""
+        self._free.put(row)
+
+    def close(self) -> None:
+        """End the workers at once, and forget the photos that are not decoded yet: they stay where they are."""
+        self._closing.set()
+        for worker in [*self._workers.values()]:
+            worker.stop()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+        os.close(self._descriptor)
+
+    def _run(self) -> None:
+        worker = None
+        try:
+            worker = self._new_worker()
+            while (task := self._tasks.get()) is not None and not self._closing.is_set():
+                photo, row = task
+                decoded = self._decode(worker, photo, row)
+                if decoded.reason in _DEATHS and not self._closing.is_set():
+                    # Once more, in a process of its own: the death may have been another's fault (out of memory, say).
+                    worker.kill()
+                    worker = self._new_worker()
+                    decoded = self._decode(worker, photo, row)
+                    if decoded.reason in _DEATHS and not self._closing.is_set():
+                        worker.kill()
+                        worker = self._new_worker()
+                if self._closing.is_set():  # it may have died of that, and the photo is not to blame
+                    break
+                if decoded.verdict == "failed" and raw.is_raw(photo.name):
+                    # LibRaw knows not every camera, and nobody's negatives belong in failed/ for that.
+                    detail = f"a camera's raw file, {decoded.detail}"
+                    decoded = replace(decoded, verdict="skipped", detail=detail)
+                if decoded.verdict != "pixels":
+                    self.release(row)
+                self._deliver(decoded)
+        except BaseException as error:
+            if not self._closing.is_set():  # a worker that was ended while it started
+                self._fail(error)
+        finally:
+            if worker is not None:
+                worker.kill()
+
+    def _new_worker(self) -> "_Worker":
+        worker = _Worker(self._descriptor, self._preprocessing, self._limits)
+        self._workers[threading.get_ident()] = worker
+        if self._closing.is_set():
+            worker.stop()
+        worker.await_ready()
+        return worker
+
+    def _decode(self, worker: "_Worker", photo: Photo, row: int) -> Decoded:
+        try:
+            descriptor = open_file(photo)
+        except PermissionError:
+            return Decoded(photo, "left", detail="may not be read: give the sorter's user permission to read it")
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):  # replaced by what is no file
+                return Decoded(photo, "gone", detail="is gone")
+            return Decoded(photo, "left", detail=f"cannot be opened now: {error.strerror}")
+        try:
+            status = os.fstat(descriptor)
+            opened = Identity.of(status)
+            if not stat.S_ISREG(status.st_mode) or not opened.is_same_file(photo.identity):
+                return Decoded(photo, "gone", detail="changed since it was settled")
+            photo = replace(photo, identity=opened)
+            head = os.pread(descriptor, images.SIGNATURE_BYTES, 0)
+            is_raw = raw.is_raw(photo.name)
+            extension = os.path.splitext(photo.name)[1].lower()
+            if not is_raw and not images.has_signature(head) and extension not in images.EXTENSIONS:
+                return Decoded(photo, "skipped", detail="not a photo")
+            if status.st_size > self._max_bytes:
+                detail = f"{status.st_size / 1e6:.0f} MB; the limit is {self._max_bytes / 1e6:g} MB"
+                return Decoded(photo, "failed", reason=Reason.TOO_LARGE, detail=detail)
+            kind, seconds, text = worker.decode(descriptor, row, is_raw, self._timeout_seconds)
+        except OSError as error:
+            return Decoded(photo, "left", detail=f"cannot be read now: {error.strerror}")
+        except PhotoError as error:
+            return Decoded(photo, "failed", reason=error.reason, detail=error.detail)
+        finally:
+            os.close(descriptor)
+        if kind == OK:
+            return Decoded(photo, "pixels", row=row, milliseconds=seconds * 1000)
+        if kind == UNREADABLE:
+            return Decoded(photo, "left", detail=f"cannot be read now: {text}")
+        reason, _, detail = text.partition(" ")
+        return Decoded(photo, "failed", reason=Reason(reason), detail=detail, milliseconds=seconds * 1000)
+
+
+class _Worker:
+    """One worker process as its parent sees it."""
+
+    def __init__(self, memory: int, preprocessing: Preprocessing, limits: Limits) -> None:
+        self._socket, theirs = socket.socketpair()
+        arguments: list[object] = [
+            theirs.fileno(),
+            memory,
+            preprocessing.size,
+            preprocessing.crop,
+            preprocessing.resize,
+        ]
+        arguments += [limits.max_megapixels, limits.max_jpeg_megapixels]
+        # -P: never import from the folder one happens to stand in, which may be an inbox.
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "sorter.decoding.worker", *map(str, arguments)],
+                pass_fds=(theirs.fileno(), memory),
+                # One thread for the numpy that rawpy brings: on 64 processors the stacks of 64 fill a worker's memory.
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "OPENBLAS_NUM_THREADS": "1",
+                },
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+        except OSError as error:
+            self._socket.close()
+            raise _cannot_start(error.strerror) from None
+        finally:
+            theirs.close()
+
+    def await_ready(self) -> None:
+        """Wait until it can decode, so that a worker that cannot even start is not held against a photo."""
+        self._socket.settimeout(START_SECONDS)
+        try:
+            _receive(self._socket, len(READY))
+        except (EOFError, OSError):
+            how = self._ended()
+            self.kill()
+            raise _cannot_start(how) from None
+
+    def _ended(self) -> str:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1)
+        code = self._process.returncode
+        return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+
+    def decode(self, descriptor: int, row: int, is_raw: bool, timeout_seconds: float) -> tuple[int, float, str]:
+        """Have one open file decoded into a row.
+
+        Raises:
+            PhotoError: the worker died of it or did not answer in time; the worker has to be replaced.
+        """
+        self._socket.settimeout(timeout_seconds)
+        try:
+            socket.send_fds(self._socket, [REQUEST.pack(row, is_raw)], [descriptor])
+            kind, seconds, length = REPLY.unpack(_receive(self._socket, REPLY.size))
+            return kind, seconds, _receive(self._socket, length).decode("utf-8", "replace")
+        except TimeoutError:
+            raise PhotoError(Reason.DECODER_TIMEOUT, f"not decoded after {timeout_seconds:g} s") from None
+        except (EOFError, ConnectionError):
+            raise PhotoError(Reason.DECODER_CRASH, f"the decoder died of it ({self._ended()})") from None
+
+    def stop(self) -> None:
+        """Have the process end, from another thread than the one that asks it, which notices."""
+        self._process.kill()
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._socket.close()
+        self._process.kill()
+        self._process.wait()
+
+
+def _cannot_start(why: str | None) -> SorterError:
+    return SorterError(
+        f"the processes that decode do not start ({why}): look whether memory is short or the installation has "
+        "changed, and start again"
+    )
+
+
+def _receive(connection: socket.socket, length: int) -> bytes:
+    received = b""
+    while len(received) < length:
+        part = connection.recv(length - len(received))
+        if not part:
+            raise EOFError
+        received += part
+    return received
+
+
+def _shared_memory(size: int) -> int:
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("sorter-pixels")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, size)
+    return descriptor

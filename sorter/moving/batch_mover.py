@@ -1,0 +1,152 @@
+"""Moves a batch of photos and records it: intents, moves, syncs, done.
+
+In: `Decision`s. Out: an `Outcome` for each. The order is the promise: what is about to happen is durable before the
+first photo is touched, and nothing is recorded as done before the folders are synced.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from sorter.decisions import Decision, Outcome
+from sorter.errors import StorageError
+from sorter.files.atomic import ChangedError, StayedError
+from sorter.history.store import History, Move
+from sorter.moving.mover import Mover
+from sorter.moving.recovery import Plan
+
+STEP_SECONDS = 60.0
+"""What any step may take beside its own time before it counts as hung: slow machines, cold disks, new processes."""
+NEVER = float("inf")
+_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 1.0, 60.0
+
+Result = TypeVar("Result")
+
+
+class GivenUpError(StorageError):
+    """The storage still refused when the daemon was told to stop."""
+
+
+class BatchMover:
+    """The mover and the history, in the right order; used by one thread only.
+
+    Args:
+        history: None for a dry run, which names destinations and touches nothing.
+        run: the id that the history has this process under.
+        patient: wait and try again where storage refuses, as a daemon does, instead of raising.
+        stopping: ends the waiting.
+    """
+
+    def __init__(
+        self, mover: Mover, history: History | None, *, run: str, patient: bool, stopping: threading.Event
+    ) -> None:
+        self._mover, self._history, self._run = mover, history, run
+        self._patient, self._stopping = patient, stopping
+        self.blocked: str | None = None
+        """Why nothing can be moved at present, while that is so."""
+        self.deadline = NEVER
+        """By when the step in hand has to be done, a monotonic time; later it counts as hung."""
+
+    def move(self, batch: list[Decision], tell: Callable[[Outcome], None]) -> None:
+        """Move a batch; `tell` gets each outcome once, when it is recorded, also when the rest could not be moved.
+
+        Raises:
+            StorageError: nothing more can be moved; nothing is lost or half moved.
+        """
+        plans = [self._mover.plan(decision.decoded.photo, decision.folder, decision.name) for decision in batch]
+        if self._history is None:
+            for decision, plan in zip(batch, plans, strict=True):
+                tell(Outcome(plan.photo, decision.kind, decision, self._mover.path(plan)))
+            return
+        try:
+            self._move(self._history, batch, plans, tell)
+        except GivenUpError as error:
+            self.blocked = str(error)
+        finally:
+            for plan in plans:
+                self._mover.forget(plan)
+
+    def _move(
+        self, history: History, batch: list[Decision], plans: list[Plan], tell: Callable[[Outcome], None]
+    ) -> None:
+        moves = [self._intent(decision, plan) for decision, plan in zip(batch, plans, strict=True)]
+        outcomes: list[Outcome] = []
+        try:
+            # Before the history, which belongs into the output and not where its disk is not mounted.
+            self._patiently(lambda: self._mover.check_output(plans[0].photo.root))
+            self._patiently(lambda: history.intend(moves))
+            for decision, plan in zip(batch, plans, strict=True):
+                outcomes.append(self._move_one(decision, plan))
+        finally:
+            # What was moved is recorded and told, also when the next one could not be.
+            done = [move for move, outcome in zip(moves, outcomes, strict=False) if outcome.destination is not None]
+            kept = {move.token for move in done}
+            kept |= {plan.token for plan in plans if self._mover.is_unresolved(plan)}
+            withdrawn = [move for move in moves if move.token not in kept]
+            try:
+                self._patiently(self._mover.settle)
+                if done or withdrawn:
+                    self._patiently(lambda: self._settle(history, plans[0].photo.root, done, withdrawn))
+            finally:
+                for outcome in outcomes:
+                    tell(outcome)
+
+    def _settle(self, history: History, inbox: Path, done: list[Move], withdrawn: list[Move]) -> None:
+        self._mover.check_output(inbox)
+        history.settle(done, withdrawn)
+
+    def _move_one(self, decision: Decision, plan: Plan) -> Outcome:
+        try:
+            self._patiently(lambda: self._mover.move(plan), own_seconds=plan.photo.identity.size / 1e6)
+        except ChangedError as error:
+            return Outcome(plan.photo, "again", decision, detail=str(error))
+        except StayedError as error:
+            return Outcome(plan.photo, "left", decision, detail=str(error))
+        return Outcome(plan.photo, decision.kind, decision, self._mover.path(plan))
+
+    def _patiently(self, step: Callable[[], Result], *, own_seconds: float = 0.0) -> Result:
+        """Do one step; where storage refuses, a daemon tries it again until it is told to stop.
+
+        Everything before this stage fills up and stands still meanwhile, and no photo is lost.
+
+        Args:
+            step: raises StorageError where nothing can be moved now.
+            own_seconds: what the step may take beside `STEP_SECONDS`.
+        """
+        delay_seconds = _FIRST_DELAY_SECONDS
+        while True:
+            self.deadline = time.monotonic() + STEP_SECONDS + own_seconds
+            try:
+                result = step()
+            except StorageError as error:
+                if not self._patient:
+                    raise
+                self.blocked, self.deadline = str(error), NEVER
+                if self._stopping.wait(delay_seconds):
+                    raise GivenUpError(str(error)) from error
+                delay_seconds = min(_LONGEST_DELAY_SECONDS, 2 * delay_seconds)
+            else:
+                self.blocked, self.deadline = None, NEVER
+                return result
+
+    def _intent(self, decision: Decision, plan: Plan) -> Move:
+        decoded = decision.decoded
+        return Move(
+            token=plan.token,
+            run=self._run,
+            # What the history calls it holds also for those who come to it another way, by a link or from elsewhere.
+            root=Path(os.path.realpath(plan.photo.root)),
+            source=plan.photo.name,
+            folder=plan.folder,
+            name=plan.name,
+            identity=plan.photo.identity,
+            kind=decision.kind,
+            label=decision.label,
+            confidence=decision.confidence,
+            reason=None if decoded.reason is None else str(decoded.reason),
+            detail=decision.detail or decoded.detail or None,
+            follows=decision.follows,
+        )

@@ -1,0 +1,357 @@
+"""The only code that changes the user's files.
+
+In: a `Plan`, which photo gets which name. Out: where it is now, or why it stayed.
+
+Promise: at every instant, and after `kill -9` at any instant, the photo exists whole under at least one of its two
+names, and nothing that was there before is overwritten or deleted.
+
+- One file system: `renameat2(RENAME_NOREPLACE)`, then a look at what arrived; another file's arrival is undone.
+- A file system without it: hard link, then the old name is taken away.
+- Another file system: copy to a hidden partial name with mode, times and extended attributes, fsync, publish without
+  replacing, fsync the folder, then the old name is taken away.
+
+`shutil.move` and `os.rename` overwrite or half-copy, so they have no place here.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from sorter.errors import StorageError
+from sorter.files import FOLDER
+from sorter.files.atomic import (
+    UNSUPPORTED,
+    ChangedError,
+    StayedError,
+    check_removable,
+    copy_contents,
+    give_back,
+    make_folder,
+    new_token,
+    numbered,
+    partial_name,
+    publish,
+    rename_noreplace,
+    sync_folder,
+    take_away,
+)
+from sorter.files.photo import Identity, Photo, open_file, open_folder, opened_folder
+from sorter.history.store import NAME
+from sorter.inbox.sidecars import exists, sidecars
+from sorter.moving.recovery import Plan, resolve
+
+# What a hard link is refused with where there are none, or no more.
+_NO_LINKS = (*UNSUPPORTED, errno.EPERM, errno.EMLINK)
+_GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
+# Nothing can be moved until somebody makes room or mends the disk.
+_STORAGE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENODEV,
+    errno.ENOTCONN,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+)
+
+
+# With less room than this a disk is full for all photos, and waited for.
+_ROOM_BYTES = 20_000_000
+
+
+class Mover:
+    """Moves photos from the inbox into the folders beside each other in `output`.
+
+    Args:
+        output: the folder that has `cats/` and the others; folders are made when first needed.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output.absolute()
+        self.lock = threading.Lock()
+        """Held while one photo moves: whoever holds it can end the process with nothing half moved."""
+        self._touched: set[tuple[Path, str]] = set()
+        self._next_number: dict[tuple[str, str], int] = {}
+        self._linked: set[tuple[int, int]] = set()  # device and inode of moved files that have other names too
+        self._unresolved: set[str] = set()  # tokens of the plans of which nobody could tell how far they came
+        self._promised: set[tuple[str, str]] = set()  # folders and names of the plans that are not forgotten yet
+        self._folder: tuple[int, int] | None = None  # the output's own device and inode, once it was used
+
+    def plan(self, photo: Photo, folder: str, name: str = "") -> Plan:
+        """Promise a name, or else the first free of `name.jpg`, `name-1.jpg`, `name-2.jpg` …; changes no file."""
+        if not name:
+            name = next(filter(partial(self._is_free, folder), self._names(os.path.basename(photo.name), folder)))
+        self._promised.add((folder, name))
+        return Plan(photo, folder, name, new_token())
+
+    def _is_free(self, folder: str, name: str) -> bool:
+        # Beside somebody else's sidecar it would be taken for that one's photo.
+        if (folder, name) in self._promised:
+            return False
+        place = os.path.join(self.output, folder, "")
+        return not any(exists(place + taken) for taken in (name, *sidecars(name)))
+
+    def forget(self, plan: Plan) -> None:
+        """Take a plan's promise back, once it is carried out or given up."""
+        self._promised.discard((plan.folder, plan.name))
+
+    def path(self, plan: Plan) -> str:
+        """Where a plan puts its photo."""
+        return os.path.join(self.output, plan.folder, plan.name)
+
+    def is_unresolved(self, plan: Plan) -> bool:
+        """Tell whether a move failed in a way that only another try, or the next start, can clear up."""
+        return plan.token in self._unresolved
+
+    def move(self, plan: Plan) -> None:
+        """Move one photo; `settle` makes a batch of moves durable. Called again after an error it goes on.
+
+        Raises:
+            StayedError: this photo stays where it is; `ChangedError` if it is not the one any more that was classified,
+                or its planned name was taken meanwhile.
+            StorageError: no photo can be moved now.
+        """
+        photo, folder = plan.photo, plan.folder
+        source_folder, _, base = photo.name.rpartition("/")
+        with self.lock:
+            try:
+                self._forward(plan, source_folder, base)
+            except (OSError, StayedError, StorageError) as error:
+                # A name that was taken before we ever used it is somebody else's, whatever is in that file.
+                ours = not isinstance(error, FileExistsError) or self.is_unresolved(plan)
+                if not (ours and self._arrived(plan)):
+                    raise self._told(error, folder) from error
+            self._touched |= {(photo.root, source_folder), (self.output, folder)}
+
+    def _forward(self, plan: Plan, source_folder: str, base: str) -> None:
+        with opened_folder(plan.photo.root, source_folder) as source:
+            self._check(source, base, plan.photo.identity)
+            check_removable(source, base)
+            with self._target(plan.photo.root, plan.folder) as target:
+                if os.path.sameopenfile(source, target):
+                    raise StayedError("is in its folder already: the output is a part of the inbox under another path")
+                self._place(plan, source, target, base)
+
+    def _arrived(self, plan: Plan) -> bool:
+        """Look where a photo is after something failed, and clear away what the move left half done."""
+        self._unresolved.add(plan.token)
+        try:
+            arrived = resolve(self.output, plan)
+        except OSError as error:
+            raise StorageError(
+                f"{plan.photo.path} or its place in the output cannot be looked at ({error.strerror}): mend the disk"
+            ) from error
+        self._unresolved.discard(plan.token)
+        return arrived
+
+    def _told(self, error: Exception, folder: str) -> StayedError | StorageError:
+        """What an error means for the photo, or for all of them."""
+        if not isinstance(error, OSError):
+            assert isinstance(error, StayedError | StorageError)
+            return error
+        if error.errno == errno.EEXIST:
+            return ChangedError("its name in the output was taken meanwhile")
+        output_refuses = error.errno == errno.EACCES and not os.access(self.output / folder, os.W_OK)
+        if error.errno in _STORAGE or output_refuses:
+            return self._refused(folder, error)
+        if isinstance(error, PermissionError):
+            return StayedError("may not be moved: its folder or its owner forbids it")
+        if error.errno in _GONE:
+            return ChangedError("is gone")
+        return StayedError(f"cannot be moved: {error.strerror}")
+
+    def check_output(self, inbox: Path) -> None:
+        """Make sure that the output is there; it is made at first, or where it lies in the inbox.
+
+        Raises:
+            StorageError: it is gone, or what is there now is not the folder that it was.
+        """
+        try:
+            comes_with_inbox = self.output.is_relative_to(inbox)
+            if self._folder is None or (comes_with_inbox and inbox.is_dir()):
+                make_folder(self.output)
+            status = self.output.stat()
+            folder = status.st_dev, status.st_ino
+            # A disk that was unmounted leaves an empty folder: nothing belongs there. One that comes back has the
+            # history, and perhaps another number.
+            known = self._folder in (None, folder) or comes_with_inbox or (self.output / FOLDER / NAME).is_file()
+            if not known:
+                raise OSError(errno.ENODEV, "it is not the folder any more that it was at the start")
+            self._folder = folder
+        except OSError as error:
+            raise StorageError(
+                f"{self.output} takes no photos ({error.strerror}): mount or make it again, or start again"
+            ) from error
+
+    @contextlib.contextmanager
+    def _target(self, inbox: Path, folder: str) -> Iterator[int]:
+        """The descriptor of a destination folder, made where it is missing."""
+        self.check_output(inbox)
+        try:
+            if not os.path.lexists(self.output / folder):
+                (self.output / folder).mkdir(exist_ok=True)
+                self._touched.add((self.output, ""))
+            descriptor = open_folder(self.output, folder)
+        except OSError as error:
+            raise self._refused(folder, error) from error
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _refused(self, folder: str, error: OSError) -> StorageError:
+        return StorageError(
+            f"{self.output / folder} takes no photos ({error.strerror}): make room or mend the folder, and start again"
+        )
+
+    def settle(self) -> None:
+        """Make the moves since the last call durable: one fsync a folder, the destinations' first.
+
+        Raises:
+            StorageError: the disk refused.
+        """
+        for root, folder in sorted(self._touched, key=lambda place: place[0] != self.output):
+            try:
+                with opened_folder(root, folder) as descriptor:
+                    sync_folder(descriptor)
+            except OSError as error:
+                # A folder that was taken away since holds nothing that could be lost by not syncing it, and a rename is
+                # durable with its new folder: one that may not be read any more holds up nobody else.
+                if error.errno not in _GONE and not (root != self.output and isinstance(error, PermissionError)):
+                    raise StorageError(f"{root / folder} cannot be synced ({error.strerror}): mend its disk") from error
+            self._touched.discard((root, folder))
+
+    def _place(self, plan: Plan, source: int, target: int, base: str) -> None:
+        """Put the file under its planned name, or raise FileExistsError."""
+        if os.fstat(source).st_dev != os.fstat(target).st_dev:
+            self._copy_across(plan, source, target, base)
+            return
+        try:
+            rename_noreplace(source, base, target, plan.name)
+        except OSError as error:
+            if error.errno == errno.EXDEV:  # two bind mounts of one file system
+                self._copy_across(plan, source, target, base)
+            elif error.errno in UNSUPPORTED:
+                self._link_across(plan, source, target, base)
+            else:
+                raise
+            return
+        arrived = os.stat(plan.name, dir_fd=target, follow_symlinks=False)
+        if not Identity.of(arrived).is_same_file(plan.photo.identity):
+            # Somebody put another file under the name between the look and the rename: it goes back.
+            give_back(target, plan.name, source, base)
+            raise ChangedError("changed while it was moved")
+        self._note_links(arrived)
+
+    def _link_across(self, plan: Plan, source: int, target: int, base: str) -> None:
+        partial = partial_name(plan.token)
+        try:
+            os.link(base, partial, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
+        except OSError as error:
+            if error.errno in _NO_LINKS:
+                raise StayedError(
+                    "its file system can neither rename without replacing nor make hard links: sort into a folder on "
+                    "another file system with --output"
+                ) from error
+            raise
+        linked = os.stat(partial, dir_fd=target, follow_symlinks=False)
+        if not Identity.of(linked).is_same_file(plan.photo.identity):
+            os.unlink(partial, dir_fd=target)  # a second name, the file keeps its first
+            raise ChangedError("changed while it was moved")
+        self._publish(plan, target)
+        self._note_links(linked)
+        if not self._finish(plan, source, base, target):
+            self._check_only(plan, target, os.stat(plan.name, dir_fd=target, follow_symlinks=False), own_names=1)
+
+    def _copy_across(self, plan: Plan, source: int, target: int, base: str) -> None:
+        photo, partial = plan.photo, partial_name(plan.token)
+        original = open_file(photo)
+        try:
+            status = os.fstat(original)
+            if not Identity.of(status).is_same_file(photo.identity):
+                raise ChangedError("changed while it was moved")
+            _check_room(target, status.st_size)
+            copy = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
+            try:
+                copy_contents(original, copy, status)
+                os.fsync(copy)
+            finally:
+                os.close(copy)
+            self._check(source, base, photo.identity)
+            self._publish(plan, target)
+            self._note_links(status)
+            if not self._finish(plan, source, base, target):
+                self._check_only(plan, target, os.fstat(original), own_names=0)
+        finally:
+            os.close(original)
+
+    def _publish(self, plan: Plan, target: int) -> None:
+        """Give what has the hidden name the planned one, if that is free."""
+        partial = partial_name(plan.token)
+        try:
+            publish(target, partial, target, [plan.name])
+        except FileExistsError:
+            # Somebody else's file, whatever is in it: nothing may take it for ours.
+            os.unlink(partial, dir_fd=target)
+            raise
+
+    def _finish(self, plan: Plan, source: int, base: str, target: int) -> bool:
+        """Make the new name durable, then take the old one away; False if it was not the photo's any more."""
+        sync_folder(target)
+        try:
+            return take_away(source, base, plan.photo.identity, plan.token)
+        except ChangedError:
+            return False
+        except OSError as error:
+            raise StayedError(f"may not be taken out of its folder ({error.strerror})") from error
+
+    def _check_only(self, plan: Plan, target: int, status: os.stat_result, *, own_names: int) -> None:
+        """Give up the new name if the photo, or what became of it, still has another one that nobody took away.
+
+        A version that its owner overwrote or deleted meanwhile is kept.
+        """
+        is_whole = own_names or Identity.of(status).is_same_file(plan.photo.identity)
+        if status.st_nlink > own_names and is_whole:
+            copy = Identity.of(os.stat(plan.name, dir_fd=target, follow_symlinks=False))
+            take_away(target, plan.name, copy, plan.token)
+            raise ChangedError("was renamed or changed while it was moved")
+
+    def _note_links(self, status: os.stat_result) -> None:
+        """Remember a file that has other names: moving one of them changes the status of all."""
+        if status.st_nlink > 1:
+            self._linked.add((status.st_dev, status.st_ino))
+
+    def _check(self, folder: int, base: str, identity: Identity) -> None:
+        """Make sure that a name still is the file that was classified."""
+        try:
+            status = os.stat(base, dir_fd=folder, follow_symlinks=False)
+        except FileNotFoundError:
+            raise ChangedError("is gone") from None
+        found = Identity.of(status)
+        # The status of a file with several names changes when one of them moves.
+        by_us = found.is_same_file(identity) and (found.device, found.inode) in self._linked
+        if not stat.S_ISREG(status.st_mode) or (found != identity and not by_us):
+            raise ChangedError("changed after it was classified")
+
+    def _names(self, base: str, folder: str) -> Iterator[str]:
+        """`name.jpg`, `name-1.jpg` … without end, going on where the last photo of that name found room."""
+        yield base
+        while True:
+            number = self._next_number[folder, base] = self._next_number.get((folder, base), 0) + 1
+            yield numbered(base, number)
+
+
+def _check_room(folder: int, size: int) -> None:
+    """Leave one photo that does not fit where others do: it must not hold them up."""
+    room = os.fstatvfs(folder)
+    free = room.f_bavail * room.f_frsize
+    if size > free >= _ROOM_BYTES:
+        raise StayedError(f"needs {size / 1e6:.0f} MB and the output has {free / 1e6:.0f} MB free: make room")

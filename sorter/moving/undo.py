@@ -1,0 +1,197 @@
+"""Bringing photos back: the mover and the history, the other way round.
+
+In: `Entry`s of the history. Out: for each, where it is again, or why it stayed. The promises are those of sorting: the
+intent is durable before a photo is touched, nothing is ever replaced, and after a crash a photo has exactly one name.
+It works beside a sorter, which leaves alone what was put back.
+"""
+
+import itertools
+import os
+import stat
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sorter.errors import StorageError
+from sorter.files.atomic import StayedError, make_folder, new_token
+from sorter.files.photo import Identity, Photo, opened_folder
+from sorter.history.reader import Entry
+from sorter.history.store import SIDECAR, History, Move, Run
+from sorter.moving.mover import Mover
+from sorter.moving.recovery import COARSE_NS, Plan
+
+_BATCH = 100
+_TAKEN = "another file has its old name"
+
+
+@dataclass(frozen=True, slots=True)
+class Undone:
+    """What became of one photo that was to go back.
+
+    Attributes:
+        problem: why it stayed where it is; empty if it is back.
+    """
+
+    entry: Entry
+    problem: str = ""
+
+
+def check(entry: Entry) -> Identity:
+    """Make sure that a photo can go back; changes nothing.
+
+    Returns:
+        What it is now.
+
+    Raises:
+        StayedError: it cannot, and why.
+    """
+    folder, base = os.path.split(entry.destination)
+    try:
+        with opened_folder(Path(folder), "") as descriptor:
+            status = os.stat(base, dir_fd=descriptor, follow_symlinks=False)
+    except OSError:
+        raise StayedError("it is not there any more") from None
+    # What is written about a photo changes as its owner edits that, and goes back as it is.
+    alike = entry.kind == SIDECAR or (
+        status.st_size == entry.size and abs(status.st_mtime_ns - entry.mtime_ns) <= COARSE_NS
+    )
+    if not stat.S_ISREG(status.st_mode) or not alike:
+        raise StayedError("it was changed or replaced since it was sorted")
+    if not os.path.isdir(entry.root):
+        raise StayedError(f"the folder it came from, {entry.root}, is gone")
+    _check_folder(entry)
+    if os.path.lexists(entry.source):
+        raise StayedError(_TAKEN)
+    return Identity.of(status)
+
+
+def _check_folder(entry: Entry) -> None:
+    """Make sure that a photo's old folder takes it; one that is gone is made anew."""
+    try:
+        with opened_folder(Path(entry.root), os.path.dirname(entry.name)) as descriptor:
+            if not os.access(".", os.W_OK | os.X_OK, dir_fd=descriptor):
+                raise StayedError("its old folder may not be changed by this user")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise StayedError(f"its old folder cannot be used any more ({error.strerror})") from None
+
+
+def planned_undo(entries: Iterable[Entry]) -> Iterator[Undone]:
+    """Tell what `Undo` would do; changes nothing."""
+    stayed: set[int] = set()
+    taken: set[str] = set()
+    for entry in entries:
+        try:
+            _check_photo(entry, stayed)
+            check(entry)
+            if entry.source in taken:
+                raise StayedError(_TAKEN)
+        except StayedError as error:
+            stayed.add(entry.id)
+            yield Undone(entry, str(error))
+        else:
+            taken.add(entry.source)
+            yield Undone(entry)
+
+
+def _check_photo(entry: Entry, stayed: set[int]) -> None:
+    """A sidecar stays with its photo."""
+    if entry.follows in stayed:
+        raise StayedError("its photo stays too")
+
+
+class Undo:
+    """Brings photos back; used by one thread.
+
+    Args:
+        output: the folder that they were sorted into.
+        history: its history.
+        run: what the history has this process under.
+        stopping: ends it after the batch in hand.
+    """
+
+    def __init__(self, output: Path, history: History, run: Run, stopping: threading.Event) -> None:
+        self._output = Path(os.path.realpath(output))
+        self._history, self._run, self._stopping = history, run, stopping
+        self._movers: dict[str, Mover] = {}  # by the folder that photos go back to
+        self._stayed: set[int] = set()  # those that could not go back
+
+    def bring_back(self, entries: Iterable[Entry]) -> Iterator[Undone]:
+        """Bring photos back, a batch and its fsyncs at a time.
+
+        Raises:
+            StorageError: the history cannot be written, or a folder not be synced; what was moved is found again.
+        """
+        self._history.begin(self._run)
+        left = iter(entries)
+        while not self._stopping.is_set() and (batch := list(itertools.islice(left, _BATCH))):
+            yield from self._batch(batch)
+        self._history.finish(self._run)
+
+    def _batch(self, entries: Sequence[Entry]) -> list[Undone]:
+        results: list[Undone] = []
+        planned: list[tuple[Entry, Plan, Move]] = []
+        for entry in entries:
+            try:
+                _check_photo(entry, self._stayed)
+                plan = self._plan(entry, check(entry))
+            except StayedError as error:
+                results.append(self._stays(entry, str(error)))
+            else:
+                planned.append((entry, plan, self._intent(entry, plan)))
+        if not planned:
+            return results
+        self._history.intend([move for _, _, move in planned])
+        done: list[Move] = []
+        try:
+            for entry, plan, move in planned:
+                try:
+                    _check_photo(entry, self._stayed)
+                    self._move(entry, plan)
+                except (StayedError, StorageError) as error:  # another photo may come from a folder that is well
+                    results.append(self._stays(entry, _TAKEN if os.path.lexists(entry.source) else str(error)))
+                else:
+                    done.append(move)
+                    results.append(Undone(entry))
+        finally:
+            kept = {move.token for move in done}
+            kept |= {plan.token for entry, plan, _ in planned if self._movers[entry.root].is_unresolved(plan)}
+            for root in {entry.root for entry, _, _ in planned}:
+                self._movers[root].settle()
+            self._history.settle(done, [move for _, _, move in planned if move.token not in kept])
+        return results
+
+    def _stays(self, entry: Entry, problem: str) -> Undone:
+        self._stayed.add(entry.id)
+        return Undone(entry, problem)
+
+    def _plan(self, entry: Entry, identity: Identity) -> Plan:
+        self._movers.setdefault(entry.root, Mover(Path(entry.root)))
+        folder, base = os.path.split(entry.name)
+        photo = Photo(self._output, os.path.relpath(entry.destination, self._output), identity, 0.0)
+        return Plan(photo, folder, base, new_token())
+
+    def _move(self, entry: Entry, plan: Plan) -> None:
+        try:
+            make_folder(Path(entry.root, plan.folder))  # a subfolder that was taken away when it was empty
+        except OSError as error:
+            raise StayedError(f"its folder cannot be made ({error.strerror})") from None
+        self._movers[entry.root].move(plan)
+
+    def _intent(self, entry: Entry, plan: Plan) -> Move:
+        return Move(
+            token=plan.token,
+            run=self._run.id,
+            root=self._output,
+            source=plan.photo.name,
+            folder="",
+            name=entry.name,
+            identity=plan.photo.identity,
+            kind="undone",
+            label=entry.label,
+            confidence=entry.confidence,
+            target=Path(os.path.realpath(entry.root)),
+            undoes=entry.id,
+        )

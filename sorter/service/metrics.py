@@ -1,0 +1,149 @@
+"""Figures for Prometheus, on 127.0.0.1 alone: `--metrics-port`.
+
+In: the counts that exist anyway, read when somebody asks, and a few seconds for each batch. Out: GET /metrics. The
+server sleeps until it is asked: prometheus_client's own wakes up twice a second.
+"""
+
+import socketserver
+import threading
+import time
+from collections.abc import Iterator
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+
+from prometheus_client import CollectorRegistry, Gauge, Histogram, Info
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+from sorter.errors import ConfigurationError
+from sorter.history.store import FAILED, UNSURE
+from sorter.inbox.watcher import Watcher
+from sorter.pipeline.pipeline import Measures, Pipeline
+from sorter.service.counters import Counters
+
+HOST = "127.0.0.1"
+_ASLEEP_SECONDS = 86400.0
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+_PHOTOS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+class Metrics(Measures):
+    """What is measured while the daemon runs, and the server that tells it.
+
+    Args:
+        port: of 127.0.0.1, where it answers at once.
+        info: `version`, `model` and `engine`.
+
+    Raises:
+        ConfigurationError: the port is taken or not ours to take.
+    """
+
+    def __init__(self, port: int, info: dict[str, str]) -> None:
+        self._registry = CollectorRegistry()
+        Info("sorter", "What runs here.", registry=self._registry).info(info)
+        seconds = Histogram(
+            "sorter_stage_seconds",
+            "Time in a stage: decode for each photo, classify and move for each batch.",
+            ["stage"],
+            registry=self._registry,
+            buckets=_SECONDS,
+        )
+        self._decode, self._classify, self._move = map(seconds.labels, ("decode", "classify", "move"))
+        self._batch = Histogram(
+            "sorter_batch_size_photos", "Photos classified together.", registry=self._registry, buckets=_PHOTOS
+        )
+        self._success = Gauge(
+            "sorter_last_success_timestamp_seconds",
+            "When the last batch was moved, 0 if none.",
+            registry=self._registry,
+        )
+        try:
+            self._server = _Server((HOST, port), self._registry)
+        except OSError as error:
+            raise ConfigurationError(
+                f"--metrics-port {port} cannot be used ({error.strerror}): "
+                "name another port; the README says how a service may have one"
+            ) from None
+        # It ends with the process: to end it earlier it would have to look up now and then.
+        threading.Thread(
+            target=self._server.serve_forever, args=(_ASLEEP_SECONDS,), name="metrics", daemon=True
+        ).start()
+
+    def watch(self, counters: Counters, pipeline: Pipeline, watcher: Watcher) -> None:
+        """Tell their counts too from now on."""
+        self._registry.register(_Counts(counters, pipeline, watcher))
+
+    def decoded(self, seconds: float) -> None:
+        """One photo was decoded."""
+        self._decode.observe(seconds)
+
+    def classified(self, photos: int, seconds: float) -> None:
+        """One batch was classified."""
+        self._classify.observe(seconds)
+        self._batch.observe(photos)
+
+    def moved(self, photos: int, seconds: float) -> None:
+        """One batch was moved; `photos` of it left the inbox."""
+        self._move.observe(seconds)
+        if photos:
+            self._success.set(time.time())
+
+
+class _Counts(Collector):
+    """Counts that the daemon keeps anyway, read at each scrape."""
+
+    def __init__(self, counters: Counters, pipeline: Pipeline, watcher: Watcher) -> None:
+        self._tally, self._pipeline, self._watcher = counters, pipeline, watcher
+
+    def collect(self) -> Iterator[Metric]:
+        photos = CounterMetricFamily(
+            "sorter_photos", "Photos by what became of them, and where they went.", labels=["result", "folder"]
+        )
+        folders = {FAILED: 0, **dict(self._tally.folders)}
+        for folder, count in sorted(folders.items()):
+            photos.add_metric([folder if folder in (FAILED, UNSURE) else "sorted", folder], count)
+        photos.add_metric(["skipped", ""], self._tally.skipped)
+        yield photos
+        yield GaugeMetricFamily("sorter_left_photos", "Photos that stay in the inbox.", value=self._tally.left)
+        waiting = GaugeMetricFamily(
+            "sorter_queue_photos", "Photos that are in a stage or wait for it.", labels=["stage"]
+        )
+        for stage, count in self._pipeline.waiting().items():
+            waiting.add_metric([stage], count)
+        yield waiting
+        yield CounterMetricFamily(
+            "sorter_watcher_restarts", "How often the watcher was built anew.", value=self._watcher.restarts
+        )
+
+
+class _Server(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], registry: CollectorRegistry) -> None:
+        super().__init__(address, _Handler)
+        self.registry = registry
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that went away is its own affair."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = 10  # seconds that a client may say nothing
+    server: _Server
+
+    def do_GET(self) -> None:
+        """Tell the figures."""
+        if self.path.partition("?")[0] != "/metrics":
+            self.send_error(HTTPStatus.NOT_FOUND, "The figures are at /metrics")
+            return
+        content = generate_latest(self.server.registry)
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", CONTENT_TYPE_LATEST)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Say nothing: standard error is the log."""

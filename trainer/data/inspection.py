@@ -1,0 +1,103 @@
+"""Every file of a dataset, decoded once: does it decode, what is its content, what does it look like.
+
+In: paths. Out: an `Inspection` for each, cached by path, size and modification time, so that a second look at a dataset
+takes a second.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import imagehash
+
+from sorter.decoding.images import Limits, Preprocessing, decode
+from sorter.errors import PhotoError
+from sorter.files.replaced import replaced
+
+_CHUNK = 64
+_PASSING = "cannot be read now: "
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What one file is.
+
+    Attributes:
+        reason: why it cannot be used, None if it can.
+        digest: SHA-256 of its bytes, hexadecimal.
+        perceptual_hash: 64 bits of `imagehash.phash`, hexadecimal; near photos differ in few of them.
+    """
+
+    reason: str | None
+    digest: str
+    perceptual_hash: str
+
+
+def inspect(path: Path) -> Inspection:
+    """Read and decode one file fully."""
+    digest = ""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            picture = decode(file.fileno(), Preprocessing(64), Limits())
+    except PhotoError as error:
+        return Inspection(str(error), digest, "0")
+    except (MemoryError, OSError) as error:  # of the machine, not of the photo: not for the cache
+        return Inspection(f"{_PASSING}{error}", digest, "0")
+    return Inspection(None, digest, str(imagehash.phash(picture)))
+
+
+def inspect_all(
+    paths: Sequence[Path], cache: Path, workers: int, track: Callable[[Iterable[Inspection], int], Iterable[Inspection]]
+) -> dict[Path, Inspection]:
+    """Inspect files in parallel, those that the cache does not know.
+
+    Args:
+        paths: the files.
+        cache: the folder that keeps what was found.
+        workers: processes.
+        track: given the results as they come and their number, passes them on; for a progress bar.
+    """
+    store = cache / "inspected.json"
+    known = _read(store)
+    keys = {path: _key(path) for path in paths}
+    new = [path for path in paths if keys[path] not in known]
+    if new:
+        with ProcessPoolExecutor(workers) as pool:
+            results = track(pool.map(inspect, new, chunksize=_CHUNK), len(new))
+            for path, result in zip(new, results, strict=True):
+                known[keys[path]] = result
+        lasting = {key: one for key, one in known.items() if not (one.reason or "").startswith(_PASSING)}
+        _write(store, lasting)
+    return {path: known[keys[path]] for path in paths}
+
+
+def _key(path: Path) -> str:
+    try:
+        status = path.stat()
+    except OSError:  # a link that leads nowhere: inspecting it says so
+        return f"{os.fsencode(path.absolute()).hex()}:"
+    return f"{os.fsencode(path.absolute()).hex()}:{status.st_size}:{status.st_mtime_ns}"
+
+
+def _read(store: Path) -> dict[str, Inspection]:
+    try:
+        table = json.loads(store.read_text(encoding="utf-8"))
+        return {key: Inspection(**value) for key, value in table.items()}
+    except (OSError, ValueError, TypeError):  # not there yet, or not ours: it is only a cache
+        return {}
+
+
+def _write(store: Path, known: dict[str, Inspection]) -> None:
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with replaced(store) as part:
+        part.write_text(json.dumps(dict(_entries(known))), encoding="utf-8")
+
+
+def _entries(known: dict[str, Inspection]) -> Iterator[tuple[str, dict[str, str | None]]]:
+    for key, value in known.items():
+        yield key, asdict(value)

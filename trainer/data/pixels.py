@@ -1,0 +1,32 @@
+"""One photo of a dataset to the pixels that the network sees, through the sorter's own decoder."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from sorter.decoding.images import Limits, Preprocessing, decode
+from sorter.errors import ConfigurationError, PhotoError
+
+
+def read(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Decode a photo, uint8 (S, S, 3).
+
+    Raises:
+        PhotoError: the file is no photo, or broken.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return np.asarray(decode(file.fileno(), preprocessing, Limits()))
+
+
+def decoded(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Decode a photo that should decode, uint8 (S, S, 3).
+
+    Raises:
+        ConfigurationError: it cannot be decoded.
+    """
+    try:
+        return read(path, preprocessing)
+    except (PhotoError, OSError) as error:
+        raise ConfigurationError(f"{path} cannot be decoded ({error}): take it out of the data") from None

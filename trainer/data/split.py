@@ -1,0 +1,207 @@
+"""A dataset as it is fitted on: photos that all decode, and none of test or calibration in any other part.
+
+In: what was found on disk and what each file's inspection said. Out: a `Dataset`, and what was left out of it.
+"""
+
+import hashlib
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from sorter.classifier.manifest import Class
+from sorter.errors import ConfigurationError
+from trainer.data.inspection import Inspection
+from trainer.data.layouts import Found, Part, Sample
+
+VALIDATION_SHARE, CALIBRATION_SHARE, TEST_SHARE = 0.1, 0.1, 0.1
+NEAR_DUPLICATE_BITS = 4
+"""Perceptual hashes of 64 bits that differ in at most so many are taken for the same photo."""
+
+MAX_CONTRADICTORY_SHARE = 0.01
+"""More photos than this under two labels are no oversight: the dataset is refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """A photo that was left out because one that was held out shows the same."""
+
+    path: Path
+    of: Path
+    kind: Literal["exact", "near"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Photos that decode, in four parts; no photo of test or calibration is in another, not even a near copy.
+
+    Attributes:
+        unreadable: what was left out, with the reason.
+        duplicates: training photos that were left out.
+        contradictions: pairs of one content under two labels; both were left out.
+        fingerprint: SHA-256 of every photo's content, label and part.
+    """
+
+    layout: str
+    classes: tuple[Class, ...]
+    training: tuple[Sample, ...]
+    validation: tuple[Sample, ...]
+    calibration: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+    unreadable: tuple[tuple[Path, str], ...]
+    duplicates: tuple[Duplicate, ...]
+    contradictions: tuple[tuple[Path, Path], ...]
+    fingerprint: str
+
+
+def divide(found: Found, inspected: dict[Path, Inspection], calibration: Sequence[Sample], seed: int) -> Dataset:
+    """Leave out what cannot be used and divide the rest.
+
+    Parts that the layout lacks are drawn from the training part, stratified by class.
+
+    Args:
+        found: the layout.
+        inspected: what each file's inspection said.
+        calibration: photos named for calibration; none to draw them.
+        seed: of the draw; the same seed and files give the same parts.
+
+    Raises:
+        ConfigurationError: too many contents have two labels, or nothing of a class is left.
+    """
+    readable = [sample for sample in found.samples if inspected[sample.path].reason is None]
+    unreadable = [(s.path, str(inspected[s.path].reason)) for s in found.samples if inspected[s.path].reason]
+    readable, contradictions = _without_contradictions(readable, inspected, found.classes)
+    unreadable += [(s.path, str(inspected[s.path].reason)) for s in calibration if inspected[s.path].reason]
+    named = [sample for sample in calibration if inspected[sample.path].reason is None]
+    parts: dict[Part, list[Sample]] = {"training": [], "validation": [], "calibration": named, "test": []}
+    for sample in readable:
+        parts[sample.part].append(sample)
+    draw = random.Random(seed)  # noqa: S311
+    shares: list[tuple[Part, float]] = [("test", TEST_SHARE), ("validation", VALIDATION_SHARE)]
+    shares.append(("calibration", CALIBRATION_SHARE))
+    whole = len(parts["training"])
+    for part, share in shares:
+        if not parts[part]:
+            parts[part], parts["training"] = _draw(parts["training"], share * whole, draw, part)
+    parts["calibration"], copies = _without_copies(parts["calibration"], parts["test"], inspected)
+    held_out = [sample for part in ("test", "calibration") for sample in parts[part]]
+    parts["training"], duplicates = _without_copies(parts["training"], held_out, inspected)
+    parts["validation"], more = _without_copies(parts["validation"], held_out, inspected)
+    for part, samples in parts.items():
+        for index, one in enumerate(found.classes):
+            if not any(sample.label == index for sample in samples):
+                raise ConfigurationError(
+                    f"the {part} part has no readable photo of {one.label}: the dataset is too small, or its files are "
+                    "broken"
+                )
+    return Dataset(
+        found.layout,
+        found.classes,
+        training=tuple(parts["training"]),
+        validation=tuple(parts["validation"]),
+        calibration=tuple(parts["calibration"]),
+        test=tuple(parts["test"]),
+        unreadable=tuple(unreadable),
+        duplicates=tuple(copies + duplicates + more),
+        contradictions=tuple(contradictions),
+        fingerprint=_fingerprint(parts, inspected),
+    )
+
+
+def _draw(
+    samples: Sequence[Sample], count: float, draw: random.Random, part: Part
+) -> tuple[list[Sample], list[Sample]]:
+    """Take about `count` samples, the same share of each class; return them and the rest."""
+    taken: list[Sample] = []
+    for label in sorted({sample.label for sample in samples}):
+        of_label = [sample for sample in samples if sample.label == label]
+        share = max(1, round(count * len(of_label) / len(samples)))
+        taken += draw.sample(of_label, min(share, len(of_label)))
+    chosen = {sample.path for sample in taken}
+    return (
+        [Sample(sample.path, sample.label, part) for sample in samples if sample.path in chosen],
+        [sample for sample in samples if sample.path not in chosen],
+    )
+
+
+def _without_contradictions(
+    samples: Sequence[Sample], inspected: dict[Path, Inspection], classes: Sequence[Class]
+) -> tuple[list[Sample], list[tuple[Path, Path]]]:
+    """Leave out photos whose very content also stands under another label; Kaggle's own set has such a pair.
+
+    Raises:
+        ConfigurationError: there are too many for an oversight.
+    """
+    labels: dict[str, set[int]] = {}
+    for sample in samples:
+        labels.setdefault(inspected[sample.path].digest, set()).add(sample.label)
+    contradictory = [sample for sample in samples if len(labels[inspected[sample.path].digest]) > 1]
+    pairs = [
+        (one.path, other.path)
+        for i, one in enumerate(contradictory)
+        for other in contradictory[i + 1 :]
+        if inspected[one.path].digest == inspected[other.path].digest and one.label != other.label
+    ]
+    if len(contradictory) > MAX_CONTRADICTORY_SHARE * len(samples):
+        one, other = pairs[0]
+        raise ConfigurationError(
+            f"{len(contradictory)} photos stand under two labels, {one} and {other} for example: take the wrong out"
+        )
+    left_out = {sample.path for sample in contradictory}
+    return [sample for sample in samples if sample.path not in left_out], pairs
+
+
+def _without_copies(
+    samples: Sequence[Sample], held_out: Sequence[Sample], inspected: dict[Path, Inspection]
+) -> tuple[list[Sample], list[Duplicate]]:
+    """Leave out what shows the same as a held-out photo."""
+    by_digest = {inspected[sample.path].digest: sample.path for sample in held_out}
+    hashes = _hashes(held_out, inspected)
+    kept, duplicates = [], []
+    for sample, own in zip(samples, _hashes(samples, inspected), strict=True):
+        exact = by_digest.get(inspected[sample.path].digest)
+        if exact is not None:
+            duplicates.append(Duplicate(sample.path, exact, "exact"))
+            continue
+        distances = _ones(hashes ^ own)
+        if len(distances) and distances.min() <= NEAR_DUPLICATE_BITS:
+            duplicates.append(Duplicate(sample.path, held_out[int(distances.argmin())].path, "near"))
+            continue
+        kept.append(sample)
+    return kept, duplicates
+
+
+def _hashes(samples: Sequence[Sample], inspected: dict[Path, Inspection]) -> npt.NDArray[np.uint64]:
+    return np.array([int(inspected[sample.path].perceptual_hash, 16) for sample in samples], np.uint64)
+
+
+def _ones(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
+    """How many bits are set in each value, (N,) -> (N,)."""
+    ones: npt.NDArray[np.intp] = np.unpackbits(values.view(np.uint8).reshape(-1, 8), axis=1).sum(1, dtype=np.intp)
+    return ones
+
+
+def _fingerprint(parts: dict[Part, list[Sample]], inspected: dict[Path, Inspection]) -> str:
+    digest = hashlib.sha256()
+    for part, samples in parts.items():
+        for sample in samples:
+            digest.update(f"{part} {sample.label} {inspected[sample.path].digest}\n".encode())
+    return digest.hexdigest()
+
+
+def describe(dataset: Dataset) -> str:
+    """A dataset in one line for a person."""
+    counts = {
+        "training": dataset.training,
+        "validation": dataset.validation,
+        "calibration": dataset.calibration,
+        "test": dataset.test,
+    }
+    labels = Counter(dataset.classes[s.label].label for samples in counts.values() for s in samples)
+    parts = ", ".join(f"{len(samples)} {part}" for part, samples in counts.items())
+    return f"layout {dataset.layout}: " + ", ".join(f"{n} {label}" for label, n in labels.items()) + f"; {parts}"

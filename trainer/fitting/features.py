@@ -1,0 +1,135 @@
+"""Photos to a network's answers, once, through the fastest engine there is: OpenVINO on a CPU, torch on a GPU.
+
+In: a torch network and photos. Out: what comes out of it, float32 (N, W), W the features' width or the classes.
+"""
+
+import queue
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import openvino
+import torch
+from torch import nn
+
+from sorter.classifier.network import Classifier
+from sorter.decoding.images import Preprocessing
+from trainer.data.layouts import Sample
+from trainer.data.pixels import decoded
+
+_BATCH = 32
+
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Item = TypeVar("Item")
+Runner = Callable[[Iterable[Pixels]], list[Floats]]
+"""From batches uint8 (N, S, S, 3) to answers float32 (N, W)."""
+
+
+def convert(network: nn.Module, mean: Sequence[float], std: Sequence[float], size: int) -> openvino.Model:
+    """A torch network as an OpenVINO model from uint8 (N, S, S, 3), with normalisation in the graph."""
+    example = torch.zeros((2, size, size, 3), dtype=torch.uint8)
+    any_number = {0: torch.export.Dim("photos", max=4096)}
+    program = torch.export.export(
+        Classifier(network.eval(), mean, std).eval(), (example,), dynamic_shapes=(any_number,)
+    )
+    model = openvino.convert_model(program)
+    model.inputs[0].get_tensor().set_names({"pixels"})
+    model.outputs[0].get_tensor().set_names({"logits"})
+    return model
+
+
+def runner(network: nn.Module, mean: Sequence[float], std: Sequence[float], size: int, device: torch.device) -> Runner:
+    """The fastest way to run a network on a device."""
+    if device.type != "cpu":
+        return on_torch(network, mean, std, device)
+    return on_openvino(convert(network, mean, std, size))
+
+
+def on_openvino(model: openvino.Model) -> Runner:
+    """Several batches at a time, each on some of the cores.
+
+    Threads that wait for a request each, and no `AsyncInferQueue`: its callbacks run Python in OpenVINO's own threads,
+    and a network that is taken down while one of them still wants the interpreter hangs.
+    """
+    compiled = openvino.Core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT"})
+    count = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
+    idle: queue.SimpleQueue[openvino.InferRequest] = queue.SimpleQueue()
+    for _ in range(count):
+        idle.put(compiled.create_infer_request())
+
+    def answer(pixels: Pixels) -> Floats:
+        request = idle.get()
+        try:
+            answers: Floats = request.infer([pixels])[0].copy()
+            return answers
+        finally:
+            idle.put(request)
+
+    def run(batches: Iterable[Pixels]) -> list[Floats]:
+        with ThreadPoolExecutor(count) as pool:
+            return list(_ahead(pool, answer, batches, count))
+
+    return run
+
+
+def on_torch(network: nn.Module, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Runner:
+    """One batch after the other, in half precision on a GPU."""
+    classifier = Classifier(network.eval(), mean, std).eval().to(device).to(memory_format=torch.channels_last)
+
+    def run(batches: Iterable[Pixels]) -> list[Floats]:
+        half = torch.autocast(device.type, torch.float16, enabled=device.type != "cpu")
+        with torch.inference_mode(), half:
+            return [classifier(torch.from_numpy(pixels).to(device)).cpu().numpy() for pixels in batches]
+
+    return run
+
+
+def batches(samples: Sequence[Sample], preprocessing: Preprocessing) -> Iterator[Pixels]:
+    """Decode photos in parallel, uint8 (up to 32, S, S, 3) at a time, with few decoded ahead."""
+
+    def batch(start: int) -> Pixels:
+        return np.stack([decoded(sample.path, preprocessing) for sample in samples[start : start + _BATCH]])
+
+    with ThreadPoolExecutor() as pool:
+        yield from _ahead(pool, batch, range(0, len(samples), _BATCH), 4)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, action: Callable[[Item], Pixels | Floats], items: Iterable[Item], count: int
+) -> Iterator[Any]:
+    """`pool.map`, but with only `count` items taken ahead of what was given out."""
+    waiting: deque[Future[Pixels | Floats]] = deque()
+    for item in items:
+        waiting.append(pool.submit(action, item))
+        if len(waiting) > count:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def answers(
+    run: Runner,
+    samples: Sequence[Sample],
+    preprocessing: Preprocessing,
+    *,
+    mirrored: bool = False,
+    track: Callable[[Iterable[Pixels], int], Iterable[Pixels]] = lambda batches, _: batches,
+) -> Floats:
+    """Run every photo through a network.
+
+    Args:
+        run: how.
+        samples: the photos.
+        preprocessing: what the network wants.
+        mirrored: run the mirror image of each instead.
+        track: given the batches and their number, passes them on; for a progress bar.
+
+    Returns:
+        float32 (N, W), in the order of the samples.
+    """
+    pixels = track(batches(samples, preprocessing), -(-len(samples) // _BATCH))
+    return np.concatenate(run(np.ascontiguousarray(p[:, :, ::-1]) if mirrored else p for p in pixels))

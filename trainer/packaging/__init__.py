@@ -1,0 +1,1 @@
+"""From a fitted network to a measured model folder with its report. Imports `data` and `fitting`."""

@@ -1,0 +1,137 @@
+"""A model folder's files: fp16 weights, and the network for processors, with 8 bits. Or one ONNX file.
+
+In: a fitted network and photos. Out: the files' content.
+
+The 8-bit network is calibrated on training photos and has to agree with the 32-bit one on the calibration part;
+otherwise one in 16 bits takes its place.
+"""
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import openvino
+import torch
+from torch import nn
+
+from sorter.classifier import network
+from sorter.classifier.manifest import OPENVINO_FP16, OPENVINO_INT8, WEIGHTS, Input, Int8, Manifest
+from sorter.decoding.images import Preprocessing
+from sorter.files.replaced import replaced
+from trainer.data.layouts import Sample
+from trainer.fitting.features import Floats, answers, batches, on_openvino
+
+INT8_PHOTOS = 300
+"""Training photos that the 8-bit ranges are taken from."""
+LEAST_AGREEMENT = 0.99
+
+
+@dataclass(frozen=True, slots=True)
+class Networks:
+    """What a model folder holds beside its manifest.
+
+    Attributes:
+        files: their content by name.
+        int8: what the 8-bit network measured.
+        best: the network that OpenVINO will run, from uint8 (N, S, S, 3).
+        logits: its answers to the calibration photos, float32 (N, C).
+    """
+
+    files: dict[str, bytes]
+    int8: Int8
+    best: openvino.Model
+    logits: Floats
+
+
+def networks(
+    fitted: nn.Module,
+    converted: openvino.Model,
+    seen: Input,
+    training: Sequence[Sample],
+    calibration: Sequence[Sample],
+    logits: Floats,
+) -> Networks:
+    """Make the files of a model folder.
+
+    Args:
+        fitted: from normalised float (N, 3, S, S) to logits (N, C).
+        converted: the same as `features.convert` made it.
+        seen: how it sees a photo.
+        training: photos for the ranges of the 8-bit network.
+        calibration: photos that judge it.
+        logits: the 32-bit network's answers to them, float32 (N, C).
+    """
+    weights = {WEIGHTS: network.half(fitted.state_dict())}
+    quantised = _quantise(converted, training, seen.preprocessing)
+    mine = answers(on_openvino(quantised), calibration, seen.preprocessing)
+    agreement = float((mine.argmax(1) == logits.argmax(1)).mean())
+    int8 = Int8(photos=len(calibration), agreement=round(agreement, 4))
+    if agreement >= LEAST_AGREEMENT:
+        return Networks(weights | _saved(quantised, OPENVINO_INT8), int8, quantised, mine)
+    return Networks(weights | _saved(converted, OPENVINO_FP16), int8, converted, logits)
+
+
+def _quantise(model: openvino.Model, training: Sequence[Sample], preprocessing: Preprocessing) -> openvino.Model:
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # nncf asks for CUDA's compiler
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    step = max(1, len(training) // INT8_PHOTOS)
+    chosen = training[::step][:INT8_PHOTOS]
+    pixels = [photo[None] for batch in batches(chosen, preprocessing) for photo in batch]
+    with contextlib.redirect_stdout(io.StringIO()):  # its bars would stand among the figures
+        quantised: openvino.Model = nncf.quantize(
+            model, nncf.Dataset(pixels), preset=nncf.QuantizationPreset.MIXED, subset_size=len(pixels)
+        )
+    return quantised
+
+
+def _saved(model: openvino.Model, names: tuple[str, str]) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        openvino.save_model(model, Path(folder) / names[0])  # compresses what is float to 16 bits
+        return {name: (Path(folder) / name).read_bytes() for name in names}
+
+
+class _Probabilities(nn.Module):
+    """Pixels to probabilities, with normalisation and temperature in the graph."""
+
+    def __init__(self, fitted: nn.Module, manifest: Manifest) -> None:
+        super().__init__()
+        self.classifier = network.Classifier(fitted, manifest.input.mean, manifest.input.std)
+        self.temperature = manifest.temperature
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, S, S, 3) to float32 (N, C)."""
+        logits: torch.Tensor = self.classifier(pixels)
+        return (logits / self.temperature).softmax(1)
+
+
+def export_onnx(path: Path, fitted: nn.Module, manifest: Manifest) -> float:
+    """Write one ONNX file, from `pixels`, uint8 (N, S, S, 3), to `probabilities`, float32 (N, C).
+
+    Returns:
+        The largest difference between torch's probabilities and the file's, on noise.
+    """
+    whole = _Probabilities(fitted, manifest).eval()
+    side = manifest.input.size
+    noise = torch.randint(0, 256, (4, side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    program = torch.onnx.export(
+        whole,
+        (noise,),
+        dynamo=True,
+        input_names=["pixels"],
+        output_names=["probabilities"],
+        dynamic_shapes=({0: torch.export.Dim("photos", max=4096)},),
+        verbose=False,
+    )
+    with torch.inference_mode():
+        wanted = whole(noise)
+    with replaced(path) as part:
+        program.save(str(part), external_data=False)  # type: ignore[union-attr]
+        compiled = openvino.Core().compile_model(part, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        got = compiled(noise.numpy())[0]
+    return float(abs(wanted.numpy() - got).max())

@@ -1,0 +1,135 @@
+"""What a person looks at: `report.html`, one file with curves, tables and photos, and the model card.
+
+In: a manifest, a dataset, what was measured. Out: HTML and Markdown as text.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from importlib.resources import files
+
+import jinja2
+import matplotlib as mpl
+import numpy as np
+from PIL import Image
+
+mpl.use("svg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from sorter.classifier.manifest import Manifest
+from sorter.decoding.images import Limits, Preprocessing, decode
+from trainer.data.layouts import Sample, labels_of
+from trainer.data.split import Dataset
+from trainer.fitting.features import Floats
+from trainer.fitting.loop import Epoch
+from trainer.packaging import evaluate
+
+GALLERY_PHOTOS = 24
+_THUMBNAIL = Preprocessing(150)
+
+
+def card(manifest: Manifest) -> str:
+    """The model card, Markdown."""
+    return _template("card.md").render(manifest=manifest)
+
+
+def page(
+    manifest: Manifest,
+    dataset: Dataset,
+    epochs: Sequence[Epoch],
+    tested: Floats,
+    *,
+    calibration_error_before: float,
+) -> str:
+    """The report.
+
+    Args:
+        manifest: as exported.
+        dataset: its parts, and what was left out of it.
+        epochs: of the fitting.
+        tested: calibrated probabilities of the test part, (N, C).
+        calibration_error_before: of the calibration part, without the temperature.
+    """
+    labels = labels_of(dataset.test)
+    wrong = list(evaluate.mistakes(tested, dataset.test))[:GALLERY_PHOTOS]
+    unsure = [int(i) for i in np.argsort(tested.max(1))[:GALLERY_PHOTOS]]
+    names = [c.label for c in manifest.classes]
+    return _template("report.html").render(
+        manifest=manifest,
+        dataset=dataset,
+        names=names,
+        curves=_svg(_curves(epochs)),
+        reliability=_svg(_reliability(tested, labels)),
+        coverage=_svg(_coverage(tested, labels)),
+        calibration_error_before=calibration_error_before,
+        mistakes=[_photo(sample, f"called {names[called]}, {p:.1%} sure") for sample, called, p in wrong],
+        unsure=[
+            _photo(dataset.test[i], f"called {names[int(tested[i].argmax())]}, {tested[i].max():.1%} sure")
+            for i in unsure
+        ],
+    )
+
+
+def _template(name: str) -> jinja2.Template:
+    text = (files("trainer.packaging") / "templates" / name).read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=name.endswith(".html"), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(text)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight")
+    plt.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _curves(epochs: Sequence[Epoch]) -> Figure:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    numbers = range(1, len(epochs) + 1)  # over all stages
+    for axes, what in ((left, "loss"), (right, "accuracy")):
+        axes.plot(numbers, [getattr(epoch, f"training_{what}") for epoch in epochs], label="training")
+        axes.plot(numbers, [getattr(epoch, f"validation_{what}") for epoch in epochs], label="validation")
+        axes.set_xlabel("epoch")
+        axes.set_title(what)
+        axes.legend()
+    return figure
+
+
+def _reliability(answers: Floats, labels: "np.typing.NDArray[np.intp]") -> Figure:
+    """How often photos of some confidence are right; on the diagonal a model means what it says."""
+    figure, axes = plt.subplots(figsize=(4, 3.6))
+    confidence, right = answers.max(1), answers.argmax(1) == labels
+    edges = np.linspace(1 / answers.shape[1], 1, 11)
+    bins = np.clip(np.digitize(confidence, edges) - 1, 0, 9)
+    points = [(confidence[bins == b].mean(), right[bins == b].mean()) for b in range(10) if (bins == b).any()]
+    axes.plot([edges[0], 1], [edges[0], 1], color="grey", linestyle="--")
+    axes.plot(*zip(*points, strict=True), marker="o")
+    axes.set_xlabel("confidence")
+    axes.set_ylabel("share that is right")
+    return figure
+
+
+def _coverage(answers: Floats, labels: "np.typing.NDArray[np.intp]") -> Figure:
+    """The error rate among the most confident photos, by how many of them are taken."""
+    figure, axes = plt.subplots(figsize=(4, 3.6))
+    order = np.argsort(-answers.max(1), kind="stable")
+    wrong = (answers.argmax(1) != labels)[order].cumsum()
+    taken = np.arange(1, len(labels) + 1)
+    axes.plot(taken / len(labels), wrong / taken)
+    axes.set_xlabel("share of the photos sorted")
+    axes.set_ylabel("error rate among them")
+    return figure
+
+
+def _photo(sample: Sample, caption: str) -> dict[str, str]:
+    with sample.path.open("rb") as file:
+        picture: Image.Image = decode(file.fileno(), _THUMBNAIL, Limits())
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    name = sample.path.name.encode(errors="backslashreplace").decode()
+    return {"name": name, "caption": caption, "source": f"data:image/jpeg;base64,{encoded}"}
