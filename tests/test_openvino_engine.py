@@ -175,7 +175,7 @@ def test_a_sort_imports_no_torch_and_leaves_nothing_in_the_home(tmp_path: Path) 
     home.mkdir()
     code = (
         "import json, sys\n"
-        "from sorter.cli import main\n"
+        "from sorter.cli.main import main\n"
         f"code = main(['run', '--once', '--device', 'cpu', '--inbox', {str(tmp_path / 'in')!r}])\n"
         "unwanted = ('torch', 'torchvision', 'trainer', 'openvino_telemetry')\n"
         "loaded = [name for name in unwanted if sys.modules.get(name)]\n"

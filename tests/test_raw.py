@@ -161,7 +161,7 @@ def test_a_failing_disk_is_not_a_failing_raw_file(tmp_path: Path) -> None:
 
 
 def test_rawpy_is_imported_with_the_first_raw_file_and_not_before() -> None:
-    code = "import sys, sorter.decoders; sys.exit('rawpy' in sys.modules or 'numpy' in sys.modules)"
+    code = "import sys, sorter.decoding.decoders; sys.exit('rawpy' in sys.modules or 'numpy' in sys.modules)"
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )

@@ -30,8 +30,8 @@ COMMANDS = (["run", "--once"], ["run"], ["check"])
 _SERVER = """
 import json, os, signal, sys, tempfile
 import torch
-from sorter import network
-from sorter.cli import main
+from sorter.classifier import network
+from sorter.cli.main import main
 
 network.torchvision_models()
 

@@ -18,7 +18,13 @@ from trainer.fitting import checkpoint
 pytestmark = pytest.mark.timeout(300)
 
 # A checkpoint after each step, so that a kill finds one within an epoch.
-TRAINER = "import sys; from trainer import cli, loop; loop.CHECKPOINT_SECONDS = {seconds}; sys.exit(cli.main())"
+TRAINER = """
+import sys
+from trainer import cli
+from trainer.fitting import loop
+loop.CHECKPOINT_SECONDS = {seconds}
+sys.exit(cli.main())
+"""
 OPTIONS = ("--weights", "none", "--arch", "resnet18", "--image-size", "32", "--num-workers", "0", "--device", "cpu")
 RECIPE = ("--recipe", "default", "--epochs", "2", "--batch-size", "8")
 

@@ -213,8 +213,8 @@ def test_a_killed_undo_leaves_each_photo_once_and_the_next_start_clears_up(momen
     sort(inbox)
     code = (
         "import os, signal, sys\n"
-        "from sorter import mover\n"
-        "from sorter.cli import main\n"
+        "from sorter.moving import mover\n"
+        "from sorter.cli.main import main\n"
         "whole, moved = mover.Mover.move, []\n"
         "def move(self, plan):\n"
         "    whole(self, plan)\n"

@@ -23,11 +23,11 @@ Start = Callable[..., Running]
 
 def killed(method: str, moment: int, *arguments: str | Path) -> None:
     """Run a command that is killed after the `moment`th call of a method of the mover or the history."""
-    module, owner = ("mover", "Mover") if method == "move" else ("history", "History")
+    package, module, owner = ("moving", "mover", "Mover") if method == "move" else ("history", "store", "History")
     code = (
         "import os, signal, sys\n"
-        f"from sorter import {module}\n"
-        "from sorter.cli import main\n"
+        f"from sorter.{package} import {module}\n"
+        "from sorter.cli.main import main\n"
         f"whole, calls = {module}.{owner}.{method}, []\n"
         "def deadly(self, *arguments):\n"
         "    whole(self, *arguments)\n"

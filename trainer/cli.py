@@ -21,7 +21,7 @@ from trainer.arguments import build_parser
 
 if TYPE_CHECKING:
     from sorter.classifier.manifest import Evaluation
-    from trainer.data.layouts import Sample, labels_of
+    from trainer.data.layouts import Sample
     from trainer.fitting.recipes import Recipe
     from trainer.packaging.evaluate import Floats
 
@@ -107,6 +107,7 @@ def _cache() -> Path:
 
 def _evaluate(options: argparse.Namespace) -> ExitCode:
     model = manifest.read(options.model)
+    from trainer.data.layouts import labels_of
     from trainer.packaging import cascade as first_look
     from trainer.packaging import evaluate
 
