@@ -1,7 +1,10 @@
 """The daemon with an engine that needs no torch, so that it starts at once: everything else is the real thing.
 
-Takes the settings as a JSON object. What the watcher does every few seconds it does every second here. `fail_on` names
-a file: as long as it is there, the listener's handler raises. `retry_seconds` is how often watches are asked for again.
+Takes the settings as a JSON object, and besides them:
+check_seconds: how often the watcher looks at the folder, and how often it polls (1 s here).
+fail_on: a file; as long as it exists, the handler of events raises.
+retry_seconds: how often inotify watches are asked for again.
+stock: watch with watchdog's stock emitter instead of ours.
 """
 
 import json
@@ -9,11 +12,12 @@ import os
 import sys
 
 from conftest import RedGreenEngine, pipeline_to, small_manifest
+from watchdog.observers import Observer
 
 from sorter import logs
 from sorter.cli import preflight
 from sorter.files.lock import Lock
-from sorter.inbox import watcher
+from sorter.inbox import listener, watcher
 from sorter.moving.mover import Mover
 from sorter.service.service import Service
 from sorter.service.stop import Stop
@@ -32,7 +36,9 @@ class _FailingWatcher(watcher.Watcher):
 def main() -> None:
     values = json.loads(sys.argv[1])
     _FailingWatcher.fail_on = values.pop("fail_on", None)
-    watcher.CHECK_SECONDS = watcher.POLL_SECONDS = 1.0
+    watcher.CHECK_SECONDS = watcher.POLL_SECONDS = values.pop("check_seconds", 1.0)
+    if values.pop("stock", False):
+        listener.open_observer = lambda inbox: Observer()
     watcher.RETRY_SECONDS = values.pop("retry_seconds", watcher.RETRY_SECONDS)
     settings, manifest = Settings(**values), small_manifest()
     logs.configure("json", "info")

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from sorter.files import file_systems
 from sorter.inbox.scan import Inbox
-from sorter.inbox.watcher import CHECK_SECONDS, GATHER_SECONDS, HELD_SECONDS, MAX_NAMES, POLL_SECONDS, Watcher
+from sorter.inbox.watcher import CHECK_SECONDS, GATHER_SECONDS, STABLE_SECONDS, MAX_NAMES, POLL_SECONDS, Watcher
 
 TURNS = itertools.count(1)
 
@@ -264,7 +264,7 @@ def test_what_goes_wrong_again_and_again_is_said_once_and_tried_less_and_less_of
     waits = [later - earlier for earlier, later in itertools.pairwise(starts)]
     assert waits == sorted(waits)
     assert 5 < len(starts) < 30
-    assert waits[-1] >= HELD_SECONDS
+    assert waits[-1] >= STABLE_SECONDS
 
 
 def test_a_memory_file_system_is_not_taken_for_a_deaf_one() -> None:

@@ -1,8 +1,4 @@
-"""Linux's inotify, as it is: one instance, the folders it watches, and every event that it reports.
-
-Nothing is held back or made up. A queue that ran over, a file system that was unmounted and a watch that the kernel
-took away are events like the others, because whoever relies on events has to know when there will be none.
-"""
+"""Linux's inotify, with every event it has: also those that say events were lost or that there will be no more."""
 
 import ctypes
 import errno
@@ -40,9 +36,9 @@ class Event(NamedTuple):
     """What happened in a watched folder.
 
     Attributes:
-        watch: what `Inotify.watch` returned for the folder; -1 where the event concerns no folder.
+        watch: what `Inotify.watch` returned for the folder; -1 for an event of no folder.
         mask: the bits above.
-        name: the entry of the folder that it happened to, empty if to the folder itself.
+        name: the entry in the folder, empty for the folder itself.
     """
 
     watch: int
@@ -51,20 +47,18 @@ class Event(NamedTuple):
 
 
 class Inotify:
-    """One inotify instance. Any thread may add watches; one reads and one closes.
+    """One inotify instance. One thread reads events and adds watches; any thread may call `end`.
 
     Raises:
-        OSError: there is no inotify here, or all instances are in use.
+        OSError: all instances are in use.
     """
 
     def __init__(self) -> None:
-        if not hasattr(_libc, "inotify_init1"):
-            raise OSError(errno.ENOSYS, "this system has no inotify")
         self._descriptor = _checked(_libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK))
         self._ended, self._end = os.pipe()
 
     def watch(self, path: str, mask: int) -> int:
-        """Report what happens in a folder.
+        """Report events in a folder.
 
         Raises:
             OSError: it cannot be watched, or all watches are in use (ENOSPC).
@@ -72,28 +66,29 @@ class Inotify:
         return _checked(_libc.inotify_add_watch(self._descriptor, os.fsencode(path), ctypes.c_uint32(mask)))
 
     def unwatch(self, watch: int) -> None:
-        """Report no more of a folder; one that is not watched any more is no error."""
+        """Stop reporting a folder; no error if it is not watched any more."""
         _libc.inotify_rm_watch(self._descriptor, watch)
 
-    def events(self) -> Iterator[Event]:
-        """Wait for events and yield them, until `end`."""
+    def read(self) -> Iterator[Event]:
+        """Wait for events and yield those that came; none after `end`."""
         waiting = select.poll()
         waiting.register(self._descriptor, select.POLLIN)
         waiting.register(self._ended, select.POLLIN)
-        while all(descriptor != self._ended for descriptor, _ in waiting.poll()):
-            buffer = os.read(self._descriptor, _BUFFER_BYTES)
-            offset = 0
-            while offset < len(buffer):
-                watch, mask, _, length = _HEADER.unpack_from(buffer, offset)
-                offset += _HEADER.size + length
-                yield Event(watch, mask, os.fsdecode(buffer[offset - length : offset].rstrip(b"\0")))
+        if any(descriptor == self._ended for descriptor, _ in waiting.poll()):
+            return
+        buffer = os.read(self._descriptor, _BUFFER_BYTES)
+        offset = 0
+        while offset < len(buffer):
+            watch, mask, _, length = _HEADER.unpack_from(buffer, offset)
+            offset += _HEADER.size + length
+            yield Event(watch, mask, os.fsdecode(buffer[offset - length : offset].rstrip(b"\0")))
 
     def end(self) -> None:
-        """End `events`, in whichever thread that runs."""
+        """Wake `read` for good, in whichever thread it waits."""
         os.write(self._end, b".")
 
     def close(self) -> None:
-        """Give the instance and all its watches back, once nobody is in `events`."""
+        """Release the instance with all its watches; only after the last `read`, and once."""
         for descriptor in (self._descriptor, self._ended, self._end):
             os.close(descriptor)
 

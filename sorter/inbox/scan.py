@@ -1,4 +1,4 @@
-"""What is in the inbox and settled: the scan is the truth, events only wake it.
+"""The settled files of the inbox. The scan decides; events only wake it.
 
 In: a folder and a clock. Out: `Photo`s whose files have stopped changing.
 
@@ -7,7 +7,7 @@ A file is settled when
 2. its modification time is at least `settle_seconds` old (one look is enough), or, where that time is younger or in
    the future, two looks that far apart saw the same device, inode, size and times.
 
-Nothing here opens a file: what a file contains is decided from an open descriptor, further on.
+Nothing here opens a file: decoding works on an open descriptor and decides what the file contains.
 """
 
 import errno
@@ -20,8 +20,7 @@ from pathlib import Path
 from sorter.errors import InboxGoneError
 from sorter.files.photo import Identity, Photo, file_of, open_folder, opened_folder
 
-# What downloads, copies, editors and synchronisers call a file that is not complete yet. Hidden names are never
-# photos, so `.syncthing.*`, `.pending-*`, rsync's `.name.XXXXXX` and the like need no pattern.
+# Names that downloads, copies, editors and synchronisers give to incomplete files. Hidden files are never photos, so `.syncthing.*`, `.pending-*`, rsync's `.name.XXXXXX` and the like need no pattern.
 TEMPORARY_NAMES = (
     "*.part",
     "*.partial",
@@ -44,7 +43,7 @@ TEMPORARY_NAMES = (
 
 
 def is_temporary(base: str) -> bool:
-    """Tell whether a file's name says that it is hidden or not complete yet."""
+    """Whether the name marks a hidden or incomplete file."""
     return base.startswith(".") or any(fnmatch(base.lower(), pattern) for pattern in TEMPORARY_NAMES)
 
 
@@ -54,8 +53,8 @@ class Inbox:
     Args:
         root: the folder.
         recursive: look into subfolders too; never through symbolic links.
-        excluded: folders that photos are sorted into, absolute and without symbolic links.
-        settle_seconds: how long a file has to stay unchanged.
+        excluded: folders that photos are sorted into, as real paths.
+        settle_seconds: how long a file must stay unchanged.
     """
 
     def __init__(self, root: Path, *, recursive: bool, excluded: frozenset[str], settle_seconds: float) -> None:
@@ -73,11 +72,11 @@ class Inbox:
 
     @property
     def changing(self) -> list[str]:
-        """Names of the files that were seen and are not settled yet."""
+        """Names of files that have been seen and are not settled yet."""
         return list(self._changing)
 
     def next_look(self, now: float) -> float:
-        """When the first of them can be settled if nothing changes any more, in seconds since the epoch."""
+        """When the first of them will be settled if nothing changes, in seconds since the epoch."""
         first_seen = [
             min(seen, identity.mtime_ns / 1e9) if identity.mtime_ns / 1e9 <= now else seen
             for identity, seen in self._changing.values()
@@ -85,7 +84,7 @@ class Inbox:
         return min(first_seen, default=float("inf")) + self.settle_seconds
 
     def check(self) -> None:
-        """Make sure that the inbox is still the folder it was, and can be listed.
+        """Make sure that the inbox is still the same folder and can be opened.
 
         Raises:
             InboxGoneError: it is not.
@@ -96,13 +95,13 @@ class Inbox:
         except OSError as error:
             raise _gone(self.root, error) from error
         if (status.st_dev, status.st_ino) != self._folder:
-            raise InboxGoneError(f"the inbox {self.root} is another folder now: start again")
+            raise InboxGoneError(f"the inbox {self.root} is a different folder now: restart sorter")
 
     def scan(self, now: float) -> Iterator[Photo]:
-        """List the whole inbox, one entry at a time, and yield what is settled.
+        """List the inbox, one entry at a time, and yield the settled files.
 
         Raises:
-            InboxGoneError: the inbox itself cannot be listed; a subfolder that cannot is in `unlisted` afterwards.
+            InboxGoneError: the inbox cannot be listed. Subfolders that cannot are in `unlisted` afterwards.
         """
         self.unlisted = []
         self._excluded_files = frozenset(filter(None, map(file_of, self._excluded)))
@@ -117,9 +116,9 @@ class Inbox:
                     continue
                 raise _gone(self.root, error) from error
             try:
-                if folder and file_of(descriptor) in self._excluded_files:  # reached by another path, as a mount
+                if folder and file_of(descriptor) in self._excluded_files:  # reached by another path, such as a mount
                     continue
-                # A descriptor, not a path: the listing cannot be led out of the inbox.
+                # By descriptor, not path: a swapped link cannot redirect the listing out of the inbox.
                 with os.scandir(descriptor) as entries:
                     for entry in entries:
                         name = f"{folder}/{entry.name}" if folder else entry.name
@@ -140,7 +139,7 @@ class Inbox:
             self.unlisted.append(folder)
 
     def enters(self, folder: str) -> bool:
-        """Tell whether a subfolder is one that photos are taken from."""
+        """Whether photos are taken from a subfolder."""
         hidden = any(part.startswith(".") for part in folder.split("/"))
         return not hidden and os.path.join(self._real_root, folder) not in self._excluded
 
@@ -155,7 +154,7 @@ class Inbox:
             return None
 
     def look(self, name: str, now: float) -> Photo | None:
-        """Look at one file that an event or the wait for it to settle named; None if it is no settled file."""
+        """Look at one file by name; None unless it is settled."""
         folder, _, base = name.rpartition("/")
         if is_temporary(base) or (folder and not (self.recursive and self._enters_all(folder))):
             return None
@@ -171,7 +170,7 @@ class Inbox:
         return self._settle(name, status, now)
 
     def look_again(self, now: float) -> Iterator[Photo]:
-        """Look at every file that was not settled yet, and yield those that are now."""
+        """Look again at the files that were still changing, and yield those that are settled now."""
         for name in self.changing:
             if photo := self.look(name, now):
                 yield photo
@@ -194,5 +193,5 @@ class Inbox:
 
 
 def _gone(root: Path, error: OSError) -> InboxGoneError:
-    said = "is not there any more" if error.errno == errno.ENOENT else f"cannot be listed ({error.strerror})"
-    return InboxGoneError(f"the inbox {root} {said}: put it back and start again")
+    reason = "is gone" if error.errno == errno.ENOENT else f"cannot be listed ({error.strerror})"
+    return InboxGoneError(f"the inbox {root} {reason}: restore it and restart sorter")

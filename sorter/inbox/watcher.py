@@ -1,12 +1,12 @@
-"""Hints of what changed in the inbox, and the supervision of whoever gives them.
+"""Hints about what changed in the inbox, and the supervision of the listener that gives them.
 
-In: an inbox. Out: names worth a look, or the wish for a whole rescan. An event never decides anything: the scan does.
+In: an inbox. Out: names worth a look, or a request for a full rescan. An event never decides anything: the scan does.
 
-Events end when the inbox is deleted, renamed, unmounted or replaced, and some are lost when more come than the kernel's
-queue holds. Most of that the kernel reports; the rest shows when the folder itself is asked every few seconds: the same
-(device, inode), and listable? Neither is enough alone: a new folder often gets the old one's inode number, and a folder
-above the inbox is renamed without an event. Whatever went wrong, all is built anew and the whole inbox listed. Where
-events do not work at all (network file systems, no inotify watches left) it is listed every few seconds instead.
+Events end when the inbox is deleted, renamed, unmounted or replaced, and some are lost when more arrive than the kernel's
+queue holds. The kernel reports most of that; a look at the folder every few seconds finds the rest: is it still the same
+(device, inode), and can it be listed? Neither is enough alone: a new folder often gets the old one's inode number, and
+renaming a folder above the inbox causes no event. Whatever went wrong, the listener is replaced and the entire inbox is
+listed. Where events do not work at all (network file systems, no inotify watches left), the inbox is polled.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ from sorter.inbox.scan import Inbox
 
 POLL_SECONDS = 5.0
 CHECK_SECONDS = 5.0
-"""How often to ask whether the inbox is still there and still the same."""
+"""How often to check that the inbox still exists and is still the same folder."""
 GONE_SECONDS = 1.0
-"""How often to ask whether a missing inbox is back."""
+"""How often to check whether a missing inbox is back."""
 GATHER_SECONDS = 0.05
-"""Events seldom come alone: the loop turns no more often than this for them."""
-HELD_SECONDS = 60.0
-"""What went well for so long is forgotten: the next restart follows at once, and is said."""
+"""Events seldom come alone: the loop runs no more often than this for them."""
+STABLE_SECONDS = 60.0
+"""After this long without trouble, the next restart happens at once and is logged."""
 RETRY_SECONDS = 300.0
-"""How often to ask for inotify watches where there were none left: asking takes all there are, for a moment."""
+"""How often to try for inotify watches after they ran out: a try uses up all that are free, for a moment."""
 MAX_NAMES = 10_000
-"""More names than this between two turns of the loop are not worth remembering: a rescan is cheaper."""
+"""With more names than this between two turns of the loop, a rescan is cheaper than remembering them."""
 
 
 log = structlog.get_logger()
@@ -43,7 +43,7 @@ class Watcher:
     """Watches one inbox.
 
     Args:
-        inbox: says which folder, whether its subfolders count, and which of them do not.
+        inbox: the folder, and which of its subfolders count.
     """
 
     def __init__(self, inbox: Inbox) -> None:
@@ -56,25 +56,25 @@ class Watcher:
         self._woken, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
         self._trouble: str | None = None
-        self._waiting = False  # for the inbox, and that was said
+        self._waiting = False  # for a missing inbox, which has been logged
         self._restarted_for: str | None = None
         self._repeats = False
         self._started = self._resume = self._retry = self._delay_seconds = 0.0
         self.restarts = 0
-        """How often it was built anew, also where that was not said."""
+        """How often the listener was replaced, including restarts that were not logged."""
         self.next_check = 0.0
-        """When `supervise` wants to look again, a monotonic time."""
+        """When `supervise` should be called again, in monotonic seconds."""
         self.poll_seconds = POLL_SECONDS
-        """How often to list the inbox because no events come; infinite while they do."""
+        """How often to list the inbox because there are no events; infinite while there are."""
 
     def start(self, now: float) -> None:
-        """Begin to watch; where that is impossible, to poll.
+        """Start watching, or polling where that is impossible.
 
         Args:
-            now: a monotonic time, seconds.
+            now: monotonic seconds.
         """
         if reason := self._begin(now):
-            self._say_polling(reason)
+            self._log_polling(reason)
 
     def stop(self) -> None:
         """Stop watching."""
@@ -84,23 +84,23 @@ class Watcher:
             listener.stop()
 
     def supervise(self, now: float) -> None:
-        """Look after the listener at each call and after the folder every few seconds; rebuild with backoff.
+        """Check the listener at each call and the folder every few seconds; restart with backoff.
 
         Args:
-            now: a monotonic time, seconds.
+            now: monotonic seconds.
         """
         if self._trouble is None:
-            self._trouble = self._examine(now)
+            self._trouble = self._find_trouble(now)
             if self._trouble is None:
                 return
-            self._plan(now, self._trouble)
+            self._schedule_restart(now, self._trouble)
             self.stop()
         if now >= self.next_check:
-            self._mend(now, self._trouble)
+            self._restart(now, self._trouble)
 
     @property
     def trouble(self) -> str | None:
-        """What is wrong with the inbox while it is waited for, in a few words; None while nothing is."""
+        """Why the watcher is waiting for the inbox, in a few words; None while it is not."""
         return self._trouble
 
     def take_names(self) -> list[str]:
@@ -110,13 +110,13 @@ class Watcher:
         return list(names)
 
     def take_rescan(self) -> bool:
-        """Tell whether a whole rescan is wanted since the last call."""
+        """Whether a full rescan was requested since the last call."""
         with self._lock:
             wanted, self._rescan = self._rescan, False
         return wanted
 
     def wait(self, seconds: float) -> None:
-        """Sleep until an event, `wake`, or the time is over."""
+        """Sleep until an event, `wake`, or the end of this time."""
         waiting = select.poll()
         waiting.register(self._woken, select.POLLIN)
         if waiting.poll(1000 * seconds):
@@ -124,12 +124,12 @@ class Watcher:
             os.read(self._woken, 1 << 16)
 
     def wake(self) -> None:
-        """End `wait`; safe in a signal handler, where taking a lock could wait for itself."""
-        with contextlib.suppress(BlockingIOError):  # it is full of wishes to wake already
+        """End `wait`; safe in a signal handler, where taking a lock could deadlock."""
+        with contextlib.suppress(BlockingIOError):  # the pipe is full of requests to wake already
             os.write(self._wake, b".")
 
     def notice(self, name: str) -> None:
-        """Remember a name that an event brought."""
+        """Remember a name from an event."""
         with self._lock:
             if len(self._names) < MAX_NAMES:
                 self._names.add(name)
@@ -138,14 +138,14 @@ class Watcher:
         self.wake()
 
     def notice_all(self) -> None:
-        """Remember that anything may have changed, the inbox itself too."""
+        """Remember that anything may have changed, including the inbox itself."""
         with self._lock:
             self._rescan = True
         self.next_check = 0.0
         self.wake()
 
-    def _examine(self, now: float) -> str | None:
-        """Tell in a few words what is wrong, None if nothing is."""
+    def _find_trouble(self, now: float) -> str | None:
+        """What is wrong, in a few words."""
         if self._listener is not None and self._listener.failure is not None:
             return self._listener.failure
         if now < self.next_check:
@@ -160,19 +160,20 @@ class Watcher:
             self._begin(now)
             if self._listener is not None:
                 self.restarts += 1
-                self._say_restarted("there are inotify watches again")
+                self._log_restart("there are inotify watches again")
         return None
 
-    def _plan(self, now: float, trouble: str) -> None:
-        """Decide when to watch again, and whether to say so."""
+    def _schedule_restart(self, now: float, trouble: str) -> None:
+        """Decide when to restart the listener, and whether to log it."""
         failed = self._listener is not None and self._listener.failure == trouble and not self._listener.inbox_lost
-        held = now - self._started >= HELD_SECONDS
-        # What fails by itself may do so again and again: it is tried less and less often, and said once.
+        held = now - self._started >= STABLE_SECONDS
+        # A listener that failed while the inbox was fine may fail again at once: back off, and log it only once. A lost
+        # inbox is different: the listener is needed as soon as the folder is back.
         self._repeats = failed and not held and trouble == self._restarted_for
-        self._delay_seconds = min(HELD_SECONDS, 2 * self._delay_seconds or 1.0) if failed and not held else 0.0
+        self._delay_seconds = min(STABLE_SECONDS, 2 * self._delay_seconds or 1.0) if failed and not held else 0.0
         self.next_check, self._resume = now, now + self._delay_seconds
 
-    def _mend(self, now: float, trouble: str) -> None:
+    def _restart(self, now: float, trouble: str) -> None:
         if self._identity() is None:
             if not self._waiting:
                 log.warning("watcher.waiting", path=self._root, reason=trouble)
@@ -184,37 +185,37 @@ class Watcher:
         reason = self._begin(now)
         self.restarts += 1
         if reason != trouble and (self._waiting or not self._repeats):
-            self._say_restarted(trouble)
+            self._log_restart(trouble)
         if reason is not None:
-            self._say_polling(reason)
+            self._log_polling(reason)
         self._trouble, self._waiting = None, False
 
-    def _say_restarted(self, reason: str) -> None:
+    def _log_restart(self, reason: str) -> None:
         self._restarted_for = reason
         log.warning("watcher.restarted", path=self._root, reason=reason)
 
-    def _say_polling(self, reason: str) -> None:
+    def _log_polling(self, reason: str) -> None:
         log.warning("watcher.polling", path=self._root, reason=reason, seconds=POLL_SECONDS)
 
     def _begin(self, now: float) -> str | None:
-        """Watch, and return None; or tell why the inbox has to be polled."""
+        """Start a listener; return why the inbox has to be polled instead, if so."""
         self._started, self._retry = now, float("inf")
         self.next_check = now + CHECK_SECONDS
-        # Asked before it is watched: one that takes its place meanwhile is noticed as another.
+        # Before the watch is added, so that a folder that takes its place meanwhile is noticed as another one.
         self._folder = self._identity()
         if file_systems.is_network(self._inbox.root):
             return f"{file_systems.kind(self._inbox.root)} reports no changes"
         try:
             self._listener = Listener(self._inbox, self.notice, self.notice_all)
         except OSError as error:
-            if self._identity() is None:  # then the next look says so
+            if self._identity() is None:  # the next check reports it
                 self.next_check = now
                 return None
             self._retry = now + RETRY_SECONDS
             return str(error.strerror)
         self.poll_seconds = float("inf")
         with self._lock:
-            self._rescan = True  # what came before it was watched made no event
+            self._rescan = True  # what arrived before the watch was added caused no event
         return None
 
     def _identity(self) -> tuple[int, int] | None:
