@@ -20,7 +20,8 @@ from pathlib import Path
 from sorter.errors import InboxGoneError
 from sorter.files.photo import Identity, Photo, file_of, open_folder, opened_folder
 
-# Names that downloads, copies, editors and synchronisers give to incomplete files. Hidden files are never photos, so `.syncthing.*`, `.pending-*`, rsync's `.name.XXXXXX` and the like need no pattern.
+# Names that downloads, copies, editors and synchronisers give to incomplete files. Hidden files are never photos, so
+# `.syncthing.*`, `.pending-*`, rsync's `.name.XXXXXX` and the like need no pattern.
 TEMPORARY_NAMES = (
     "*.part",
     "*.partial",

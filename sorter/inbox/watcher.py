@@ -2,11 +2,12 @@
 
 In: an inbox. Out: names worth a look, or a request for a full rescan. An event never decides anything: the scan does.
 
-Events end when the inbox is deleted, renamed, unmounted or replaced, and some are lost when more arrive than the kernel's
-queue holds. The kernel reports most of that; a look at the folder every few seconds finds the rest: is it still the same
-(device, inode), and can it be listed? Neither is enough alone: a new folder often gets the old one's inode number, and
-renaming a folder above the inbox causes no event. Whatever went wrong, the listener is replaced and the entire inbox is
-listed. Where events do not work at all (network file systems, no inotify watches left), the inbox is polled.
+Events end when the inbox is deleted, renamed, unmounted or replaced, and some are lost when more arrive than the
+kernel's queue holds. The kernel reports most of that; a look at the folder every few seconds finds the rest: is it
+still the same (device, inode), and can it be listed? Neither is enough alone: a new folder often gets the old one's
+inode number, and renaming a folder above the inbox causes no event. Whatever went wrong, the listener is replaced and
+the entire inbox is listed. Where events do not work at all (network file systems, no inotify watches left), the inbox
+is polled.
 """
 
 import contextlib
