@@ -1,4 +1,4 @@
-"""What many tests share: pictures, trees of files, and an engine that needs no torch."""
+"""Shared by many tests: pictures, trees of files, and an engine that needs no torch."""
 
 import hashlib
 import io
@@ -50,13 +50,13 @@ def make_tree(root: Path, files: dict[str, bytes], *, modified: float = LONG_AGO
 
 
 def read_tree(root: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its relative path; but for those that the sorter keeps for itself."""
+    """Every file below a folder by relative path, without the sorter's own."""
     files = (p for p in root.rglob("*") if p.is_file() and not p.is_symlink() and ".sorter" not in p.parts)
     return {str(p.relative_to(root)): p.read_bytes() for p in files}
 
 
 def hashes(root: Path) -> list[str]:
-    """The contents below a folder, wherever they lie: what must never change."""
+    """Digests of all contents below a folder, wherever they are: these must never change."""
     return sorted(hashlib.sha256(content).hexdigest() for content in read_tree(root).values())
 
 
@@ -101,7 +101,7 @@ def pipeline_to(
 
 
 def small_manifest() -> Manifest:
-    """Of the model that `RedGreenEngine` plays."""
+    """The manifest of the model that `RedGreenEngine` stands for."""
     classes = (Class(label="cat", folder="cats"), Class(label="dog", folder="dogs"))
     seen = Input(size=32, crop="squash", mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     return Manifest(
@@ -130,7 +130,7 @@ def plain(color: tuple[int, int, int], seed: int = 0, kind: str = "JPEG") -> byt
 
 
 def as_nobody(action: Callable[[], None]) -> None:
-    """Run something as a user without privileges: in a child that gives them up, where the tests run as root."""
+    """Run something as an unprivileged user; in a child that gives up its rights if the tests run as root."""
     if os.geteuid() != 0:
         action()
         return
@@ -161,7 +161,7 @@ _PROVED = pytest.StashKey[list[str]]()
 
 @pytest.fixture
 def proved(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Takes sentences with the figures of a proof, which end the test run's output."""
+    """Collects sentences with the figures of a proof, printed at the end of the test run."""
     return request.config.stash.setdefault(_PROVED, []).append
 
 
@@ -191,7 +191,7 @@ class Running:
             )
 
     def events(self, name: str | None = None) -> list[dict[str, Any]]:
-        """The log so far; every whole line has to be JSON."""
+        """The log so far; every complete line must be JSON."""
         lines = self.errors.read_bytes().split(b"\n")[:-1]
         return [event for line in lines if name in (None, (event := json.loads(line))["event"])]
 

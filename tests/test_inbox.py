@@ -71,7 +71,7 @@ def test_a_file_from_the_future_needs_two_looks_that_far_apart(tmp_path: Path) -
     assert names(box, NOW + 2.1) == {"a.jpg"}
 
 
-def test_a_file_that_grows_starts_to_settle_anew(tmp_path: Path) -> None:
+def test_a_growing_file_starts_settling_again(tmp_path: Path) -> None:
     make_tree(tmp_path, {"a.jpg": b"x"}, modified=NOW)
     box = inbox(tmp_path)
     assert names(box) == set()
@@ -80,7 +80,7 @@ def test_a_file_that_grows_starts_to_settle_anew(tmp_path: Path) -> None:
     assert names(box, NOW + 3.9) == {"a.jpg"}
 
 
-def test_a_file_that_is_replaced_at_the_same_size_and_time_starts_anew(tmp_path: Path) -> None:
+def test_a_file_replaced_at_the_same_size_and_time_starts_settling_again(tmp_path: Path) -> None:
     make_tree(tmp_path, {"a.jpg": b"x", "other": b"y"}, modified=NOW + 50)
     box = inbox(tmp_path)
     assert names(box) == set()
@@ -88,7 +88,7 @@ def test_a_file_that_is_replaced_at_the_same_size_and_time_starts_anew(tmp_path:
     assert names(box, NOW + 2.5) == set()
 
 
-def test_a_file_that_vanishes_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_vanished_file_is_not_waited_for(tmp_path: Path) -> None:
     make_tree(tmp_path, {"a.jpg": b"x"}, modified=NOW)
     box = inbox(tmp_path)
     assert names(box) == set()
@@ -122,7 +122,7 @@ def test_a_file_that_vanishes_is_not_waited_for(tmp_path: Path) -> None:
         ".goutputstream-ABC123",  # GNOME's file manager
     ],
 )
-def test_hidden_and_unfinished_names_are_no_photos(name: str, tmp_path: Path) -> None:
+def test_hidden_and_unfinished_files_are_not_photos(name: str, tmp_path: Path) -> None:
     make_tree(tmp_path, {name: b"x"}, modified=NOW - 100)
     box = inbox(tmp_path)
     assert is_temporary(name)
@@ -131,7 +131,7 @@ def test_hidden_and_unfinished_names_are_no_photos(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "part.jpg", "tmp", "a~b.jpg", "IMG 1 (2).jpeg"])
-def test_ordinary_names_are_not_taken_for_unfinished_ones(name: str) -> None:
+def test_ordinary_names_do_not_count_as_unfinished(name: str) -> None:
     assert not is_temporary(name)
 
 
@@ -150,7 +150,7 @@ def test_only_regular_files_are_photos(tmp_path: Path) -> None:
         assert inbox(root).look("link.jpg", NOW) is None
 
 
-def test_subfolders_are_looked_into_only_when_asked_and_hidden_ones_never(tmp_path: Path) -> None:
+def test_subfolders_are_scanned_only_with_recursive_and_hidden_ones_never(tmp_path: Path) -> None:
     make_tree(tmp_path, {"a.jpg": b"x", "s/b.jpg": b"x", "s/t/c.jpg": b"x", ".h/d.jpg": b"x"}, modified=NOW - 100)
     assert names(inbox(tmp_path)) == {"a.jpg"}
     box = inbox(tmp_path, recursive=True)
@@ -168,7 +168,7 @@ def test_the_output_folders_inside_the_inbox_are_never_scanned(tmp_path: Path) -
     assert box.look("cats/deep/b.jpg", NOW) is None
 
 
-def test_a_missing_inbox_is_said_in_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_inbox_is_reported_in_a_sentence(tmp_path: Path) -> None:
     root = tmp_path / "in"
     root.mkdir()
     (tmp_path / "other").mkdir()
