@@ -54,8 +54,8 @@ check: $(VENV)/.installed-dev ## ruff, ruff format, mypy --strict, and the arrow
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 
-reference: $(VENV)/.installed ## write config/README.md from sorter/settings.py
-	@$(BIN)/python -m sorter.cli.reference > config/README.md
+reference: $(VENV)/.installed ## write config/settings.md from sorter/settings.py
+	@$(BIN)/python -m sorter.cli.reference > config/settings.md
 
 format: $(VENV)/.installed-dev ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix .

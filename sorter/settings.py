@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
@@ -57,6 +58,12 @@ def _field(default: Any, description: str, *, group: str, metavar: str = "", **c
     )
 
 
+def extra(field: FieldInfo, name: Literal["group", "metavar"]) -> str:
+    """What a setting's field says about itself besides pydantic's own attributes."""
+    assert isinstance(field.json_schema_extra, dict)
+    return str(field.json_schema_extra[name])
+
+
 class Settings(BaseSettings):
     """All settings. Units are part of the names."""
 
@@ -95,7 +102,9 @@ class Settings(BaseSettings):
         False, "photos that look like none of the model's classes go to unsure/ as well", group="Sorting"
     )
 
-    model: Folder = _field(SHIPPED_MODEL, "model folder (default: the model that ships with sorter)", group="Model", metavar="DIR")
+    model: Folder = _field(
+        SHIPPED_MODEL, "model folder (default: the model that ships with sorter)", group="Model", metavar="DIR"
+    )
     device: str = _field(
         "auto",
         "auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one",
@@ -123,7 +132,12 @@ class Settings(BaseSettings):
         le=86400,
     )
     rescan_seconds: Real = _field(
-        60.0, "how often to list the entire inbox, regardless of file events", group="Watching", metavar="S", ge=0.1, le=86400
+        60.0,
+        "how often to list the entire inbox, regardless of file events",
+        group="Watching",
+        metavar="S",
+        ge=0.1,
+        le=86400,
     )
     max_wait_ms: Whole = _field(
         50, "how long a photo may wait for others to fill its batch", group="Watching", metavar="MS", ge=0, le=60000
@@ -133,11 +147,21 @@ class Settings(BaseSettings):
         100.0, "larger pictures fail with too-many-pixels", group="Limits", metavar="MP", gt=0, le=1000
     )
     max_jpeg_megapixels: Real = _field(
-        250.0, "the same limit for JPEGs, which are decoded at a reduced scale", group="Limits", metavar="MP", gt=0, le=4000
+        250.0,
+        "the same limit for JPEGs, which are decoded at a reduced scale",
+        group="Limits",
+        metavar="MP",
+        gt=0,
+        le=4000,
     )
     max_megabytes: Real = _field(500.0, "larger files fail with too-large", group="Limits", metavar="MB", gt=0, le=1e6)
     decode_timeout_seconds: Real = _field(
-        20.0, "pictures that take longer to decode fail with decoder-timeout", group="Limits", metavar="S", gt=0, le=3600
+        20.0,
+        "pictures that take longer to decode fail with decoder-timeout",
+        group="Limits",
+        metavar="S",
+        gt=0,
+        le=3600,
     )
 
     on_sorted: str | None = _field(
@@ -156,7 +180,10 @@ class Settings(BaseSettings):
     )
 
     log_format: LogFormat = _field(
-        "auto", "auto, json or console; auto is console on a terminal and json elsewhere", group="Logging", metavar="FORMAT"
+        "auto",
+        "auto, json or console; auto is console on a terminal and json elsewhere",
+        group="Logging",
+        metavar="FORMAT",
     )
     log_level: LogLevel = _field("info", "debug, info, warning or error", group="Logging", metavar="LEVEL")
 
