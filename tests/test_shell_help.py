@@ -15,7 +15,7 @@ from sorter.cli.main import build_parser, main
 from sorter.cli.shell_help import SHELLS, completion, manual_page
 from sorter.settings import Settings
 
-# Asks what bash would: the function that is registered for the command, with the words typed so far.
+# Calls the function that is registered for the command with the words typed so far, as bash does.
 _BASH = """
 source "$1"; shift
 COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}
@@ -42,7 +42,7 @@ def _said(command: list[str], folder: Path) -> list[str]:
 
 
 def in_zsh(folder: Path, script: Path, *words: str) -> set[str]:
-    """A person at a terminal: types, presses the tabulator, reads."""
+    """What zsh shows a person who types some words and presses Tab."""
     (folder / ".functions").mkdir()
     shutil.copy(script, folder / ".functions" / "_sorter")
     process, terminal = pty.fork()
@@ -60,17 +60,17 @@ def in_zsh(folder: Path, script: Path, *words: str) -> set[str]:
 
 
 def _read_until(terminal: int, wanted: str | None) -> str:
-    """What a terminal shows, until something is in it or it is silent for a second."""
+    """What a terminal shows until it shows a text, or until it is silent for a moment."""
     shown, deadline = "", time.monotonic() + 30
     while time.monotonic() < deadline and (wanted is None or wanted not in shown):
-        if select.select([terminal], [], [], 30 if wanted else 1)[0]:
+        if select.select([terminal], [], [], 30 if wanted else 0.8)[0]:
             shown += os.read(terminal, 1 << 16).decode(errors="replace")
         elif wanted is None:
             break
     return shown
 
 
-_ASK: dict[str, Callable[..., set[str]]] = {"bash": in_bash, "zsh": in_zsh, "fish": in_fish}
+_COMPLETE: dict[str, Callable[..., set[str]]] = {"bash": in_bash, "zsh": in_zsh, "fish": in_fish}
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -94,7 +94,7 @@ def test_a_shell_completes_commands_values_paths_and_flags(
     (folder / "note.txt").touch()
     script = tmp_path / "script"
     script.write_text(completion(build_parser(), shell), encoding="utf-8")
-    found = _ASK[shell](folder, script, *words)
+    found = _COMPLETE[shell](folder, script, *words)
     assert offered <= found
     assert not not_offered & found
 
@@ -115,10 +115,19 @@ def test_the_manual_page_is_formatted_without_a_warning() -> None:
     assert "the disk is full" in done.stdout
 
 
-@pytest.mark.parametrize("command", [["completion", "bash"], ["manpage"]])
-def test_the_commands_print_them(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command) == 0
-    printed = capsys.readouterr().out
-    assert printed.rstrip("\n") == (
-        completion(build_parser(), "bash") if "bash" in command else manual_page(build_parser())
-    ).rstrip("\n")
+def test_the_commands_print_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    assert capsys.readouterr().out == completion(build_parser(), "bash") + "\n"
+    assert main(["manpage"]) == 0
+    assert capsys.readouterr().out == manual_page(build_parser())
+
+
+def test_without_their_extra_the_commands_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for command in (["completion", "bash"], ["manpage"]):
+        assert main(command) == 2
+        out, err = capsys.readouterr()
+        needs = f"sorter: sorter {command[0]} needs the extra 'shell': pip install '.[shell]' in sorter's folder\n"
+        assert (out, err) == ("", needs)
