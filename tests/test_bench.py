@@ -14,6 +14,7 @@ from conftest import make_tree, read_tree
 from pictures import encoded, smooth
 
 from sorter.bench import parts, programs, report
+from sorter.errors import ConfigurationError
 from sorter.settings import Settings
 
 
@@ -65,7 +66,7 @@ def test_without_pytorch_the_plain_loop_is_skipped_with_a_sentence(
     assert read_tree(photos) == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
 def test_an_interrupted_one_removes_its_copies(number: signal.Signals, photos: Path, tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     command = [sys.executable, "-m", "sorter", "bench", "--photos", str(photos), "--count", "24"]
@@ -83,7 +84,7 @@ def test_an_interrupted_one_removes_its_copies(number: signal.Signals, photos: P
 
 
 def test_a_folder_without_photos_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    done = bench("--photos", tmp_path / "empty", temporary=tmp_path / "tmp")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1] == f"sorter: --photos {tmp_path / 'empty'}: there are no photos in this folder"
+    with pytest.raises(ConfigurationError, match=f"--photos {tmp_path}: there are no photos in this folder"):
+        report.measure(Settings(), tmp_path, 1, 1)
+    with pytest.raises(ConfigurationError, match=f"--photos {tmp_path / 'missing'}: No such file"):
+        report.measure(Settings(), tmp_path / "missing", 1, 1)

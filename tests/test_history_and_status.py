@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -39,12 +40,37 @@ INSERT INTO runs VALUES ('r', 1.0, 2.0, '0', 'm');
 
 
 def sorter(*arguments: str | Path, code: int = 0) -> "subprocess.CompletedProcess[str]":
+    """Run a command in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-m", "sorter", *map(str, arguments)], capture_output=True, text=True, timeout=100
     )
     assert done.returncode == code, (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
     return done
+
+
+@dataclass(frozen=True)
+class Printed:
+    """What a command prints to standard output and standard error."""
+
+    stdout: str
+    stderr: str
+
+
+class Commands:
+    """Runs commands that only read, in this process."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self.capsys = capsys
+
+    def __call__(self, *arguments: str | Path, code: int = 0) -> Printed:
+        assert main([*map(str, arguments)]) == code
+        return Printed(*self.capsys.readouterr())
+
+
+@pytest.fixture
+def reading(capsys: pytest.CaptureFixture[str]) -> Commands:
+    return Commands(capsys)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +82,8 @@ def sorted_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return inbox
 
 
-def test_the_history_says_what_went_where_and_why(sorted_once: Path) -> None:
-    lines = [json.loads(line) for line in sorter("history", "--json", "--inbox", sorted_once).stdout.splitlines()]
+def test_the_history_says_what_went_where_and_why(sorted_once: Path, reading: Commands) -> None:
+    lines = [json.loads(line) for line in reading("history", "--json", "--inbox", sorted_once).stdout.splitlines()]
     assert len(lines) == 8
     for line in lines:
         assert Path(line["destination"]).is_file()
@@ -70,67 +96,67 @@ def test_the_history_says_what_went_where_and_why(sorted_once: Path) -> None:
     assert failed["reason"] == "truncated"
 
 
-def test_a_person_gets_a_table_with_one_line_per_photo(sorted_once: Path) -> None:
-    lines = sorter("history", "--inbox", sorted_once).stdout.splitlines()
+def test_a_person_gets_a_table_with_one_line_per_photo(sorted_once: Path, reading: Commands) -> None:
+    lines = reading("history", "--inbox", sorted_once).stdout.splitlines()
     assert lines[0].split() == ["when", "run", "photo", "went", "to", "why"]
     assert len(lines) == 9
     assert all("%" in line or "truncated" in line for line in lines[1:])
     assert not any(str(sorted_once) in line for line in lines)
-    assert len(sorter("history", "--limit", "3", "--inbox", sorted_once).stdout.splitlines()) == 4
-    assert "No photos match." in sorter("history", "--since", "2999-01-01", "--inbox", sorted_once).stdout
-    assert "No photos match." in sorter("history", "--run", "other", "--inbox", sorted_once).stdout
+    assert len(reading("history", "--limit", "3", "--inbox", sorted_once).stdout.splitlines()) == 4
+    assert "No photos match." in reading("history", "--since", "2999-01-01", "--inbox", sorted_once).stdout
+    assert "No photos match." in reading("history", "--run", "other", "--inbox", sorted_once).stdout
 
 
 def test_a_closed_pipe_is_not_an_error(sorted_once: Path) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
+    read_end, write_end = os.pipe()
+    os.close(read_end)
     command = [sys.executable, "-m", "sorter", "history", "--inbox", str(sorted_once)]
-    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
-    os.close(writing)
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(write_end)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_reading_changes_nothing(sorted_once: Path) -> None:
+def test_reading_changes_nothing(sorted_once: Path, reading: Commands) -> None:
     before = sorted((path.name, path.stat().st_mtime_ns) for path in (sorted_once / ".sorter").iterdir())
-    sorter("history", "--inbox", sorted_once)
-    sorter("status", "--inbox", sorted_once)
+    reading("history", "--inbox", sorted_once)
+    reading("status", "--inbox", sorted_once)
     assert sorted((path.name, path.stat().st_mtime_ns) for path in (sorted_once / ".sorter").iterdir()) == before
 
 
-def test_the_status_counts_waiting_and_sorted_photos(sorted_once: Path) -> None:
-    found = json.loads(sorter("status", "--json", "--inbox", sorted_once).stdout)
+def test_the_status_counts_waiting_and_sorted_photos(sorted_once: Path, reading: Commands) -> None:
+    found = json.loads(reading("status", "--json", "--inbox", sorted_once).stdout)
     assert (found["state"], found["waiting"], found["undone"]) == ("not running", 1, 0)
     assert found["in_all"]["failed"] == 1
     assert sum(found["in_all"].values()) == 8
     assert found["today"] == found["in_all"] or time.localtime().tm_hour == 0
     assert found["share_sorted"] == 1.0
     assert found["last_error"]["reason"] == "truncated"
-    said = sorter("status", "--inbox", sorted_once).stdout
+    said = reading("status", "--inbox", sorted_once).stdout
     assert "not running" in said
     assert "truncated" in said
 
 
-def test_the_status_of_a_daemon_names_its_process(tmp_path: Path, start: Start) -> None:
+def test_the_status_of_a_daemon_names_its_process(tmp_path: Path, start: Start, reading: Commands) -> None:
     inbox = make_tree(tmp_path / "in", {"a.jpg": photo(1)})
     daemon = start("run", "--inbox", inbox)
     daemon.wait_for_event("photo.sorted")
-    found = json.loads(sorter("status", "--json", "--inbox", inbox).stdout)
+    found = json.loads(reading("status", "--json", "--inbox", inbox).stdout)
     assert found["state"] == "running"
     assert str(daemon.process.pid) in found["process"]
     daemon.process.send_signal(signal.SIGTERM)
     assert daemon.finish()[0] == 0
 
 
-def test_a_missing_or_broken_history_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_or_broken_history_is_refused_in_a_sentence(tmp_path: Path, reading: Commands) -> None:
     (tmp_path / "in").mkdir()
     for command in (("history",), ("status",), ("undo", "--last")):
-        done = sorter(*command, "--inbox", tmp_path / "in", code=2)
+        done = reading(*command, "--inbox", tmp_path / "in", code=2)
         assert "has no history" in done.stderr
         assert done.stderr.count("\n") == 1
     assert list((tmp_path / "in").iterdir()) == []
     (tmp_path / "in" / ".sorter").mkdir()
     (tmp_path / "in" / ".sorter" / "history.sqlite3").write_bytes(b"nonsense" * 1000)
-    assert sorter("history", "--inbox", tmp_path / "in", code=2).stderr.count("\n") == 1
+    assert reading("history", "--inbox", tmp_path / "in", code=2).stderr.count("\n") == 1
 
 
 def test_a_point_in_time_is_an_age_a_date_or_a_time() -> None:
@@ -169,7 +195,7 @@ def test_a_dry_run_prints_one_decision_per_line_and_writes_nothing(tmp_path: Pat
     assert "--dry-run" in sorter("run", "--once", "--json", "--inbox", inbox, code=2).stderr
 
 
-def test_a_history_of_the_first_schema_is_upgraded(tmp_path: Path) -> None:
+def test_a_history_of_the_first_schema_is_upgraded(tmp_path: Path, reading: Commands) -> None:
     (tmp_path / ".sorter").mkdir()
     path = tmp_path / ".sorter" / "history.sqlite3"
     connection = sqlite3.connect(path)
@@ -180,6 +206,6 @@ def test_a_history_of_the_first_schema_is_upgraded(tmp_path: Path) -> None:
     )
     connection.commit()
     connection.close()
-    (line,) = sorter("history", "--json", "--inbox", tmp_path).stdout.splitlines()
+    (line,) = reading("history", "--json", "--inbox", tmp_path).stdout.splitlines()
     assert json.loads(line)["destination"] == str(tmp_path / "cats" / "a.jpg")
     assert read_tree(tmp_path) == {}

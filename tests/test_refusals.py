@@ -1,7 +1,7 @@
 """A model folder or a configuration that is wrong: one sentence, exit 2, and nothing touched.
 
-Each case goes through `sorter check` in a process of its own; the long tests put it through `sorter run --once` and the
-daemon as well.
+Each case goes through `sorter check`; the long tests put it through `sorter run --once` and the daemon as well, each in
+a process of its own.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ import safetensors.numpy
 from conftest import make_tree, photo
 
 from sorter.classifier.manifest import MANIFEST, WEIGHTS, Class, Input, Manifest, digest_of, read, write
+from sorter.cli.main import main
 from sorter.errors import ModelError
 
 CHECK, RUN_ONCE, DAEMON = ["check"], ["run", "--once"], ["run"]
@@ -59,8 +60,40 @@ for line in sys.stdin:
 """
 
 
+class InProcess:
+    """Runs `sorter check` with some arguments, and returns its exit code and its standard error."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+
+    def run(self, folder: Path, arguments: list[str], variables: dict[str, str]) -> tuple[int, str]:
+        with self.monkeypatch.context() as changed:
+            for name in [*os.environ]:
+                if name.upper().startswith("SORTER_"):
+                    changed.delenv(name)
+            for name, value in variables.items():
+                changed.setenv(name, value)
+            changed.chdir(folder)
+            return main(arguments), self.capsys.readouterr().err
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> InProcess:
+    return InProcess(monkeypatch, capsys)
+
+
+class NewProcess:
+    """Runs any command of `sorter` as a person does, and returns its exit code and its standard error."""
+
+    def run(self, folder: Path, arguments: list[str], variables: dict[str, str]) -> tuple[int, str]:
+        command = [sys.executable, "-m", "sorter", *arguments]
+        environment = {**os.environ, **variables}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stderr
+
+
 class Server:
-    """Runs `sorter` with some arguments, and returns its exit code and its standard error."""
+    """Does the same in forks of a process that has imported what takes long."""
 
     def __init__(self) -> None:
         environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("SORTER_")}
@@ -122,7 +155,7 @@ def tree(root: Path) -> dict[str, object]:
 
 
 def refused(
-    server: Server,
+    program: InProcess | NewProcess | Server,
     folder: Path,
     sentence: str,
     arguments: list[str],
@@ -135,7 +168,7 @@ def refused(
     before = tree(folder)
     for command in commands:
         what = (folder.name, command)
-        code, errors = server.run(folder, [*command, "--inbox", "in", *arguments], variables or {})
+        code, errors = program.run(folder, [*command, "--inbox", "in", *arguments], variables or {})
         lines = errors.splitlines()
         assert (code, len(lines)) == (2, 1), (what, errors)
         said = json.loads(lines[0])["detail"] if command[0] == "run" else lines[0].removeprefix("sorter: ")
@@ -147,9 +180,9 @@ def refused(
         assert tree(folder) == before, what
 
 
-def test_the_model_that_the_cases_break_is_valid(server: Server, small_model: Path, tmp_path: Path) -> None:
+def test_the_model_that_the_cases_break_is_valid(check: InProcess, small_model: Path, tmp_path: Path) -> None:
     make_tree(tmp_path, {"in/a.jpg": photo(1)})
-    assert server.run(tmp_path, ["check", "--inbox", "in", "--model", str(small_model)], {}) == (0, "")
+    assert check.run(tmp_path, ["check", "--inbox", "in", "--model", str(small_model)], {}) == (0, "")
 
 
 def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
@@ -273,10 +306,10 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-def test_a_model_folder_that_is_wrong_is_refused(server: Server, small_model: Path, tmp_path: Path) -> None:
+def test_a_model_folder_that_is_wrong_is_refused(check: InProcess, small_model: Path, tmp_path: Path) -> None:
     for case, (change, sentence) in MODELS.items():
         change(shutil.copytree(small_model, tmp_path / case / "model"))
-        refused(server, tmp_path / case, sentence, ["--model", "model"])
+        refused(check, tmp_path / case, sentence, ["--model", "model"])
 
 
 @pytest.mark.long
@@ -371,28 +404,31 @@ COMBINATIONS = (
 )
 
 
-def refuses_every_configuration(commands: Sequence[list[str]], server: Server, folder: Path) -> None:
+def refuses_every_configuration(
+    commands: Sequence[list[str]], program: InProcess | NewProcess | Server, folder: Path
+) -> None:
     for case, (make, sentence) in CONFIGURATIONS.items():
         (folder / case).mkdir()
         make(folder / case / "sorter.toml")
-        refused(server, folder / case, sentence, ["--config", "sorter.toml"], commands=commands)
+        refused(program, folder / case, sentence, ["--config", "sorter.toml"], commands=commands)
     for name, value, sentence in VARIABLES:
-        refused(server, folder / f"{name}={value}", sentence, [], {name: value}, commands=commands)
+        refused(program, folder / f"{name}={value}", sentence, [], {name: value}, commands=commands)
     for number, (arguments, sentence) in enumerate(COMBINATIONS):
         case = make_tree(folder / f"combination {number}", {"out/failed/a.jpg": photo(2), "out/cats/b.jpg": photo(3)})
         os.mkfifo(case / "fifo")
-        refused(server, case, sentence, arguments, commands=commands)
+        refused(program, case, sentence, arguments, commands=commands)
 
 
-def test_a_configuration_that_is_wrong_is_refused(server: Server, tmp_path: Path) -> None:
-    refuses_every_configuration([CHECK], server, tmp_path)
+def test_a_configuration_that_is_wrong_is_refused(check: InProcess, tmp_path: Path) -> None:
+    refuses_every_configuration([CHECK], check, tmp_path)
 
 
-def test_a_run_refuses_what_the_check_refuses(server: Server, small_model: Path, tmp_path: Path) -> None:
+def test_a_run_refuses_what_the_check_refuses(small_model: Path, tmp_path: Path) -> None:
     (tmp_path / "sorter.toml").write_bytes(b"batchsize = 4")
-    refused(server, tmp_path, "unknown setting", ["--config", "sorter.toml"], commands=[RUN_ONCE, DAEMON])
     flipped(WEIGHTS)(shutil.copytree(small_model, tmp_path / "model"))
-    refused(server, tmp_path, "is damaged", ["--model", "model"], commands=[RUN_ONCE, DAEMON])
+    for command in (RUN_ONCE, DAEMON):
+        refused(NewProcess(), tmp_path, "unknown setting", ["--config", "sorter.toml"], commands=[command])
+        refused(NewProcess(), tmp_path, "is damaged", ["--model", "model"], commands=[command])
 
 
 @pytest.mark.long
