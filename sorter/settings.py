@@ -48,7 +48,7 @@ def _expanded(path: Path) -> Path:
 
 
 Real = Annotated[float, BeforeValidator(_not_bool)]
-Whole = Annotated[int, BeforeValidator(_not_bool)]
+Integer = Annotated[int, BeforeValidator(_not_bool)]
 Folder = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_expanded)]
 
 
@@ -118,7 +118,7 @@ class Settings(BaseSettings):
         group="Model",
         metavar="ENGINE",
     )
-    batch_size: Whole = _field(32, "number of photos classified together", group="Model", metavar="N", ge=1, le=1024)
+    batch_size: Integer = _field(32, "number of photos classified together", group="Model", metavar="N", ge=1, le=1024)
 
     settle_seconds: Real = _field(
         2.0, "a file that has not changed for this long is complete", group="Watching", metavar="S", ge=0, le=3600
@@ -139,7 +139,7 @@ class Settings(BaseSettings):
         ge=0.1,
         le=86400,
     )
-    max_wait_ms: Whole = _field(
+    max_wait_ms: Integer = _field(
         50, "how long a photo may wait for others to fill its batch", group="Watching", metavar="MS", ge=0, le=60000
     )
 
@@ -170,7 +170,7 @@ class Settings(BaseSettings):
         group="Integration",
         metavar="COMMAND",
     )
-    metrics_port: Whole = _field(
+    metrics_port: Integer = _field(
         0,
         "port on 127.0.0.1 for Prometheus metrics (daemon only); 0 disables it",
         group="Integration",

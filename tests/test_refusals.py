@@ -414,9 +414,9 @@ def refuses_every_configuration(
     for name, value, sentence in VARIABLES:
         refused(program, folder / f"{name}={value}", sentence, [], {name: value}, commands=commands)
     for number, (arguments, sentence) in enumerate(COMBINATIONS):
-        case = make_tree(folder / f"combination {number}", {"out/failed/a.jpg": photo(2), "out/cats/b.jpg": photo(3)})
-        os.mkfifo(case / "fifo")
-        refused(program, case, sentence, arguments, commands=commands)
+        here = make_tree(folder / f"combination {number}", {"out/failed/a.jpg": photo(2), "out/cats/b.jpg": photo(3)})
+        os.mkfifo(here / "fifo")
+        refused(program, here, sentence, arguments, commands=commands)
 
 
 def test_a_configuration_that_is_wrong_is_refused(check: InProcess, tmp_path: Path) -> None:
