@@ -123,6 +123,7 @@ def _files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
 
 
+@pytest.mark.long
 def test_a_package_does_not_name_its_build_folder_and_is_removed_completely(tmp_path: Path) -> None:
     root, library = tmp_path / "package", tmp_path / "package/usr/local/lib/sorter"
     for name in ("etc/sorter/sorter.toml", "usr/local/bin/other"):
