@@ -4,5 +4,5 @@ import sys
 
 __version__ = "0.1.0"
 
-# OpenVINO and NNCF report home through this package unless it cannot be imported: nothing leaves this machine.
+# OpenVINO and NNCF send telemetry through this package. It cannot be imported, so nothing leaves this machine.
 sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]

@@ -6,11 +6,11 @@ import signal
 
 def main() -> int:
     """Run the command line."""
-    # With one of the three closed, the next file that is opened, a lock or a photo, would take its place.
+    # If a standard stream is closed, the next file opened, a lock or a photo, would get its descriptor.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
-    # Ctrl-C while the modules load ends the process without a traceback, as it does with other tools.
+    # Ctrl-C while modules are imported ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     from sorter.cli.main import main as run
 

@@ -4,7 +4,7 @@ In: a decoded photo and its probabilities. Out: a `Decision`; later, from the mo
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sorter.classifier.manifest import Manifest
 from sorter.decoding.decoded import Decoded
@@ -101,3 +101,17 @@ def decide(
     if confidence < min_confidence:
         return Decision(decoded, "unsure", UNSURE, chosen.label, confidence, batch_size)
     return Decision(decoded, "sorted", chosen.folder, chosen.label, confidence, batch_size)
+
+
+def described(outcome: Outcome) -> dict[str, Any]:
+    """What became of a photo that was decided on, for JSON."""
+    decision = outcome.decision
+    assert decision is not None, "called only for photos with a decision"
+    return {
+        "path": outcome.photo.path,
+        "destination": outcome.destination,
+        "kind": outcome.kind,
+        "label": decision.label,
+        "confidence": None if decision.confidence is None else round(decision.confidence, 4),
+        "reason": decision.decoded.reason,
+    }

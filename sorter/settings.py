@@ -1,8 +1,8 @@
-"""The settings: flags > environment `SORTER_*` > TOML file > defaults, each defined once, here.
+"""Every setting, defined once: flags override `SORTER_*` variables, which override the TOML file and the defaults.
 
-In: the flags a person gave, the process's environment, a TOML file. Out: one frozen `Settings`, or a
-`ConfigurationError` with a line for each thing that is wrong. The command line (`cli.py`) and `config/sorter.toml`
-are made from these fields, so a setting is added in this file alone.
+In: the flags that were given, the environment, a TOML file. Out: one frozen `Settings`, or a `ConfigurationError` with
+one line per problem. The flags and their help, `config/settings.md` and the completion scripts are generated from
+these fields, and a test keeps `config/sorter.toml` in step with them.
 """
 
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
@@ -22,22 +23,21 @@ SHIPPED_MODEL = Path(__file__).parent / "models" / "catdog-resnet50"
 LogFormat = Literal["auto", "json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
-
 MAX_CONFIG_BYTES = 1_000_000
 _PATH_TYPE = f"path for {Path}"  # what pydantic calls it
 
 
 def _not_empty(value: Any) -> Any:
-    # Path("") is the current folder: an unset shell variable must not sort whatever folder one stands in.
+    # Path("") is the current folder: an unset shell variable must not sort whatever happens to be in it.
     if value is None or str(value) == "":
         raise ValueError("must not be empty")
     if "\0" in str(value):
-        raise ValueError("should be a path, which has no NUL")
+        raise ValueError("should be a path without NUL characters")
     return value
 
 
-def _no_truth_value(value: Any) -> Any:
-    # `min_confidence = true` would be 1.0, and every photo unsure.
+def _not_bool(value: Any) -> Any:
+    # `min_confidence = true` would count as 1.0 and make every photo unsure.
     if isinstance(value, bool):
         raise ValueError("should be a number")
     return value
@@ -47,8 +47,8 @@ def _expanded(path: Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
-Real = Annotated[float, BeforeValidator(_no_truth_value)]
-Whole = Annotated[int, BeforeValidator(_no_truth_value)]
+Real = Annotated[float, BeforeValidator(_not_bool)]
+Integer = Annotated[int, BeforeValidator(_not_bool)]
 Folder = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_expanded)]
 
 
@@ -58,62 +58,70 @@ def _field(default: Any, description: str, *, group: str, metavar: str = "", **c
     )
 
 
+def extra(field: FieldInfo, name: Literal["group", "metavar"]) -> str:
+    """What a setting's field says about itself besides pydantic's own attributes."""
+    assert isinstance(field.json_schema_extra, dict)
+    return str(field.json_schema_extra[name])
+
+
 class Settings(BaseSettings):
-    """Everything that can be set. Units are in the names."""
+    """All settings. Units are part of the names."""
 
     model_config = SettingsConfigDict(env_prefix=ENVIRONMENT_PREFIX, extra="forbid", frozen=True, allow_inf_nan=False)
 
     inbox: Folder = _field(Path("inbox"), "folder that photos are dropped into", group="Folders", metavar="DIR")
     output: Folder | None = _field(
         None,
-        "folder that gets cats/, dogs/, unsure/ and failed/ (default: the inbox itself)",
+        "folder for cats/, dogs/, unsure/ and failed/ (default: the inbox itself)",
         group="Folders",
         metavar="DIR",
     )
-    recursive: bool = _field(False, "look into the inbox's subfolders too", group="Folders")
+    recursive: bool = _field(False, "also sort photos in subfolders of the inbox", group="Folders")
 
-    once: bool = _field(False, "sort what is there and end, instead of watching", group="What to do")
-    dry_run: bool = _field(False, "say what would happen and change nothing", group="What to do")
-    include_undone: bool = _field(False, "sort again also what sorter undo has put back", group="What to do")
+    once: bool = _field(False, "sort what is in the inbox and exit, instead of watching it", group="Sorting")
+    dry_run: bool = _field(False, "report what would happen and change nothing", group="Sorting")
+    include_undone: bool = _field(False, "also sort photos that sorter undo has restored", group="Sorting")
     min_confidence: Real = _field(
         0.0,
-        "photos less sure than this go to unsure/; 0 sorts every photo",
-        group="What to do",
+        "photos with a lower confidence go to unsure/; 0 sorts every photo",
+        group="Sorting",
         metavar="P",
         ge=0,
         le=1,
     )
     max_error_rate: Real | None = _field(
         None,
-        "at most this share of the sorted photos is wrong, the rest goes to unsure/ (default: no limit)",
-        group="What to do",
+        "accept at most this share of wrong labels; less certain photos go to unsure/ (default: no limit)",
+        group="Sorting",
         metavar="R",
         gt=0,
         lt=1,
     )
 
     catch_neither: bool = _field(
-        False, "photos that look like none of the model's classes go to unsure/ too", group="What to do"
+        False, "photos that look like none of the model's classes go to unsure/ as well", group="Sorting"
     )
 
-    model: Folder = _field(SHIPPED_MODEL, "model folder (default: the one that ships)", group="Model", metavar="DIR")
+    model: Folder = _field(
+        SHIPPED_MODEL, "model folder (default: the model that ships with sorter)", group="Model", metavar="DIR"
+    )
     device: str = _field(
         "auto",
-        "auto, cpu, cuda, cuda:N or mps; auto takes a GPU where there is one",
+        "auto, cpu, cuda, cuda:N or mps; auto uses a GPU if there is one",
         group="Model",
         metavar="DEVICE",
         pattern=r"^(auto|cpu|cuda(:\d{1,3})?|mps)$",
     )
     engine: Literal["auto", "openvino", "torch"] = _field(
         "auto",
-        "auto, openvino or torch; auto is OpenVINO on a processor and PyTorch on a GPU",
+        "auto, openvino or torch; auto is OpenVINO on a CPU and PyTorch on a GPU",
         group="Model",
         metavar="ENGINE",
     )
-    batch_size: Whole = _field(32, "photos classified at a time", group="Model", metavar="N", ge=1, le=1024)
+    batch_size: Integer = _field(32, "number of photos classified together", group="Model", metavar="N", ge=1, le=1024)
 
     settle_seconds: Real = _field(
-        2.0, "a file unchanged for this long is complete", group="Watching", metavar="S", ge=0, le=3600
+        2.0, "a file that has not changed for this long is complete", group="Watching", metavar="S", ge=0, le=3600
     )
     settle_timeout_seconds: Real = _field(
         60.0,
@@ -124,40 +132,58 @@ class Settings(BaseSettings):
         le=86400,
     )
     rescan_seconds: Real = _field(
-        60.0, "how often to list the whole inbox, whatever events said", group="Watching", metavar="S", ge=0.1, le=86400
+        60.0,
+        "how often to list the entire inbox, regardless of file events",
+        group="Watching",
+        metavar="S",
+        ge=0.1,
+        le=86400,
     )
-    max_wait_ms: Whole = _field(
-        50, "how long a photo may wait for others to share its batch", group="Watching", metavar="MS", ge=0, le=60000
+    max_wait_ms: Integer = _field(
+        50, "how long a photo may wait for others to fill its batch", group="Watching", metavar="MS", ge=0, le=60000
     )
 
     max_megapixels: Real = _field(
-        100.0, "larger pictures fail as too-many-pixels", group="Limits", metavar="MP", gt=0, le=1000
+        100.0, "larger pictures fail with too-many-pixels", group="Limits", metavar="MP", gt=0, le=1000
     )
     max_jpeg_megapixels: Real = _field(
-        250.0, "the same for JPEG, which is decoded scaled down", group="Limits", metavar="MP", gt=0, le=4000
+        250.0,
+        "the same limit for JPEGs, which are decoded at a reduced scale",
+        group="Limits",
+        metavar="MP",
+        gt=0,
+        le=4000,
     )
-    max_megabytes: Real = _field(500.0, "larger files fail as too-large", group="Limits", metavar="MB", gt=0, le=1e6)
+    max_megabytes: Real = _field(500.0, "larger files fail with too-large", group="Limits", metavar="MB", gt=0, le=1e6)
     decode_timeout_seconds: Real = _field(
-        20.0, "a picture that takes longer fails as decoder-timeout", group="Limits", metavar="S", gt=0, le=3600
+        20.0,
+        "pictures that take longer to decode fail with decoder-timeout",
+        group="Limits",
+        metavar="S",
+        gt=0,
+        le=3600,
     )
 
     on_sorted: str | None = _field(
         None,
-        "command that gets what was moved as JSON on its standard input, after each batch (default: none)",
-        group="Fitting in",
+        "command to run after each batch, with the moved photos as JSON on its standard input (default: none)",
+        group="Integration",
         metavar="COMMAND",
     )
-    metrics_port: Whole = _field(
+    metrics_port: Integer = _field(
         0,
-        "port of 127.0.0.1 that tells Prometheus how things stand, for a daemon; 0 is none",
-        group="Fitting in",
+        "port on 127.0.0.1 for Prometheus metrics (daemon only); 0 disables it",
+        group="Integration",
         metavar="PORT",
         ge=0,
         le=65535,
     )
 
     log_format: LogFormat = _field(
-        "auto", "auto, json or console; auto is console on a terminal", group="Logging", metavar="FORMAT"
+        "auto",
+        "auto, json or console; auto is console on a terminal and json elsewhere",
+        group="Logging",
+        metavar="FORMAT",
     )
     log_level: LogLevel = _field("info", "debug, info, warning or error", group="Logging", metavar="LEVEL")
 
@@ -170,12 +196,12 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Put the sources in order, strongest first."""
+        """Order the sources, strongest first."""
         return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
 
     @property
     def output_folder(self) -> Path:
-        """Where the folders of the classes are."""
+        """The folder that contains `cats/`, `dogs/`, `unsure/` and `failed/`."""
         return self.inbox if self.output is None else self.output
 
 
@@ -183,10 +209,10 @@ def load(flags: Mapping[str, Any]) -> Settings:
     """Merge the sources and check them.
 
     Args:
-        flags: the flags that were given, by field name, and `config` for the TOML file (else `SORTER_CONFIG` names it).
+        flags: the flags that were given, by field name; `config` names the TOML file, overriding `SORTER_CONFIG`.
 
     Raises:
-        ConfigurationError: an unknown key or variable, a wrong type, an impossible value, an unreadable file.
+        ConfigurationError: an unknown key or variable, a wrong type, a value out of range, an unreadable file.
     """
     given = {field: value for field, value in flags.items() if field != "config"}
     variables = {
@@ -197,11 +223,11 @@ def load(flags: Mapping[str, Any]) -> Settings:
     named = variables.pop("config", None)
     config = flags.get("config", os.environ[named] if named else None)
     if config == "":
-        raise ConfigurationError(f"{'--config' if 'config' in flags else named} is empty: name a file or leave it out")
-    # pydantic-settings passes over variables that it does not know, and over a file that is not there.
+        raise ConfigurationError(f"{'--config' if 'config' in flags else named} is empty: name a file or omit it")
+    # pydantic-settings ignores unknown variables and a missing file.
     if unknown := sorted(name for field, name in variables.items() if field not in Settings.model_fields):
         raise ConfigurationError(
-            f"unknown environment variable {', '.join(unknown)}: unset it, or see sorter run --help for the settings"
+            f"unknown environment variable {', '.join(unknown)}: unset it; sorter run --help lists the settings"
         )
     if config is not None:
         config = _expanded(Path(config))
@@ -218,7 +244,7 @@ def load(flags: Mapping[str, Any]) -> Settings:
         raise ConfigurationError(
             f"the configuration file {config} cannot be read ({error.strerror}): check its permissions"
         ) from None
-    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and brackets in brackets
+    except (ValueError, RecursionError) as error:  # includes numbers with thousands of digits and deep nesting
         raise ConfigurationError(f"the configuration file {config} is not valid TOML: {error}") from None
 
 
@@ -232,7 +258,7 @@ def _check_file(config: Path) -> None:
 
 
 def _sentence(error: ErrorDetails, given: Mapping[str, Any], variables: Mapping[str, str], config: Path | None) -> str:
-    """One validation error as a line that names the flag, variable or key that a person has to change."""
+    """One validation error as a line that names the flag, variable or key to change."""
     message = error["msg"].removeprefix("Value error, ")
     if not error["loc"]:
         return message
@@ -244,7 +270,7 @@ def _sentence(error: ErrorDetails, given: Mapping[str, Any], variables: Mapping[
     else:
         place = f"{field if field.isprintable() else ascii(field)} in {config}"
     if error["type"] == "extra_forbidden":
-        return f"{place}: there is no such setting; config/sorter.toml lists them all"
+        return f"{place}: unknown setting; config/sorter.toml lists all of them"
     if error["type"] == "string_pattern_mismatch":
         message = f"should be {Settings.model_fields[field].description}"
     message = message.removeprefix("Input ").split(", unable")[0].replace(_PATH_TYPE, "path")

@@ -1,6 +1,6 @@
 """What a real systemd does with the service. Runs as root in a throw-away machine that `test_systemd.py` boots.
 
-Each function is one promise and runs after those before it; what became of it is written to `results.json`.
+Each step is one promise and builds on the steps before it; their results are written to `results.json`.
 """
 
 import hashlib
@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 HOST = Path("/run/host")
-ROOM = Path("/srv/sorter")
-INBOX, SORTED, FULL = ROOM / "inbox", ROOM / "sorted", ROOM / "full"
+SERVICE = Path("/srv/sorter")
+INBOX, SORTED, FULL = SERVICE / "inbox", SERVICE / "sorted", SERVICE / "full"
 ENDS = Path("/run/ends")  # unit, result and status of every process that ended
 PHOTOS = sorted((HOST / "photos").glob("*"))
 
@@ -34,7 +34,7 @@ def show(unit: str, name: str) -> str:
 
 
 def journal(unit: str) -> list[dict[str, Any]]:
-    """The service's own lines; each has to be JSON."""
+    """The service's own lines; each must be JSON."""
     lines = run("journalctl", "-o", "cat", "--no-pager", f"_SYSTEMD_UNIT={unit}", "_COMM=sorter").splitlines()
     return [json.loads(line) for line in lines]
 
@@ -43,12 +43,12 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) ->
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"{what} did not come within {seconds:g} s")
+            raise AssertionError(f"timed out after {seconds:g} s waiting for {what}")
         time.sleep(0.1)
 
 
 def drop(photos: list[Path], inbox: Path = INBOX, prefix: str = "") -> None:
-    """Copy photos into the inbox, as a person who is in the group does."""
+    """Copy photos into the inbox as a member of the group."""
     for photo in photos:
         shutil.copy(photo, HOST / "drop" / f"{prefix}{photo.name}")
     run("runuser", "-u", "alice", "--", "sh", "-c", f"umask 022; cp {HOST}/drop/* {inbox}/")
@@ -61,7 +61,7 @@ def digests(*files: Path) -> list[str]:
 
 
 def photos_below(*folders: Path) -> list[Path]:
-    """Every photo, wherever it is; what begins with a dot is the sorter's."""
+    """Every photo in some folders; names that begin with a dot are the sorter's."""
     found = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return [path for path in found if not any(part.startswith(".") for part in path.parts)]
 
@@ -70,10 +70,10 @@ def all_sorted(count: int, folder: Path = SORTED) -> Callable[[], bool]:
     return lambda: len(photos_below(folder)) == count
 
 
-def make_install_brings_a_service_that_verifies() -> None:
+def make_install_installs_a_service_that_verifies() -> None:
     where = json.loads((HOST / "where.json").read_text())
     python = Path(where["executable"])
-    # The service must not see home folders: a Python that lives in one is shown elsewhere.
+    # The service cannot access home folders: a Python in one is mounted elsewhere.
     if not where["prefix"].startswith("/usr"):
         os.makedirs("/opt/python")
         run("mount", "--bind", where["prefix"], "/opt/python")
@@ -82,11 +82,11 @@ def make_install_brings_a_service_that_verifies() -> None:
         run("ldconfig")
     os.makedirs("/opt/packages")
     run("mount", "--bind", where["packages"], "/opt/packages")
-    # There is no network: the environment that `make install` would fill finds the packages of the tests.
+    # There is no network: the environment that `make install` would fill uses the packages of the tests.
     run(python, "-m", "venv", "--without-pip", "/usr/local/lib/sorter")
     (site,) = Path("/usr/local/lib/sorter/lib").glob("python*/site-packages")
     (site / "test.pth").write_text("/opt/packages\n")
-    # PIP_NO_BUILD_ISOLATION=0 is how pip spells "do not isolate".
+    # PIP_NO_BUILD_ISOLATION=0 means "do not isolate".
     settings = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PYTHONPATH": ""}
     os.environ.update(settings)
     said = run("make", "-C", HOST / "clone", "install")
@@ -98,7 +98,7 @@ def make_install_brings_a_service_that_verifies() -> None:
     assert "complete -c sorter" in (share / "fish/vendor_completions.d/sorter.fish").read_text()
     run("useradd", "-M", "-G", "sorter", "alice")
     assert run("systemd-analyze", "verify", "sorter.service", "sorter@second.service") == ""
-    # Shorter than by default, so that the test is.
+    # Shorter than the default, to keep the test short.
     for unit in ("sorter", "sorter@"):
         drop_in = Path(f"/etc/systemd/system/{unit}.service.d/test.conf")
         drop_in.parent.mkdir()
@@ -107,14 +107,14 @@ def make_install_brings_a_service_that_verifies() -> None:
     run("systemctl", "daemon-reload")
 
 
-def what_the_group_drops_is_sorted_and_the_journal_is_json() -> None:
+def dropped_photos_are_sorted_and_the_journal_is_json() -> None:
     for unit in ("sorter", "sorter@"):
         Path(f"/etc/systemd/system/{unit}.service.d/watchdog.conf").write_text("[Service]\nWatchdogSec=6\n")
     run("systemctl", "daemon-reload")
     run("systemctl", "enable", "--now", "sorter")
     drop(PHOTOS[:40])
     wait_for(all_sorted(40), "the sorted photos")
-    assert digests(*photos_below(ROOM)) == digests(*PHOTOS[:40])
+    assert digests(*photos_below(SERVICE)) == digests(*PHOTOS[:40])
     events = journal("sorter.service")
     assert sum(event["event"] == "photo.sorted" for event in events) == 40
     results = sorted(photos_below(SORTED))
@@ -135,7 +135,7 @@ def what_the_group_drops_is_sorted_and_the_journal_is_json() -> None:
     assert events[0]["precision"] == json.loads((HOST / "where.json").read_text())["precision"]
 
 
-def a_killed_service_starts_again_and_sorts_the_rest() -> None:
+def a_killed_service_restarts_and_sorts_the_rest() -> None:
     process = show("sorter", "MainPID")
     drop(PHOTOS[40:140])
     wait_for(lambda: len(photos_below(SORTED)) > 45, "the first photos")
@@ -144,10 +144,10 @@ def a_killed_service_starts_again_and_sorts_the_rest() -> None:
     wait_for(all_sorted(140), "the sorted photos")
     assert show("sorter", "MainPID") != process
     assert show("sorter", "NRestarts") == "1"
-    assert digests(*photos_below(ROOM)) == digests(*PHOTOS[:140])
+    assert digests(*photos_below(SERVICE)) == digests(*PHOTOS[:140])
 
 
-def a_service_that_hangs_is_started_again_by_the_watchdog() -> None:
+def a_hanging_service_is_restarted_by_the_watchdog() -> None:
     process = show("sorter", "MainPID")
     os.kill(int(process), signal.SIGSTOP)
     # The next step's instances start while this one hangs.
@@ -164,7 +164,7 @@ def a_service_that_hangs_is_started_again_by_the_watchdog() -> None:
     assert digests(*photos_below(INBOX, SORTED)) == digests(*PHOTOS[:150])
 
 
-def a_wrong_configuration_is_said_once_and_not_tried_again() -> None:
+def a_wrong_configuration_is_reported_once_and_not_retried() -> None:
     assert show("sorter@wrong", "ActiveState") == "failed"
     assert show("sorter@wrong", "ExecMainStatus") == "2"
     assert show("sorter@wrong", "NRestarts") == "0"
@@ -172,15 +172,15 @@ def a_wrong_configuration_is_said_once_and_not_tried_again() -> None:
     assert "inbix" in event["detail"]
 
 
-def a_second_instance_waits_while_its_disk_is_full_and_goes_on() -> None:
+def a_second_instance_waits_while_its_disk_is_full_and_continues() -> None:
     wait_for(lambda: show("sorter@full", "ActiveState") == "active", "the second instance")
     filler = FULL / "sorted" / ".filler"
     with filler.open("wb") as file:
         file.write(bytes(shutil.disk_usage(FULL / "sorted").free - 200_000))
     process = show("sorter@full", "MainPID")
     drop(PHOTOS[150:190], FULL / "inbox")
-    wait_for(lambda: show("sorter@full", "StatusText").startswith("Waiting: "), "the wait for room")
-    time.sleep(6.5)  # longer than the watchdog: waiting for room is no hang
+    wait_for(lambda: show("sorter@full", "StatusText").startswith("Waiting: "), "the wait for space")
+    time.sleep(6.5)  # longer than the watchdog: waiting for space is not a hang
     filler.unlink()
     wait_for(all_sorted(40, FULL / "sorted"), "the sorted photos")
     assert show("sorter@full", "MainPID") == process
@@ -189,7 +189,7 @@ def a_second_instance_waits_while_its_disk_is_full_and_goes_on() -> None:
     assert (events.count("storage.waiting"), events.count("storage.ready")) == (1, 1)
 
 
-def a_stop_finishes_the_batch_in_hand_and_leaves_the_rest() -> None:
+def a_stop_finishes_the_current_batch_and_leaves_the_rest() -> None:
     drop(PHOTOS[190:340])
     wait_for(lambda: len(photos_below(SORTED)) > 155, "the first photos")
     run("systemctl", "stop", "sorter")
@@ -199,8 +199,8 @@ def a_stop_finishes_the_batch_in_hand_and_leaves_the_rest() -> None:
     assert digests(*photos_below(INBOX, SORTED)) == digests(*PHOTOS[:150], *PHOTOS[190:340])
 
 
-def make_uninstall_takes_the_service_away_and_leaves_the_photos() -> None:
-    before = digests(*photos_below(ROOM))
+def make_uninstall_removes_the_service_and_leaves_the_photos() -> None:
+    before = digests(*photos_below(SERVICE))
     assert show("sorter@full", "ActiveState") == "active"
     run("make", "-C", HOST / "clone", "uninstall")
     assert show("sorter@full", "ActiveState") == "inactive"
@@ -209,7 +209,7 @@ def make_uninstall_takes_the_service_away_and_leaves_the_photos() -> None:
     assert not Path("/usr/local/lib/sorter").exists()
     assert show("sorter", "LoadState") == "not-found"
     assert list(Path("/etc/systemd/system").rglob("*.wants/sorter*")) == []
-    assert digests(*photos_below(ROOM)) == before
+    assert digests(*photos_below(SERVICE)) == before
     assert Path("/etc/sorter/sorter.toml").exists()
 
 
@@ -240,7 +240,7 @@ def twenty_restarts_under_load_lose_nothing_and_sort_nothing_twice() -> None:
         run("systemctl", "restart", "sorter")
         assert show("sorter", "ActiveState") == "active"
     wait_for(all_sorted(len(PHOTOS)), "the sorted photos", 200)
-    assert digests(*photos_below(ROOM)) == digests(*PHOTOS)
+    assert digests(*photos_below(SERVICE)) == digests(*PHOTOS)
     assert photos_below(INBOX) == []
     events = journal("sorter.service")
     assert sum(event["event"] == "service.stopping" for event in events) == 20

@@ -1,32 +1,31 @@
-"""What the command line says: help, usage errors, configuration errors, and `sorter check`."""
+"""What the command line says: help, usage errors, wrong settings, and `sorter check`."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from pictures import encoded, smooth
-from pydantic.fields import FieldInfo
 
 import sorter
 from sorter.classifier import manifest
-from sorter.cli.main import build_parser, main
+from sorter.cli.main import COMMANDS, build_parser, main
 from sorter.settings import SHIPPED_MODEL, Settings
 
-
-def sorter_process(*arguments: str | Path, **variables: str) -> "subprocess.CompletedProcess[str]":
-    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("SORTER_")}
-    command = [sys.executable, "-m", "sorter", *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=110, check=False, env={**environment, **variables}
-    )
+Capture = pytest.CaptureFixture[str]
 
 
-def help_of(*command: str, capsys: pytest.CaptureFixture[str]) -> str:
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.upper().startswith("SORTER_"):
+            monkeypatch.delenv(name)
+
+
+def help_of(*command: str, capsys: Capture) -> str:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
     assert caught.value.code == 0
@@ -34,50 +33,32 @@ def help_of(*command: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def squeezed(text: str) -> str:
-    """Text without the white space that depends on where lines are broken."""
+    """Text without the white space that depends on line breaks."""
     return "".join(text.split())
 
 
-# --- help ---
-
-
-def test_help_names_the_commands_and_the_exit_codes() -> None:
-    text = build_parser().format_help()
-    assert "\n    run " in text
-    assert "\n    check " in text
+def test_help_names_each_command_on_one_line_and_the_exit_codes(capsys: Capture) -> None:
+    text = help_of(capsys=capsys)
+    assert [name for name, c in COMMANDS.items() if not re.search(rf"\n    {name} +{re.escape(c.help)}\n", text)] == []
     assert all(f"\n  {code}  " in text for code in range(4))
 
 
-@pytest.mark.parametrize("command", ["run", "check"])
-@pytest.mark.parametrize("field", Settings.model_fields)
-def test_each_setting_has_a_flag_with_its_description(
-    field: str, command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = help_of(command, capsys=capsys)
-    assert f"\n  --{field.replace('_', '-')}" in text
-    assert squeezed(str(Settings.model_fields[field].description)) in squeezed(text)
+def test_each_setting_has_a_flag_with_its_description_its_default_and_its_opposite(capsys: Capture) -> None:
+    for command in ("run", "check"):
+        text = help_of(command, capsys=capsys)
+        for name, field in Settings.model_fields.items():
+            flag, description, default = f"--{name.replace('_', '-')}", str(field.description), field.default
+            assert f"\n  {flag}" in text, (command, name)
+            if isinstance(default, bool):
+                assert re.search(rf"{flag}, --no-{flag[2:]}\s", text), (command, name)
+            elif "(default" not in description:
+                description += f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
+            assert squeezed(description) in squeezed(text), (command, name)
 
 
-def shows_its_default(field: FieldInfo) -> bool:
-    return "(default" not in str(field.description) and not isinstance(field.default, bool)
-
-
-@pytest.mark.parametrize("field", [name for name, field in Settings.model_fields.items() if shows_its_default(field)])
-def test_each_setting_that_is_no_switch_shows_its_default(field: str, capsys: pytest.CaptureFixture[str]) -> None:
-    default, description = Settings.model_fields[field].default, Settings.model_fields[field].description
-    shown = f"{default:g}" if isinstance(default, float) else default
-    assert squeezed(f"{description} (default: {shown})") in squeezed(help_of("run", capsys=capsys))
-
-
-@pytest.mark.parametrize("field", [name for name, field in Settings.model_fields.items() if field.annotation is bool])
-def test_each_switch_can_be_turned_off_again(field: str, capsys: pytest.CaptureFixture[str]) -> None:
-    flag = field.replace("_", "-")
-    assert re.search(rf"--{flag}, --no-{flag}\s", help_of("run", capsys=capsys))
-
-
-@pytest.mark.parametrize("command", [(), ("run",), ("check",)])
-def test_help_fits_into_a_hundred_columns(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
-    assert max(map(len, help_of(*command, capsys=capsys).splitlines())) <= 100
+def test_help_fits_into_a_hundred_columns(capsys: Capture) -> None:
+    for command in ((), *((name,) for name in COMMANDS)):
+        assert max(map(len, help_of(*command, capsys=capsys).splitlines())) <= 100, command
 
 
 @pytest.mark.parametrize("columns", ["", "0", "wide"])
@@ -86,79 +67,91 @@ def test_help_does_not_need_to_know_the_terminals_width(columns: str, monkeypatc
     assert "exit codes:" in build_parser().format_help()
 
 
-def test_version_prints_the_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["--version"])
-    assert caught.value.code == 0
-    assert capsys.readouterr().out == f"sorter {sorter.__version__}\n"
+def test_version_prints_the_version(capsys: Capture) -> None:
+    for flag in ("--version", "-V"):
+        with pytest.raises(SystemExit) as caught:
+            main([flag])
+        assert caught.value.code == 0
+        assert capsys.readouterr().out == f"sorter {sorter.__version__}\n"
 
 
-# --- errors ---
+def test_a_usage_error_is_one_line_and_exits_with_2(capsys: Capture) -> None:
+    for command in (
+        "",
+        "dance",
+        "--dance",
+        "run --dance",
+        "run now",
+        "run --inbox",
+        "check --batch-sizes=3",
+        "undo",
+        "history --limit 0",
+        "history --since yesterday",
+        "bench --count -1",
+        "bench --count many",
+        f"bench --runs {'9' * 5000}",
+        "completion tcsh",
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(command.split())
+        out, err = capsys.readouterr()
+        assert caught.value.code == 2, command
+        assert (out, err.count("\n"), err.startswith("sorter")) == ("", 1, True), command
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["dance"], ["--dance"], ["run", "--dance"], ["run", "now"], ["run", "--inbox"], ["check", "--batch-sizes=3"]],
-    ids=" ".join,
-)
-def test_a_usage_error_is_one_line_and_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
+def refusal(*arguments: str | Path, capsys: Capture) -> str:
+    """The one line with which `sorter check` refuses."""
+    assert main(["check", *map(str, arguments)]) == 2
     out, err = capsys.readouterr()
-    assert (out, err.count("\n"), err.startswith("sorter")) == ("", 1, True)
-
-
-def refusal(*arguments: str | Path, **variables: str) -> str:
-    """The one line that `sorter check` refuses to go on with."""
-    done = sorter_process("check", *arguments, **variables)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
+    (line,) = err.splitlines()
+    assert out == ""
     return line
 
 
-def test_a_wrong_flag_exits_with_2_and_names_the_flag() -> None:
-    assert refusal("--batch-size", "0").startswith("sorter: --batch-size: ")
-
-
-def test_a_wrong_variable_exits_with_2_and_names_the_variable() -> None:
-    assert refusal(SORTER_BATCH_SIZE="0").startswith("sorter: SORTER_BATCH_SIZE: ")
-
-
-def test_a_wrong_key_exits_with_2_and_names_the_key(tmp_path: Path) -> None:
+def test_a_wrong_setting_is_named_as_it_was_given(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert refusal("--batch-size", "0", capsys=capsys).startswith("sorter: --batch-size: ")
     config = tmp_path / "my.toml"
     config.write_text("batch_size = 0\n", encoding="utf-8")
-    assert refusal("--config", config).startswith(f"sorter: batch_size in {config}: ")
+    assert refusal("--config", config, capsys=capsys).startswith(f"sorter: batch_size in {config}: ")
+    monkeypatch.setenv("SORTER_BATCH_SIZE", "0")
+    assert refusal(capsys=capsys).startswith("sorter: SORTER_BATCH_SIZE: ")
 
 
-def test_everything_that_is_wrong_gets_a_line() -> None:
-    done = sorter_process("check", "--batch-size", "0", "--device", "toaster")
-    assert done.returncode == 2
-    assert sorted(line.split(":")[1] for line in done.stderr.splitlines()) == [" --batch-size", " --device"]
+def test_everything_that_is_wrong_gets_a_line(capsys: Capture) -> None:
+    assert main(["check", "--batch-size", "0", "--device", "toaster"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert sorted(line.split(":")[1] for line in lines) == [" --batch-size", " --device"]
 
 
-def test_run_says_what_is_wrong_in_json_where_a_program_reads_it() -> None:
-    done = sorter_process("run", "--batch-size", "0")
+def test_run_reports_errors_as_json_if_a_program_reads_them() -> None:
+    command = [sys.executable, "-m", "sorter", "run", "--batch-size", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert json.loads(line)["detail"].startswith("--batch-size: ")
 
 
-# --- check ---
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A `sorter check` of a fine inbox, and the inbox's folder before and after."""
-
-    inbox: Path
-    before: dict[str, tuple[object, ...]]
-    after: dict[str, tuple[object, ...]]
-    done: "subprocess.CompletedProcess[str]"
+def test_check_refuses_folders_models_and_devices_that_cannot_be_used(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing, file = tmp_path / "missing", tmp_path / "file"
+    file.write_bytes(b"mine")
+    for arguments, sentence in (
+        (("--inbox", missing), f"there is no inbox {missing}: "),
+        (("--inbox", file), f"the inbox {file} is not a folder: "),
+        (("--inbox", tmp_path, "--model", missing), f"there is no model in {missing} "),
+        (("--inbox", tmp_path, "--device", "cuda:999"), "--device"),
+    ):
+        assert refusal(*arguments, capsys=capsys).startswith(f"sorter: {sentence}"), arguments
+    assert not missing.exists()
+    monkeypatch.setenv("SORTER_INBOX", "")
+    assert refusal(capsys=capsys).startswith("sorter: SORTER_INBOX: must not be empty")
 
 
 def tree(root: Path) -> dict[str, tuple[object, ...]]:
-    """All that a program could change below a folder, and the folder itself."""
+    """Everything that a program could change in a folder, and the folder itself."""
     state: dict[str, tuple[object, ...]] = {}
     for path in [root, *sorted(root.rglob("*"))]:
         stat = path.stat()
@@ -167,62 +160,23 @@ def tree(root: Path) -> dict[str, tuple[object, ...]]:
     return state
 
 
-@pytest.fixture(scope="module")
-def checked(tmp_path_factory: pytest.TempPathFactory) -> Checked:
-    root = tmp_path_factory.mktemp("check")
-    inbox = root / "inbox"
+def test_check_prints_what_a_run_would_use_and_touches_nothing(tmp_path: Path, capsys: Capture) -> None:
+    inbox = tmp_path / "inbox"
     (inbox / "holiday").mkdir(parents=True)
     (inbox / "one.jpg").write_bytes(encoded(smooth(1), "JPEG"))
     (inbox / "holiday" / "two.jpg").write_bytes(encoded(smooth(2), "JPEG"))
-    before = tree(root)
-    done = sorter_process("check", "--inbox", inbox, "--device", "cpu", "--batch-size", "7")
-    return Checked(inbox, before, tree(root), done)
-
-
-def test_check_of_a_fine_inbox_exits_with_0_and_complains_of_nothing(checked: Checked) -> None:
-    assert (checked.done.returncode, checked.done.stderr) == (0, "")
-    assert checked.done.stdout.endswith("\nAll is well.\n")
-
-
-def test_check_says_what_it_found(checked: Checked) -> None:
-    rows = dict(line.split(maxsplit=1) for line in checked.done.stdout.splitlines())
-    assert (rows["inbox"], rows["output"]) == (str(checked.inbox), str(checked.inbox))
+    before = tree(tmp_path)
+    assert main(["check", "--inbox", str(inbox), "--device", "cpu", "--batch-size", "7"]) == 0
+    out, err = capsys.readouterr()
+    assert tree(tmp_path) == before
+    assert err == ""
+    assert out.endswith("\nEverything is fine.\n")
+    rows = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert (rows["inbox"], rows["output"]) == (str(inbox), str(inbox))
     assert rows["folders"] == "cats/, dogs/, unsure/, failed/"
-    assert rows["model"] == "catdog-resnet50, resnet50 at 144 px"
+    model = manifest.read(SHIPPED_MODEL)
+    assert rows["model"] == f"{model.name}, {model.architecture} at {model.input.size} px"
+    assert model.accuracy is not None
+    assert rows["accuracy"] == f"{model.accuracy:.2%} on photos that it was not trained on"
     assert rows["engine"].startswith("openvino on cpu, ")
     assert rows["engine"].endswith(", batches of 7")
-
-
-def test_check_says_how_good_the_model_is_on_photos_it_never_saw(checked: Checked) -> None:
-    accuracy = manifest.read(SHIPPED_MODEL).accuracy
-    assert accuracy is not None
-    assert f"\naccuracy  {accuracy:.2%} on photos it never saw\n" in checked.done.stdout
-
-
-def test_check_touches_nothing(checked: Checked) -> None:
-    assert checked.after == checked.before
-
-
-def test_check_refuses_a_missing_inbox(tmp_path: Path) -> None:
-    missing = tmp_path / "missing"
-    assert refusal("--inbox", missing).startswith(f"sorter: there is no inbox {missing}: ")
-    assert not missing.exists()
-
-
-def test_check_refuses_an_inbox_that_is_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "inbox"
-    file.write_bytes(b"mine")
-    assert refusal("--inbox", file).startswith(f"sorter: the inbox {file} is not a folder: ")
-
-
-def test_check_refuses_an_empty_inbox_variable() -> None:
-    assert refusal(SORTER_INBOX="").startswith("sorter: SORTER_INBOX: must not be empty")
-
-
-def test_check_refuses_a_missing_model(tmp_path: Path) -> None:
-    missing = tmp_path / "missing"
-    assert refusal("--inbox", tmp_path, "--model", missing).startswith(f"sorter: there is no model in {missing} ")
-
-
-def test_check_refuses_a_device_that_does_not_exist(tmp_path: Path) -> None:
-    assert refusal("--inbox", tmp_path, "--device", "cuda:999").startswith("sorter: --device")

@@ -1,4 +1,4 @@
-"""`--max-error-rate`: the threshold comes from the model's own table."""
+"""`--max-error-rate`: the threshold comes from the table in the model's manifest."""
 
 from pathlib import Path
 from typing import Any
@@ -24,35 +24,37 @@ def threshold(manifest: Manifest, **settings: Any) -> float:
 
 
 @pytest.mark.parametrize(("rate", "expected"), [(0.01, 0.99), (0.015, 0.99), (0.02, 0.9), (0.5, 0.6)])
-def test_the_most_photos_are_sorted_that_the_rate_allows(rate: float, expected: float, manifest: Manifest) -> None:
+def test_as_many_photos_are_sorted_as_the_rate_allows(rate: float, expected: float, manifest: Manifest) -> None:
     assert threshold(manifest, max_error_rate=rate) == expected
 
 
-def test_without_a_rate_the_threshold_is_one_s_own(manifest: Manifest) -> None:
+def test_without_a_rate_the_threshold_is_min_confidence(manifest: Manifest) -> None:
     assert threshold(manifest, min_confidence=0.7) == 0.7
     assert threshold(manifest) == 0.0
 
 
-def test_a_rate_out_of_reach_is_refused_with_the_best_there_is(manifest: Manifest) -> None:
-    with pytest.raises(ConfigurationError, match=r"can keep 0\.01 at best: --max-error-rate 0\.005 is out"):
+def test_a_rate_that_the_model_cannot_keep_is_refused_with_the_lowest_it_can(manifest: Manifest) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"keeps an error rate of 0\.01 at best: raise or omit --max-error-rate 0\.005"
+    ):
         threshold(manifest, max_error_rate=0.005)
-    with pytest.raises(ConfigurationError, match="was never measured on enough photos"):
+    with pytest.raises(ConfigurationError, match="has no measured error rates"):
         preflight.decided(Settings(max_error_rate=0.1), manifest)
 
 
-def test_a_rate_and_a_threshold_are_too_much(manifest: Manifest) -> None:
-    with pytest.raises(ConfigurationError, match="give one of them"):
+def test_a_rate_and_a_threshold_together_are_refused(manifest: Manifest) -> None:
+    with pytest.raises(ConfigurationError, match="use only one of them"):
         threshold(manifest, max_error_rate=0.02, min_confidence=0.9)
 
 
-@pytest.mark.parametrize("rate", ["0", "1", "-1", "nan", "much"])
-def test_what_is_no_rate_is_refused(rate: str) -> None:
-    with pytest.raises(ConfigurationError, match="--max-error-rate: should be"):
-        load({"max_error_rate": rate})
+def test_a_value_that_is_not_a_rate_is_refused() -> None:
+    for rate in ("0", "1", "-1", "nan", "much"):
+        with pytest.raises(ConfigurationError, match="--max-error-rate: should be"):
+            load({"max_error_rate": rate})
 
 
-def test_the_check_says_what_will_be_unsure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_check_says_what_goes_to_unsure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--max-error-rate", "0.05", "--inbox", str(tmp_path)]) == 0
-    assert "photos less sure than 0.5" in capsys.readouterr().out
+    assert "photos with a confidence below 0.5" in capsys.readouterr().out
     assert main(["check", "--inbox", str(tmp_path)]) == 0
-    assert "none: all are sorted" in capsys.readouterr().out
+    assert "nothing; every photo is sorted" in capsys.readouterr().out

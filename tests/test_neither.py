@@ -294,7 +294,7 @@ def test_a_model_that_cannot_tell_them_is_refused_and_sorts_without(tmp_path: Pa
     inbox = make_tree(tmp_path / "inbox", {"a.jpg": plain((200, 40, 40))})
     refused = sort(inbox, "--model", str(folder), "--catch-neither")
     assert refused.returncode == 2
-    assert "the model catdog-resnet50 cannot tell photos of neither: leave out --catch-neither" in refused.stderr
+    assert "the model catdog-resnet50 has no out-of-distribution detector: omit --catch-neither" in refused.stderr
     assert (inbox / "a.jpg").exists()
     assert sort(inbox, "--model", str(folder)).returncode == 0
 

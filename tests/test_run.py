@@ -291,7 +291,7 @@ def test_a_file_replaced_by_a_link_while_it_settles_is_not_waited_for(tmp_path: 
     ("arguments", "sentence"),
     [
         (["--inbox", "~nosuchuser/x"], "there is no inbox"),
-        (["--inbox", "a" * 300], "cannot be looked at"),
+        (["--inbox", "a" * 300], "cannot access"),
         (["--config", "~nosuchuser/x"], "no configuration file"),
         (["--inbox", "missing"], "there is no inbox"),
         (["--inbox", "file"], "is not a folder"),

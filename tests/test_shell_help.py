@@ -6,7 +6,6 @@ import select
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from sorter.cli.main import build_parser, main
 from sorter.cli.shell_help import SHELLS, completion, manual_page
 from sorter.settings import Settings
 
-# Asks what bash would: the function that is registered for the command, with the words typed so far.
+# Calls the function that is registered for the command with the words typed so far, as bash does.
 _BASH = """
 source "$1"; shift
 COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}
@@ -41,8 +40,8 @@ def _said(command: list[str], folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def in_zsh(folder: Path, script: Path, *words: str) -> set[str]:
-    """A person at a terminal: types, presses the tabulator, reads."""
+def in_zsh(folder: Path, script: Path, *words: str, wanted: set[str]) -> set[str]:
+    """What zsh shows a person who types some words and presses Tab; reads on until it shows what is wanted."""
     (folder / ".functions").mkdir()
     shutil.copy(script, folder / ".functions" / "_sorter")
     process, terminal = pty.fork()
@@ -51,26 +50,25 @@ def in_zsh(folder: Path, script: Path, *words: str) -> set[str]:
         os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "TERM": "dumb", "HOME": str(folder)})
     try:
         os.write(terminal, b"fpath=($PWD/.functions $fpath); autoload -U compinit; compinit -u -D; echo rea''dy\n")
-        _read_until(terminal, "ready")
+        _read_until(terminal, {"ready"})
         os.write(terminal, f"{' '.join(words)}\t\t".encode())
-        return set(_read_until(terminal, None).replace("/", " ").split())
+        return _read_until(terminal, wanted)
     finally:
         os.close(terminal)
         os.waitpid(process, 0)
 
 
-def _read_until(terminal: int, wanted: str | None) -> str:
-    """What a terminal shows, until something is in it or it is silent for a second."""
-    shown, deadline = "", time.monotonic() + 30
-    while time.monotonic() < deadline and (wanted is None or wanted not in shown):
-        if select.select([terminal], [], [], 30 if wanted else 1)[0]:
+def _read_until(terminal: int, wanted: set[str]) -> set[str]:
+    """The words on a terminal, once all the wanted ones are there and nothing more comes, or after 30 seconds."""
+    shown, words, deadline = "", set[str](), time.monotonic() + 30
+    while time.monotonic() < deadline:
+        complete = wanted <= words
+        if select.select([terminal], [], [], 0.2)[0]:
             shown += os.read(terminal, 1 << 16).decode(errors="replace")
-        elif wanted is None:
+            words = set(shown.replace("/", " ").split())
+        elif complete:
             break
-    return shown
-
-
-_ASK: dict[str, Callable[..., set[str]]] = {"bash": in_bash, "zsh": in_zsh, "fish": in_fish}
+    return words
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -94,7 +92,13 @@ def test_a_shell_completes_commands_values_paths_and_flags(
     (folder / "note.txt").touch()
     script = tmp_path / "script"
     script.write_text(completion(build_parser(), shell), encoding="utf-8")
-    found = _ASK[shell](folder, script, *words)
+    match shell:
+        case "bash":
+            found = in_bash(folder, script, *words)
+        case "fish":
+            found = in_fish(folder, script, *words)
+        case _:
+            found = in_zsh(folder, script, *words, wanted=offered)
     assert offered <= found
     assert not not_offered & found
 
@@ -112,13 +116,22 @@ def test_the_manual_page_is_formatted_without_a_warning() -> None:
     page = manual_page(build_parser())
     done = subprocess.run(command, input=page, capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == ""
-    assert "could not go on: disk full" in done.stdout
+    assert "the disk is full" in done.stdout
 
 
-@pytest.mark.parametrize("command", [["completion", "bash"], ["manpage"]])
-def test_the_commands_print_them(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command) == 0
-    printed = capsys.readouterr().out
-    assert printed.rstrip("\n") == (
-        completion(build_parser(), "bash") if "bash" in command else manual_page(build_parser())
-    ).rstrip("\n")
+def test_the_commands_print_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    assert capsys.readouterr().out == completion(build_parser(), "bash") + "\n"
+    assert main(["manpage"]) == 0
+    assert capsys.readouterr().out == manual_page(build_parser())
+
+
+def test_without_their_extra_the_commands_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for command in (["completion", "bash"], ["manpage"]):
+        assert main(command) == 2
+        out, err = capsys.readouterr()
+        needs = f"sorter: sorter {command[0]} needs the extra 'shell': pip install '.[shell]' in sorter's folder\n"
+        assert (out, err) == ("", needs)

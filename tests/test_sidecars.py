@@ -181,7 +181,7 @@ def test_a_tree_of_a_phone_is_sorted_and_undone_to_what_it_was(tmp_path: Path) -
     assert {name.split("/")[0] for name in read_tree(inbox)} <= {"cats", "dogs"}
     output = undo(inbox, "--last")
     assert described(inbox) == before
-    assert "20 photos and 40 sidecars are back" in output
+    assert "Restored 20 photos and 40 sidecars" in output
 
 
 def test_one_photo_goes_back_with_what_follows_it_as_that_is_now(tmp_path: Path) -> None:

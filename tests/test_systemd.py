@@ -1,4 +1,4 @@
-"""The service under a real systemd, its units, and what `make install` puts where."""
+"""The service under a real systemd, its units, and the files that `make install` installs."""
 
 import json
 import os
@@ -27,7 +27,7 @@ Boot = Callable[..., dict[str, dict[str, Any]]]
 
 
 def _boot(host: Path, photos: list[Path], steps: list[str], limit_seconds: int) -> dict[str, dict[str, Any]]:
-    """Run steps of the scenario in a machine of their own."""
+    """Run steps of the scenario in a throw-away machine."""
     if os.geteuid() != 0 or not SANDBOX.is_file():
         pytest.skip("needs root and ../shared/tools/systemd-sandbox, which is not part of the project")
     for name in ("clone", "photos"):
@@ -57,7 +57,7 @@ def _boot(host: Path, photos: list[Path], steps: list[str], limit_seconds: int) 
 
 
 def _packages(host: Path) -> str:
-    """Where the machine finds the packages of the tests: it has a /tmp and a /run of its own."""
+    """Where the machine finds the packages of the tests: it has its own /tmp and /run."""
     packages = sysconfig.get_path("purelib")
     if not packages.startswith(("/tmp/", "/run/", "/dev/")):
         return packages
@@ -81,26 +81,27 @@ def _make(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", "-C", ROOT, *arguments], env=environment, capture_output=True, text=True)
 
 
-# --- units -------------------------------------------------------------------------------------------------------
+def _unit(tmp_path: Path, name: str = "sorter.service", drop_in: str = "") -> Path:
+    shutil.copy(ROOT / "systemd" / name, tmp_path)
+    if drop_in:
+        (tmp_path / f"{name}.d").mkdir()
+        (tmp_path / f"{name}.d" / "drop-in.conf").write_text(drop_in)
+    return tmp_path / name
 
 
-@pytest.mark.parametrize(("unit", "limit"), [("sorter.service", 1.0), ("sorter@.service", 1.0), ("gpu", 1.5)])
-def test_the_service_is_confined(tmp_path: Path, unit: str, limit: float) -> None:
-    folder, name = ROOT / "systemd", "sorter.service" if unit == "gpu" else unit
-    shutil.copy(folder / name, tmp_path)
-    if unit == "gpu":
-        (tmp_path / "sorter.service.d").mkdir()
-        shutil.copy(folder / "sorter-gpu.conf", tmp_path / "sorter.service.d")
+@pytest.mark.parametrize(("drop_in", "limit"), [("", 1.0), ("sorter-gpu.conf", 1.5)])
+def test_the_service_is_confined(tmp_path: Path, drop_in: str, limit: float) -> None:
+    unit = _unit(tmp_path, drop_in=(ROOT / "systemd" / drop_in).read_text() if drop_in else "")
     # The threshold counts tenths.
-    done = _analyze("security", "--offline=true", "--no-pager", f"--threshold={10 * limit:.0f}", tmp_path / name)
+    done = _analyze("security", "--offline=true", "--no-pager", f"--threshold={10 * limit:.0f}", unit)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert ("char-nvidia" in done.stdout) == (unit == "gpu")
+    assert ("char-nvidia" in done.stdout) == bool(drop_in)
 
 
-@pytest.mark.parametrize("unit", ["sorter.service", "sorter@.service", "user/sorter.service"])
+@pytest.mark.parametrize("unit", ["sorter.service", "user/sorter.service"])
 def test_units_verify(tmp_path: Path, unit: str) -> None:
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "sorter").symlink_to(sys.executable)  # it wants to find a program there
+    (tmp_path / "bin" / "sorter").symlink_to(sys.executable)  # verify looks for the program
     copy = tmp_path / Path(unit).name
     copy.write_text((ROOT / "systemd" / unit).read_text().replace("/usr/local", str(tmp_path)))
     done = _analyze("verify", *(["--user"] if "/" in unit else []), copy, XDG_RUNTIME_DIR=str(tmp_path))
@@ -108,34 +109,22 @@ def test_units_verify(tmp_path: Path, unit: str) -> None:
 
 
 def test_the_drop_in_for_prometheus_opens_little(tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (drop_in,) = re.findall(r"```ini\n(\[Service\]\nPrivateNetwork=no\n.*?)```", readme, re.DOTALL)
-    shutil.copy(ROOT / "systemd" / "sorter.service", tmp_path)
-    (tmp_path / "sorter.service.d").mkdir()
-    (tmp_path / "sorter.service.d" / "metrics.conf").write_text(drop_in)
-    done = _analyze("security", "--offline=true", "--no-pager", "--threshold=10", tmp_path / "sorter.service")
+    documents = [(path / "README.md") for path in (ROOT, ROOT / "config", ROOT / "systemd")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in documents if path.is_file())
+    (drop_in,) = re.findall(r"```ini\n(\[Service\]\nPrivateNetwork=no\n.*?)```", text, re.DOTALL)
+    done = _analyze("security", "--offline=true", "--no-pager", "--threshold=10", _unit(tmp_path, drop_in=drop_in))
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"✗ PrivateNetwork=", done.stdout), done.stdout
     assert "IP address allow list with only localhost entries" in done.stdout
     assert "cannot allocate packet sockets" in done.stdout
 
 
-def test_an_instance_differs_from_the_service_in_its_configuration_alone() -> None:
-    one, many = ((ROOT / "systemd" / name).read_text().splitlines() for name in ("sorter.service", "sorter@.service"))
-    differ = [line for line in many if line not in one]
-    assert len(one) == len(many)
-    assert [line.partition("=")[0] for line in differ] == ["Description", "ExecStart"]
-    assert differ[1].endswith("/etc/sorter/%i.toml")
-
-
-# --- make install ------------------------------------------------------------------------------------------------
-
-
 def _files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()}
 
 
-def test_a_package_names_no_folder_of_its_building_and_goes_as_it_came(tmp_path: Path) -> None:
+@pytest.mark.long
+def test_a_package_does_not_name_its_build_folder_and_is_removed_completely(tmp_path: Path) -> None:
     root, library = tmp_path / "package", tmp_path / "package/usr/local/lib/sorter"
     for name in ("etc/sorter/sorter.toml", "usr/local/bin/other"):
         (root / name).parent.mkdir(parents=True)
@@ -153,6 +142,9 @@ def test_a_package_names_no_folder_of_its_building_and_goes_as_it_came(tmp_path:
     assert (root / "etc/sorter/sorter.toml").read_text() == "# mine\n"
     assert os.readlink(root / "usr/local/bin/sorter") == "/usr/local/lib/sorter/bin/sorter"
     assert (library / "bin/sorter").read_text().startswith("#!/usr/local/lib/sorter/bin/python")
+    service, instance = ((root / f"usr/local/lib/systemd/system/sorter{at}.service").read_text() for at in ("", "@"))
+    assert instance.replace("/%i.toml", "/sorter.toml").replace(" (%i)\n", "\n") == service
+    assert "\nExecStart=/usr/local/bin/sorter run --config /etc/sorter/%i.toml\n" in instance
     naming = [path for path in root.rglob("*") if path.is_file() and os.fsencode(root) in path.read_bytes()]
     assert naming == []
     assert (site / "sorter/models/catdog-resnet50/weights.safetensors").is_file()
@@ -161,44 +153,53 @@ def test_a_package_names_no_folder_of_its_building_and_goes_as_it_came(tmp_path:
     assert _files(root) == before | {"usr/local/lib/sorter/my-model/manifest.json"}
 
 
-def test_install_goes_over_no_command_of_another_program(tmp_path: Path) -> None:
+def test_install_does_not_replace_a_command_of_another_program(tmp_path: Path) -> None:
     other = tmp_path / "usr/local/bin/sorter"
     other.parent.mkdir(parents=True)
     other.write_text("#!/bin/sh\n")
     installed = _make("install", f"DESTDIR={tmp_path}")
     assert installed.returncode != 0
-    assert "belongs to something else" in installed.stderr
+    assert "belongs to another program" in installed.stderr
     _make("uninstall", f"DESTDIR={tmp_path}")
     assert _files(tmp_path) == {"usr/local/bin/sorter"}
 
 
-# --- a real systemd ----------------------------------------------------------------------------------------------
-
+INSTALL = "make_install_installs_a_service_that_verifies"
+SORT = "dropped_photos_are_sorted_and_the_journal_is_json"
 STEPS = [
-    "make_install_brings_a_service_that_verifies",
-    "what_the_group_drops_is_sorted_and_the_journal_is_json",
-    "a_killed_service_starts_again_and_sorts_the_rest",
-    "a_service_that_hangs_is_started_again_by_the_watchdog",
-    "a_wrong_configuration_is_said_once_and_not_tried_again",
-    "a_second_instance_waits_while_its_disk_is_full_and_goes_on",
-    "a_stop_finishes_the_batch_in_hand_and_leaves_the_rest",
-    "make_uninstall_takes_the_service_away_and_leaves_the_photos",
+    INSTALL,
+    SORT,
+    "a_killed_service_restarts_and_sorts_the_rest",
+    "a_hanging_service_is_restarted_by_the_watchdog",
+    "a_wrong_configuration_is_reported_once_and_not_retried",
+    "a_second_instance_waits_while_its_disk_is_full_and_continues",
+    "a_stop_finishes_the_current_batch_and_leaves_the_rest",
+    "make_uninstall_removes_the_service_and_leaves_the_photos",
 ]
 
 
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    photos = [path for path in sorted((SHARED / "photos").glob("*")) if path.suffix != ".csv"]
-    return _boot(tmp_path_factory.mktemp("systemd") / "host", photos[:340], STEPS, 250)
+def _some_photos(count: int) -> list[Path]:
+    return [path for path in sorted((SHARED / "photos").glob("*")) if path.suffix != ".csv"][:count]
+
+
+def _first_error(results: dict[str, dict[str, Any]]) -> str | None:
+    return next((f"{step}: {result['error']}" for step, result in results.items() if result["error"]), None)
 
 
 @pytest.mark.shared
+def test_a_real_systemd_starts_the_installed_service_and_it_sorts(tmp_path: Path) -> None:
+    results = _boot(tmp_path / "host", _some_photos(40), [INSTALL, SORT], 100)
+    assert _first_error(results) is None
+    assert list(results) == [INSTALL, SORT]
+
+
+@pytest.mark.shared
+@pytest.mark.long
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("step", STEPS)
-def test_systemd(machine: dict[str, dict[str, Any]], step: str) -> None:
-    error = machine[step]["error"] if step in machine else "not reached: an earlier step failed"
-    if error is not None:
-        pytest.fail(error, pytrace=False)
+def test_a_real_systemd_restarts_stops_and_uninstalls_it(tmp_path: Path) -> None:
+    results = _boot(tmp_path / "host", _some_photos(340), STEPS, 250)
+    assert _first_error(results) is None
+    assert list(results) == STEPS
 
 
 @pytest.mark.shared
@@ -209,7 +210,7 @@ def test_twenty_restarts_under_load_lose_nothing_and_sort_nothing_twice(
 ) -> None:
     photos = sorted((SHARED / "kaggle-180").rglob("*.jpg"))[:2000]
     restarts = "twenty_restarts_under_load_lose_nothing_and_sort_nothing_twice"
-    results = _boot(tmp_path / "host", photos, [STEPS[0], "a_user_sorts_in_folders_of_their_own", restarts], 1600)
+    results = _boot(tmp_path / "host", photos, [INSTALL, "a_user_sorts_in_folders_of_their_own", restarts], 1600)
     assert [result["error"] for result in results.values()] == [None] * 3
     seconds = results[restarts]["seconds"]
     proved(f"20 restarts of the real service under load, {seconds:.0f} s: {len(photos)} photos sorted, each once")

@@ -65,7 +65,7 @@ def test_a_tree_of_a_thousand_files_is_sorted_and_undone_to_what_it_was(tmp_path
     before = described(inbox)
     sort(inbox, "--recursive", code=3)
     assert len([name for name in read_tree(inbox) if name.startswith(("cats/", "dogs/"))]) == 1000
-    assert undo(inbox, "--last").splitlines()[-1] == "1001 photos are back, 0 stay"
+    assert undo(inbox, "--last").splitlines()[-1] == "Restored 1001 photos; 0 could not be restored."
     assert described(inbox) == before
     assert undo(inbox, "--last", code=2) == ""
 
@@ -99,9 +99,9 @@ def test_what_cannot_go_back_is_said_and_the_rest_goes(tmp_path: Path) -> None:
         [sys.executable, "-m", "sorter", "undo", "--last", "--inbox", str(inbox)], capture_output=True, text=True
     )
     assert done.returncode == 3
-    assert done.stdout == "2 photos are back, 4 stay\n"
-    stays = [line.split(" stays: ") for line in done.stderr.splitlines()]
-    said = {Path(path).name: problem for path, problem in stays}
+    assert done.stdout == "Restored 2 photos; 4 could not be restored.\n"
+    lines = [line.removeprefix("sorter: cannot restore ").split(": ") for line in done.stderr.splitlines()]
+    said = {Path(path).name: problem for path, problem in lines}
     assert said == {
         "0.jpg": "another file has its old name",
         "1.jpg": "it is not there any more",
@@ -124,7 +124,10 @@ def test_a_dry_run_says_the_same_and_changes_nothing(tmp_path: Path) -> None:
         "1.jpg": None,
         "2.jpg": None,
     }
-    assert undo(inbox, "--last", "--dry-run", code=3).splitlines()[-1] == "2 photos would go back, 1 stays"
+    assert (
+        undo(inbox, "--last", "--dry-run", code=3).splitlines()[-1]
+        == "Would restore 2 photos; 1 could not be restored."
+    )
     assert {path: path.stat().st_mtime_ns for path in inbox.rglob("*")} == before
 
 
@@ -147,8 +150,10 @@ def test_by_run_and_by_time(tmp_path: Path) -> None:
     runs = {json.loads(line)["run"] for line in sorter("history", "--json", "--inbox", inbox).splitlines()}
     make_tree(inbox, photos(2, first=2))
     sort(inbox)
-    assert undo(inbox, "--since", "1h", "--dry-run").splitlines()[-1] == "4 photos would go back, 0 stay"
-    assert undo(inbox, "--since", "2999-01-01") == "0 photos are back, 0 stay\n"
+    assert (
+        undo(inbox, "--since", "1h", "--dry-run").splitlines()[-1] == "Would restore 4 photos; 0 could not be restored."
+    )
+    assert undo(inbox, "--since", "2999-01-01") == "Restored 0 photos; 0 could not be restored.\n"
     (first,) = runs
     undo(inbox, "--run", first)
     assert {"0.jpg", "1.jpg"} == {name for name in read_tree(inbox) if "/" not in name}

@@ -48,7 +48,7 @@ def test_the_last_run_is_brought_back_also_if_it_was_killed_before_it_wrote_that
     sort(inbox)
     make_tree(inbox, photos(6, first=3))
     killed("move", 6, "run", "--once", "--inbox", inbox)
-    assert undo(inbox, "--last") == "6 photos are back, 0 stay\n"
+    assert undo(inbox, "--last") == "Restored 6 photos; 0 could not be restored.\n"
     assert {name for name in read_tree(inbox) if "/" not in name} == set(photos(6, first=3))
 
 
@@ -67,7 +67,7 @@ def test_moves_of_a_sorter_that_is_at_work_are_left_to_it(tmp_path: Path, start:
     inbox = make_tree(tmp_path / "in", photos(4))
     daemon = start("run", "--inbox", inbox)
     daemon.wait_for_event("photo.sorted", 4)
-    assert undo(inbox, "--last") == "4 photos are back, 0 stay\n"
+    assert undo(inbox, "--last") == "Restored 4 photos; 0 could not be restored.\n"
     assert daemon.process.poll() is None
 
 
@@ -85,8 +85,10 @@ def test_a_folder_that_takes_no_photo_back_holds_up_no_other(obstacle: str, tmp_
     else:
         (inbox / "deep").write_bytes(b"a file")
     flags = ("--output", tmp_path / "out", "--last")
-    assert undo(inbox, *flags, "--dry-run", code=3).splitlines()[-1] == "3 photos would go back, 2 stay"
-    assert undo(inbox, *flags, code=3) == "3 photos are back, 2 stay\n"
+    assert (
+        undo(inbox, *flags, "--dry-run", code=3).splitlines()[-1] == "Would restore 3 photos; 2 could not be restored."
+    )
+    assert undo(inbox, *flags, code=3) == "Restored 3 photos; 2 could not be restored.\n"
     assert set(photos(3, first=2)) <= set(read_tree(inbox))
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -145,7 +147,7 @@ def test_what_was_put_back_is_left_alone_by_whatever_name_its_folder_goes(
     monkeypatch.chdir(tmp_path / "beside")
     before = read_tree(inbox)
     sort(Path("../in"))
-    assert undo(tmp_path / "link", "../in") == "3 photos are back, 0 stay\n"
+    assert undo(tmp_path / "link", "../in") == "Restored 3 photos; 0 could not be restored.\n"
     for name in ("../in", tmp_path / "link", inbox):
         sort(Path(name))
         assert read_tree(inbox) == before
@@ -189,7 +191,7 @@ def test_a_sidecar_that_came_later_goes_back_with_its_photo(tmp_path: Path) -> N
     run = json.loads(sorter("history", "--json", "--inbox", inbox))["run"]
     make_tree(inbox, {"IMG_1.mov": b"its film"})
     sort(inbox)
-    assert undo(inbox, "--run", run) == "1 photo and 1 sidecar are back, 0 stay\n"
+    assert undo(inbox, "--run", run) == "Restored 1 photo and 1 sidecar; 0 could not be restored.\n"
     assert set(read_tree(inbox)) == {"IMG_1.jpg", "IMG_1.mov"}
 
 
@@ -198,8 +200,8 @@ def test_a_photo_takes_no_sidecar_of_another_along(tmp_path: Path) -> None:
     sort(inbox)
     make_tree(inbox, {"IMG_1.JPEG": photo(0, (64, 96)), "IMG_1.MOV": b"of the second"})
     sort(inbox)
-    assert undo(inbox, inbox / "IMG_1.jpg") == "1 photo is back, 0 stay\n"
-    assert undo(inbox, inbox / "IMG_1.JPEG") == "1 photo and 1 sidecar are back, 0 stay\n"
+    assert undo(inbox, inbox / "IMG_1.jpg") == "Restored 1 photo; 0 could not be restored.\n"
+    assert undo(inbox, inbox / "IMG_1.JPEG") == "Restored 1 photo and 1 sidecar; 0 could not be restored.\n"
 
 
 def test_a_dry_run_knows_what_stays_with_what(tmp_path: Path) -> None:
@@ -209,9 +211,9 @@ def test_a_dry_run_knows_what_stays_with_what(tmp_path: Path) -> None:
     sort(inbox)  # two that were called b.jpg
     make_tree(inbox, {"a.jpg": b"somebody else's"})
     told = undo(inbox, "--since", "1h", "--dry-run", code=3).splitlines()
-    assert told[-1] == "1 photo would go back, 3 stay"
+    assert told[-1] == "Would restore 1 photo; 3 could not be restored."
     assert told[0].endswith(f" → {inbox / 'b.jpg'}")
-    assert undo(inbox, "--since", "1h", code=3) == "1 photo is back, 3 stay\n"
+    assert undo(inbox, "--since", "1h", code=3) == "Restored 1 photo; 3 could not be restored.\n"
     assert (inbox / "b.jpg").read_bytes() == photo(2)
 
 

@@ -1,5 +1,6 @@
-"""`sorter bench`: how fast this machine sorts, what each part of it could do alone, and the loop anyone would write.
+"""`sorter bench`: how fast this machine sorts, how fast each part is alone, and how fast a plain loop is.
 
-In: photos, of which copies are made, or none, and then some are generated. Out: a `Report`. Everything is measured
-several times in turn, so that what else the machine does meanwhile strikes all alike, and the medians count.
+In: photos to copy, or none, in which case some are generated. Out: a `Report` of medians. Everything is measured
+several times in turn, so that other load on the machine affects all measurements alike. May import everything but
+`sorter.cli`.
 """

@@ -1,4 +1,4 @@
-"""What each part of the pipeline does alone, in photos a second, with all processors to itself."""
+"""Each part of the pipeline alone, in photos per second, with all CPU cores to itself."""
 
 import itertools
 import threading
@@ -25,7 +25,7 @@ from sorter.inbox.scan import Inbox
 from sorter.moving.batch_mover import BatchMover
 from sorter.moving.mover import Mover
 
-_ENGINE_SECONDS = 5.0
+ENGINE_SECONDS = 5.0
 
 
 def _settled(folder: Path) -> list[Photo]:
@@ -34,7 +34,7 @@ def _settled(folder: Path) -> list[Photo]:
 
 
 def decode(folder: Path, manifest: Manifest, workers: int) -> float:
-    """Decode every photo in a folder, as the pipeline does, and throw the pixels away."""
+    """Decode every photo in a folder as the pipeline does, and discard the pixels."""
     photos = _settled(folder)
     left = threading.Semaphore(0)
     failures: list[BaseException] = []
@@ -59,7 +59,7 @@ def decode(folder: Path, manifest: Manifest, workers: int) -> float:
         fail=fail,
     )
     try:
-        for photo in photos[:workers]:  # until the processes have started
+        for photo in photos[:workers]:  # waits until the processes have started
             decoders.submit(photo, timeout_seconds=60)
         for _ in photos[:workers]:
             left.acquire()
@@ -80,7 +80,7 @@ def pixels(photos: Sequence[Path], manifest: Manifest) -> npt.NDArray[np.uint8]:
     """Decode photos for `classify`, uint8 (N, S, S, 3).
 
     Raises:
-        ConfigurationError: there is one that does not decode.
+        ConfigurationError: a photo cannot be decoded.
     """
     pictures = []
     for path in photos:
@@ -88,12 +88,12 @@ def pixels(photos: Sequence[Path], manifest: Manifest) -> npt.NDArray[np.uint8]:
             try:
                 pictures.append(np.asarray(decode_photo(file.fileno(), manifest.input.preprocessing, Limits())))
             except PhotoError as error:
-                raise ConfigurationError(f"{path} cannot be decoded ({error}): measure with other photos") from None
+                raise ConfigurationError(f"{path} cannot be decoded ({error}): use other photos") from None
     return np.stack(pictures)
 
 
 def classify(engine: Engine, pixels: npt.NDArray[np.uint8], batch_size: int) -> float:
-    """Classify photos that lie decoded in memory, again and again for five seconds."""
+    """Classify decoded photos in memory, repeatedly for `ENGINE_SECONDS`."""
     batches = [pixels[start : start + batch_size] for start in range(0, len(pixels), batch_size)]
     engine.classify(batches[0])
     turns = itertools.count()
@@ -101,7 +101,7 @@ def classify(engine: Engine, pixels: npt.NDArray[np.uint8], batch_size: int) -> 
 
     def work(_number: int) -> int:
         photos = 0
-        while time.perf_counter() < started + _ENGINE_SECONDS:
+        while time.perf_counter() < started + ENGINE_SECONDS:
             photos += len(engine.classify(batches[next(turns) % len(batches)]))
         return photos
 
@@ -111,7 +111,7 @@ def classify(engine: Engine, pixels: npt.NDArray[np.uint8], batch_size: int) -> 
 
 
 def move(folder: Path, output: Path, manifest: Manifest, batch_size: int) -> float:
-    """Move every photo in a folder, with its record in a history."""
+    """Move every photo in a folder and record it in a history."""
     photos = _settled(folder)
     output.mkdir()
     history, run = History(output), Run("bench", __version__, manifest.name)

@@ -1,4 +1,4 @@
-"""What is sorted: hard copies of somebody's photos, or generated ones."""
+"""The photos to measure with: copies of real photos, or generated ones."""
 
 import itertools
 import shutil
@@ -18,19 +18,23 @@ def find(folder: Path) -> list[Path]:
     """The photos in a folder, by their extension.
 
     Raises:
-        ConfigurationError: there are none.
+        ConfigurationError: there are none, or the folder cannot be read.
     """
     try:
         found = sorted(path for path in folder.iterdir() if path.suffix.lower() in images.EXTENSIONS and path.is_file())
     except OSError as error:
         raise ConfigurationError(f"--photos {folder}: {error.strerror}") from None
     if not found:
-        raise ConfigurationError(f"--photos {folder}: there are no photos in it")
+        raise ConfigurationError(f"--photos {folder}: there are no photos in this folder")
     return found
 
 
 def generate(folder: Path) -> list[Path]:
-    """Make JPEGs of 3 megapixels that compress like photos."""
+    """Make JPEGs of 3 megapixels that compress like photos.
+
+    Args:
+        folder: created for them.
+    """
     folder.mkdir()
     random = np.random.default_rng(0)
     for number in range(_GENERATED):
@@ -45,14 +49,14 @@ def generate(folder: Path) -> list[Path]:
 
 
 def copy(photos: Sequence[Path], folder: Path, count: int) -> None:
-    """Fill a new folder with `count` copies: each photo once, then all of them again."""
+    """Fill a new folder with `count` copies: each photo once, then each of them again."""
     folder.mkdir()
     for number, photo in zip(range(count), itertools.cycle(photos), strict=False):
         shutil.copy2(photo, folder / f"{number // len(photos)}-{photo.name}")
 
 
 def gather(folder: Path, into: Path) -> None:
-    """Bring sorted copies back into one new folder."""
+    """Collect sorted copies in one new folder."""
     into.mkdir()
     for path in list(folder.rglob("*")):
         if path.is_file() and ".sorter" not in path.parts:

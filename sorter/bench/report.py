@@ -1,32 +1,38 @@
-"""Measures everything in turn and says what came out."""
+"""Measures everything in turn, and reports the medians as JSON or as text."""
 
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from sorter.bench import parts, photos, whole
+import numpy as np
+import numpy.typing as npt
+
+from sorter.bench import parts, photos, programs
+from sorter.bench.programs import Sorted
 from sorter.classifier import manifest as manifests
-from sorter.classifier.engine import open_engine
+from sorter.classifier.engine import Engine, open_engine
+from sorter.classifier.manifest import Manifest
 from sorter.decoding.decoders import default_workers
 from sorter.processors import available_cpus
 from sorter.settings import Settings
 
-_MOST_COMPARED, _MOST_IN_MEMORY = 500, 500
+_MAX_COMPARED = _MAX_IN_MEMORY = 500
+_NEEDS_TORCH = "it needs PyTorch (pip install '.[gpu]')"
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Medians; photos a second where nothing else is said.
+    """Medians, in photos per second unless the name says otherwise.
 
     Attributes:
-        of_what_the_parts_allow: `sorter` as a share of 1 / (1 / engine + 1 / decode), which is what processors can do
-            that have to do both; None on a GPU.
-        plain_loop, ratio, compared, differing: None or 0 where the plain loop is not there, as in an installation
-            without the sources.
-        differing: photos, of those compared, that the plain loop sorted into another folder.
+        distinct: photos that are not copies of another.
+        of_what_the_parts_allow: `sorter` as a share of 1 / (1 / classify + 1 / decode), the most that CPU cores doing
+            both can reach; None on a GPU.
+        plain_loop, ratio: None if PyTorch is not installed; `compared` and `differing` are 0 then.
+        differing: of the compared photos, those that the plain loop sorted into another folder.
     """
 
     photos: int
@@ -51,72 +57,140 @@ class Report:
     plain_loop_runs: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Setup:
+    """What every run measures with.
+
+    Attributes:
+        work: a temporary folder; `all` in it has `count` copies, `some` has those that the plain loop sorts.
+        pixels: decoded photos, uint8 (N, S, S, 3).
+        compared: the number of photos in `some`; 0 without the plain loop.
+    """
+
+    settings: Settings
+    model: Manifest
+    engine: Engine
+    work: Path
+    count: int
+    distinct: int
+    pixels: npt.NDArray[np.uint8]
+    compared: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What one run measured, in photos per second."""
+
+    sorted: Sorted
+    decode: float
+    classify: float
+    move: float
+    plain_loop: float | None
+    differing: int
+
+
 def measure(
-    chosen: Settings, source: Path | None, count: int, runs: int, say: Callable[[str], None] = lambda _: None
+    settings: Settings, source: Path | None, count: int, runs: int, say: Callable[[str], None] = lambda _: None
 ) -> Report:
-    """Measure with copies of the photos in `source`, or with generated ones.
+    """Measure with copies of the photos in a folder, or with generated photos.
+
+    Args:
+        settings: the model, engine, device and batch size.
+        source: the folder; None to generate photos.
+        count: how many copies to sort.
+        runs: how often to measure.
+        say: called with each step.
 
     Raises:
         SorterError: the model, the photos or a setting cannot be used.
     """
-    model = manifests.read(chosen.model)
-    flags = ["--model", str(chosen.model.absolute()), "--engine", chosen.engine, "--device", chosen.device]
-    flags += ["--batch-size", str(chosen.batch_size)]
     with tempfile.TemporaryDirectory(prefix="sorter-bench-") as name:
-        work = Path(name)
-        say("copying photos" if source else "generating photos")
-        originals = photos.find(source) if source else photos.generate(work / "generated")
-        photos.copy(originals, work / "all", count)
-        pixels = parts.pixels(originals[: min(count, _MOST_IN_MEMORY)], model)
-        compared = originals[:_MOST_COMPARED] if whole.PLAIN_LOOP.exists() else []
-        photos.copy(compared, work / "some", min(len(compared), count))
-        decode, classify, move, plain, sorts = [], [], [], [], []
-        differing = 0
-        for run in range(1, runs + 1):
-            say(f"run {run} of {runs}")
-            if compared:
-                plain.append(whole.plain_loop(chosen.model.absolute(), work / "some", chosen.batch_size))
-                expected = whole.folders(work / "some")
-                photos.gather(work / "some", work / "back")
-                (work / "back").rename(work / "some")
-            sorts.append(whole.sort(work / "all", flags, work / "log"))
-            got = whole.folders(work / "all")
-            differing = sum(got.get(photo) != folder for photo, folder in expected.items()) if compared else 0
-            photos.gather(work / "all", work / "back")
-            decode.append(parts.decode(work / "back", model, default_workers()))
-            engine = open_engine(chosen.model, model, chosen.engine, chosen.device, chosen.batch_size)
-            classify.append(parts.classify(engine, pixels, chosen.batch_size))
-            move.append(parts.move(work / "back", work / "moved", model, chosen.batch_size))
-            photos.gather(work / "moved", work / "all")
-            (work / "back").rmdir()
-    sorter, alone = statistics.median(s.rate for s in sorts), statistics.median(classify)
-    allowed = 1 / (1 / alone + 1 / statistics.median(decode))
+        setup = _prepare(settings, source, count, Path(name), say)
+        found = []
+        for number in range(1, runs + 1):
+            say(f"run {number} of {runs}")
+            found.append(_measure_once(setup))
+    return _report(setup, found)
+
+
+def _prepare(settings: Settings, source: Path | None, count: int, work: Path, say: Callable[[str], None]) -> _Setup:
+    model = manifests.read(settings.model)
+    say("copying photos" if source else "generating photos")
+    originals = photos.find(source) if source else photos.generate(work / "generated")
+    photos.copy(originals, work / "all", count)
+    pixels = parts.pixels(originals[: min(count, _MAX_IN_MEMORY)], model)
+    compared = 0
+    if programs.has_torch():
+        compared = min(len(originals), _MAX_COMPARED, count)
+        photos.copy(originals[:compared], work / "some", compared)
+    else:
+        say(f"skipping the plain loop: {_NEEDS_TORCH}")
+    engine = open_engine(settings.model, model, settings.engine, settings.device, settings.batch_size)
+    return _Setup(settings, model, engine, work, count, min(count, len(originals)), pixels, compared)
+
+
+def _measure_once(setup: _Setup) -> _Run:
+    """Measure each part and program once; afterwards the copies are where they were."""
+    settings, work = setup.settings, setup.work
+    plain_loop, expected = _sort_plainly(setup) if setup.compared else (None, {})
+    flags = ["--model", str(settings.model.absolute()), "--engine", settings.engine, "--device", settings.device]
+    flags += ["--batch-size", str(settings.batch_size)]
+    result = programs.sort(work / "all", flags, work / "log")
+    found = programs.folders(work / "all")
+    photos.gather(work / "all", work / "back")
+    decode = parts.decode(work / "back", setup.model, default_workers())
+    classify = parts.classify(setup.engine, setup.pixels, settings.batch_size)
+    move = parts.move(work / "back", work / "moved", setup.model, settings.batch_size)
+    photos.gather(work / "moved", work / "all")
+    (work / "back").rmdir()
+    differing = sum(found.get(photo) != folder for photo, folder in expected.items())
+    return _Run(result, decode, classify, move, plain_loop, differing)
+
+
+def _sort_plainly(setup: _Setup) -> tuple[float, dict[str, str]]:
+    """The plain loop's photos per second, and the folder that it chose for each photo."""
+    some, back = setup.work / "some", setup.work / "back"
+    rate = programs.plain_loop(setup.settings.model.absolute(), some, setup.settings.batch_size)
+    chosen = programs.folders(some)
+    photos.gather(some, back)
+    back.rename(some)
+    return rate, chosen
+
+
+def _report(setup: _Setup, runs: Sequence[_Run]) -> Report:
+    sorter, classify, decode, move = (
+        statistics.median(rates)
+        for rates in zip(*((run.sorted.rate, run.classify, run.decode, run.move) for run in runs), strict=True)
+    )
+    plain_loop_runs = tuple(run.plain_loop for run in runs if run.plain_loop is not None)
+    plain_loop = statistics.median(plain_loop_runs) if plain_loop_runs else None
+    engine = setup.engine
     return Report(
-        photos=count,
-        distinct=min(count, len(originals)),
-        runs=runs,
+        photos=setup.count,
+        distinct=setup.distinct,
+        runs=len(runs),
         processors=available_cpus(),
-        model=model.name,
-        image_size=model.input.size,
+        model=setup.model.name,
+        image_size=setup.model.input.size,
         engine=f"{engine.name} on {engine.device}, {engine.precision}",
-        decode=statistics.median(decode),
-        classify=alone,
-        move=statistics.median(move),
+        decode=decode,
+        classify=classify,
+        move=move,
         sorter=sorter,
-        of_what_the_parts_allow=sorter / allowed if engine.device == "cpu" else None,
-        plain_loop=statistics.median(plain) if plain else None,
-        ratio=sorter / statistics.median(plain) if plain else None,
-        compared=min(len(compared), count),
-        differing=differing,
-        start_seconds=statistics.median(s.start_seconds for s in sorts),
-        peak_mb=max(s.peak_mb for s in sorts),
-        sorter_runs=tuple(s.rate for s in sorts),
-        plain_loop_runs=tuple(plain),
+        of_what_the_parts_allow=sorter * (1 / classify + 1 / decode) if engine.device == "cpu" else None,
+        plain_loop=plain_loop,
+        ratio=None if plain_loop is None else sorter / plain_loop,
+        compared=setup.compared,
+        differing=runs[-1].differing,
+        start_seconds=statistics.median(run.sorted.start_seconds for run in runs),
+        peak_mb=max(run.sorted.peak_mb for run in runs),
+        sorter_runs=tuple(run.sorted.rate for run in runs),
+        plain_loop_runs=plain_loop_runs,
     )
 
 
 def as_json(report: Report) -> str:
-    """One line."""
+    """A report as one line of JSON."""
     rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(report).items()}
     for runs in ("sorter_runs", "plain_loop_runs"):
         rounded[runs] = [round(value, 3) for value in getattr(report, runs)]
@@ -124,29 +198,27 @@ def as_json(report: Report) -> str:
 
 
 def as_text(report: Report) -> str:
-    """A few lines for a person."""
+    """A report as a few lines for a person."""
+    share = report.of_what_the_parts_allow
     rows = [
-        ("decode alone", f"{report.decode:8.1f} photos/s"),
-        ("engine alone", f"{report.classify:8.1f} photos/s   {report.engine}"),
-        ("move alone", f"{report.move:8.1f} photos/s"),
-        ("the sorter", f"{report.sorter:8.1f} photos/s"),
+        ("decoder alone", _rate(report.decode)),
+        ("engine alone", f"{_rate(report.classify)}   {report.engine}"),
+        ("mover alone", _rate(report.move)),
+        ("sorter", _rate(report.sorter) + (f"   {share:.0%} of what decoder and engine allow" if share else "")),
     ]
-    if report.of_what_the_parts_allow is not None:
-        rows[-1] = (
-            rows[-1][0],
-            f"{rows[-1][1]}   {report.of_what_the_parts_allow:.0%} of what decoder and engine allow",
-        )
     if report.plain_loop is None:
-        rows.append(("the plain loop", "it comes with the sources, and they are not here"))
+        rows.append(("plain loop", f"not measured: {_NEEDS_TORCH}"))
     else:
-        rows.append(
-            ("the plain loop", f"{report.plain_loop:8.1f} photos/s   the sorter is {report.ratio:.1f} times as fast")
-        )
+        rows.append(("plain loop", f"{_rate(report.plain_loop)}   sorter is {report.ratio:.1f} times as fast"))
         rows.append(("other labels", f"{report.differing:8} of {report.compared}"))
     rows += [
-        ("memory", f"{report.peak_mb:8.0f} MB at most"),
-        ("start", f"{report.start_seconds:8.1f} s to the first photo"),
+        ("peak memory", f"{report.peak_mb:8.0f} MB"),
+        ("start", f"{report.start_seconds:8.1f} s until the first photo is sorted"),
     ]
-    head = f"{report.photos} photos ({report.distinct} different), {report.model} at {report.image_size} px, "
-    head += f"{report.processors} processors, medians of {report.runs} runs"
+    head = f"{report.photos} photos ({report.distinct} distinct), {report.model} at {report.image_size} px, "
+    head += f"{report.processors} CPU cores, medians of {report.runs} runs"
     return "\n".join([head, *(f"  {name:<15} {value}" for name, value in rows)])
+
+
+def _rate(photos_per_second: float) -> str:
+    return f"{photos_per_second:8.1f} photos/s"

@@ -1,1 +1,5 @@
-"""The commands: flags in, exit codes, tables and sentences out. Imports everything; nothing imports it."""
+"""The command line: flags in; exit codes, tables, JSON and sentences out.
+
+`main.py` lists the commands and `parser.py` makes an argparse from that list and from the settings. Each command has a
+module of its own. This package may import everything; nothing imports it.
+"""

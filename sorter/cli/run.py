@@ -1,14 +1,15 @@
-"""What `sorter run`, `check` and `bench` do: the rooms, wired together.
+"""`sorter run`: the parts wired together, and the run's beginning and end.
 
-In: the settings, and a command's own options. Out: an exit code.
+In: the settings. Out: an exit code, a log on standard error, and the summary or the planned moves on standard output.
 """
 
+import argparse
 import os
-import signal
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import structlog
@@ -21,128 +22,146 @@ from sorter.errors import ConfigurationError, ExitCode, StorageError
 from sorter.files import FOLDER, lock
 from sorter.files.atomic import make_folder
 from sorter.files.lock import Lock
-from sorter.history.reader import HistoryReader
+from sorter.files.photo import Photo
+from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import NAME, History, Run
-from sorter.inbox.scan import is_temporary
+from sorter.inbox.scan import Inbox, is_temporary
 from sorter.moving.mover import Mover
 from sorter.moving.recovery import recover
-from sorter.service import hook
+from sorter.service.counters import Counters
+from sorter.service.hook import Hook
 from sorter.service.stop import Stop
 from sorter.settings import Settings
 
 if TYPE_CHECKING:
     from sorter.classifier.engine import Engine
+    from sorter.pipeline.pipeline import Pipeline
+    from sorter.service.metrics import Metrics
+    from sorter.service.service import Service
 
-# An undo that clears up after a crash holds the lock for a moment.
+# An undo that recovers from a crash holds the lock for a moment.
 _PATIENCE_SECONDS = 2.0
 
 
-def run(chosen: Settings, *, json: bool) -> ExitCode:
-    """Sort the inbox: once, or until told to stop."""
-    if json and not chosen.dry_run:
-        raise ConfigurationError("--json prints what would happen: give it with --dry-run")
-    chosen, model, command = preflight.check(chosen)
-    stream = logs.configure(chosen.log_format, chosen.log_level)
-    log = structlog.get_logger()
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `sorter run`."""
+    parser.add_argument_group("what to print").add_argument(
+        "--json", dest="as_json", action="store_true", help="with --dry-run, print each decision as a line of JSON"
+    )
 
-    # Heavy from here on: everything that can be wrong without them has been said.
-    from sorter.classifier.engine import unused_gpu
+
+def run(settings: Settings, *, as_json: bool) -> ExitCode:
+    """Sort the inbox: once, or until told to stop.
+
+    Raises:
+        SorterError: something is wrong, or sorting cannot continue.
+    """
+    if as_json and not settings.dry_run:
+        raise ConfigurationError("--json prints planned moves: use it together with --dry-run")
+    settings, model, command = preflight.check(settings)
+    stream = logs.configure(settings.log_format, settings.log_level)
+
+    # Imported here because they take long, and most mistakes have been reported by now.
     from sorter.decoding.decoders import default_workers
-    from sorter.inbox.watcher import Watcher
     from sorter.pipeline.pipeline import Pipeline
     from sorter.service.service import Service
 
-    stop = Stop(idle_code=ExitCode.INCOMPLETE if chosen.once else ExitCode.DONE)
+    stop = Stop(idle_code=ExitCode.INCOMPLETE if settings.once else ExitCode.DONE)
     stop.listen()
-    inbox = preflight.watched(chosen, model)
-    # Last of what can be wrong at the start, so that nothing was touched when the process ends with 2.
-    engine = _open_engine(chosen, model)
+    inbox, output = preflight.watched(settings, model), settings.output_folder.absolute()
+    # Everything that ends with `ExitCode.USAGE` comes before the first change to a folder.
+    engine = preflight.open_engine(settings, model)
     this_run = Run(uuid4().hex[:12], sorter.__version__, model.name)
-    measured = None
-    if chosen.metrics_port and not chosen.once:
-        from sorter.service.metrics import Metrics
-
-        measured = Metrics(
-            chosen.metrics_port, {"version": this_run.version, "model": model.name, "engine": engine.name}
-        )
-    output = chosen.output_folder.absolute()
+    log_fields: dict[str, object] = {"run": this_run.id, "model": model.name}
+    if settings.dry_run:
+        log_fields["dry_run"] = True
+    metrics = _serve_metrics(settings, model, engine)
     with ExitStack() as stack:
-        held = history = None
-        if not chosen.dry_run:
-            held = Lock(inbox.root)
-            stack.callback(held.release)
-            held.take(patience_seconds=_PATIENCE_SECONDS)
+        inbox_lock = history = None
+        if not settings.dry_run:
+            inbox_lock = _take_lock(inbox.root, stack)
             history = _open_history(inbox.root, output, this_run, stack)
-        fields = {"run": this_run.id, "model": model.name} | ({"dry_run": True} if chosen.dry_run else {})
-        log.info(
-            "service.started",
-            **fields,
-            version=this_run.version,
-            engine=engine.name,
-            device=engine.device,
-            precision=engine.precision,
-            batch_size=chosen.batch_size,
-            accuracy=model.accuracy,
-            inbox=str(inbox.root),
-            output=str(output),
-        )
-        if chosen.engine == chosen.device == "auto" and (hint := unused_gpu()):
-            log.warning("engine.unused_gpu", detail=hint)
+        _log_start(settings, model, engine, inbox.root, output, log_fields)
         mover = Mover(output)
         stop.moving = mover.lock
-        ways: dict[str, Any] = {"on_decision": console.print_decision} if json else {}
-        if (output / FOLDER / NAME).is_file():
-            past = HistoryReader(output)
-            stack.callback(past.close)
-            ways |= {"last_sorted": past.last_sorted} | (
-                {} if chosen.include_undone else {"put_back": past.was_put_back}
-            )
-        if chosen.once and chosen.log_format != "json" and stream.isatty():
-            total = None if chosen.recursive else _count(chosen.inbox)
-            shown = stack.enter_context(console.bar(stream, total))
-            ways |= {"on_outcome": shown.advance, "on_waiting": shown.waiting}
-        told: dict[str, Any] = {} if measured is None else {"measures": measured}
-        if command is not None and not chosen.dry_run:
-            telling = hook.Hook(command, fields)
-            stack.callback(telling.close)  # after the pipeline, with the inbox still ours
-            told["on_moved"], stop.kill_children = telling.notify_batch, telling.kill
-        pipeline = Pipeline(engine, model, mover, history, this_run.id, chosen, workers=default_workers(), **told)
+        reader = _open_reader(output, stack)
+        bar = _show_bar(settings, stream, stack)
+        hook = None if command is None or settings.dry_run else _start_hook(command, log_fields, stop, stack)
+        pipeline = Pipeline(
+            engine,
+            model,
+            mover,
+            history,
+            this_run.id,
+            settings,
+            workers=default_workers(),
+            on_moved=_ignore if hook is None else hook.notify_batch,
+            measures=metrics,
+        )
         stack.callback(pipeline.close)
-        service = Service(chosen, inbox, pipeline, stop, held, log_fields=fields, **ways)
-        if chosen.once:
-            counters = service.run_once()
-        else:
-            watcher = Watcher(inbox)
-            if measured is not None:
-                measured.watch(service.counters, pipeline, watcher)
-            counters = service.run(watcher)
+        service = Service(
+            settings,
+            inbox,
+            pipeline,
+            stop,
+            inbox_lock,
+            log_fields=log_fields,
+            on_outcome=_ignore if bar is None else bar.advance,
+            on_waiting=_ignore if bar is None else bar.waiting,
+            on_decision=console.print_decision if as_json else _ignore,
+            put_back=_never if reader is None or settings.include_undone else reader.was_put_back,
+            last_sorted=_none if reader is None else reader.last_sorted,
+        )
+        counters = service.run_once() if settings.once else _watch(service, inbox, pipeline, metrics)
         if history is not None:
-            with suppress(StorageError):  # every photo is accounted for; only the run's end is not
+            with suppress(StorageError):  # every photo is recorded; only the end of the run is not
                 history.finish(this_run)
-    if not chosen.once or json:
-        return counters.exit_code if chosen.once else ExitCode.DONE
-    console.say(
-        console.summary(counters, preflight.destinations(model), dry_run=chosen.dry_run), sys.stdout, flush=True
-    )
-    return counters.exit_code
+    if settings.once and not as_json:
+        text = console.summary(counters, preflight.destinations(model), dry_run=settings.dry_run)
+        console.say(text, sys.stdout, flush=True)
+    return counters.exit_code if settings.once else ExitCode.DONE
+
+
+def _watch(service: "Service", inbox: Inbox, pipeline: "Pipeline", metrics: "Metrics | None") -> Counters:
+    from sorter.inbox.watcher import Watcher
+
+    watcher = Watcher(inbox)
+    if metrics is not None:
+        metrics.watch(service.counters, pipeline, watcher)
+    return service.run(watcher)
+
+
+def _serve_metrics(settings: Settings, model: Manifest, engine: "Engine") -> "Metrics | None":
+    if not settings.metrics_port or settings.once:
+        return None
+    from sorter.service.metrics import Metrics  # needs the extra `metrics`
+
+    info = {"version": sorter.__version__, "model": model.name, "engine": engine.name}
+    return Metrics(settings.metrics_port, info)
+
+
+def _take_lock(folder: Path, stack: ExitStack) -> Lock:
+    """Lock a folder until the stack unwinds."""
+    held = Lock(folder)
+    stack.callback(held.release)
+    held.take(patience_seconds=_PATIENCE_SECONDS)
+    return held
 
 
 def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> History:
-    """Lock the output, clear up after a crash, and begin a run."""
+    """Lock the output, recover from a crash, and begin a run."""
     try:
         make_folder(output)
     except OSError as error:
-        raise ConfigurationError(f"{output} cannot be made ({error.strerror}): name another --output") from None
+        raise ConfigurationError(f"cannot create {output} ({error.strerror}): use another --output") from None
     if not os.path.samefile(inbox, output):
-        held = Lock(output)
-        stack.callback(held.release)
-        held.take(patience_seconds=_PATIENCE_SECONDS)
+        _take_lock(output, stack)
     history = History(output)
     stack.callback(history.close)
     undoing = Lock(output, lock.UNDOING)
     try:
         undoing.take()
-    except ConfigurationError:  # it clears up after itself
+    except ConfigurationError:  # a running undo recovers its own moves
         found = recover(history, output, undoing=False)
     else:
         found = recover(history, output)
@@ -156,61 +175,65 @@ def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> Hist
     return history
 
 
-def _open_engine(chosen: Settings, model: Manifest) -> "Engine":
-    from sorter.classifier.engine import open_engine  # what it needs takes a while to import
+def _log_start(
+    settings: Settings, model: Manifest, engine: "Engine", inbox: Path, output: Path, log_fields: dict[str, object]
+) -> None:
+    from sorter.classifier.engine import unused_gpu
 
-    return open_engine(
-        chosen.model,
-        model,
-        chosen.engine,
-        chosen.device,
-        chosen.batch_size,
-        chosen.min_confidence,
-        catch_neither=chosen.catch_neither,
+    log = structlog.get_logger()
+    log.info(
+        "service.started",
+        **log_fields,
+        version=sorter.__version__,
+        engine=engine.name,
+        device=engine.device,
+        precision=engine.precision,
+        batch_size=settings.batch_size,
+        accuracy=model.accuracy,
+        inbox=str(inbox),
+        output=str(output),
     )
+    if settings.engine == settings.device == "auto" and (hint := unused_gpu()):
+        log.warning("engine.unused_gpu", detail=hint)
 
 
-def bench(chosen: Settings, *, photos: Path | None, count: int, runs: int, json: bool) -> ExitCode:
-    """Measure how fast this machine sorts."""
-    from sorter.bench import report
+def _open_reader(output: Path, stack: ExitStack) -> HistoryReader | None:
+    """The history for looking up earlier moves; a dry run may find none."""
+    if not (output / FOLDER / NAME).is_file():
+        return None
+    reader = HistoryReader(output)
+    stack.callback(reader.close)
+    return reader
 
-    for number in (signal.SIGINT, signal.SIGTERM):  # the copies are taken away also then
-        signal.signal(number, signal.default_int_handler)
-    try:
-        measured = report.measure(chosen, photos, count, runs, lambda what: print(what, file=sys.stderr, flush=True))
-    except KeyboardInterrupt:
-        sys.stderr.write("sorter: interrupted: nothing was measured, and the copies are gone\n")
-        return ExitCode.INCOMPLETE
-    print(report.as_json(measured) if json else report.as_text(measured))
-    return ExitCode.DONE
+
+def _show_bar(settings: Settings, stream: logs.LogStream, stack: ExitStack) -> console.Bar | None:
+    """A progress bar for a person at a terminal who waits for the end."""
+    if not settings.once or settings.log_format == "json" or not stream.isatty():
+        return None
+    total = None if settings.recursive else _count(settings.inbox)
+    return stack.enter_context(console.bar(stream, total))
+
+
+def _start_hook(command: Sequence[str], log_fields: dict[str, object], stop: Stop, stack: ExitStack) -> Hook:
+    """Start the thread that runs `--on-sorted`; the stack ends it after the pipeline, with the inbox still locked."""
+    hook = Hook(command, log_fields)
+    stack.callback(hook.close)
+    stop.kill_children = hook.kill
+    return hook
 
 
 def _count(inbox: Path) -> int:
-    with os.scandir(inbox) as entries:
-        return sum(1 for entry in entries if not is_temporary(entry.name) and entry.is_file(follow_symlinks=False))
+    with os.scandir(inbox) as files:
+        return sum(1 for file in files if not is_temporary(file.name) and file.is_file(follow_symlinks=False))
 
 
-def check(chosen: Settings) -> ExitCode:
-    """Check everything that can be wrong, and say what a run would do."""
-    chosen, model, _ = preflight.check(chosen)
-    from sorter.classifier.engine import unused_gpu
+def _ignore(_: object) -> None:
+    pass
 
-    engine = _open_engine(chosen, model)
-    unsure = [f"photos less sure than {chosen.min_confidence:g}"] if chosen.min_confidence else []
-    unsure += ["photos of neither"] if chosen.catch_neither else []
-    accuracy = "not measured" if model.accuracy is None else f"{model.accuracy:.2%} on photos it never saw"
-    rows = {
-        "inbox": f"{chosen.inbox.absolute()}" + (" and its subfolders" if chosen.recursive else ""),
-        "output": f"{chosen.output_folder.absolute()}",
-        "folders": ", ".join(f"{folder}/" for folder in preflight.destinations(model)),
-        "model": f"{model.name}, {model.architecture} at {model.input.size} px",
-        "accuracy": accuracy,
-        "unsure": ", ".join(unsure) or "none: all are sorted",
-        "engine": f"{engine.name} on {engine.device}, {engine.precision}, batches of {chosen.batch_size}",
-    }
-    for name, value in rows.items():
-        print(f"{name:<9} {value.encode(errors='backslashreplace').decode()}")
-    if chosen.engine == chosen.device == "auto" and (hint := unused_gpu()):
-        print(f"note      {hint}")
-    print("All is well.")
-    return ExitCode.DONE
+
+def _never(_: Photo) -> bool:
+    return False
+
+
+def _none(_root: Path, _names: Sequence[str], _since: float) -> Entry | None:
+    return None

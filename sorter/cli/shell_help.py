@@ -1,32 +1,39 @@
-"""What a shell and `man` know of the commands, made from the help itself: `sorter completion`, `sorter manpage`.
-
-In: the whole command line. Out: the text of a completion script, of a manual page.
-"""
+"""`sorter completion` and `sorter manpage`: a completion script and a manual page, made from the parser itself."""
 
 import argparse
 import textwrap
-from collections.abc import Iterator
 from typing import Literal, get_args, get_origin
 
 import sorter
+from sorter.cli import extras
+from sorter.cli.parser import Parser
 from sorter.settings import Settings
 
 SHELLS = ("bash", "zsh", "fish")
-_NAME = "watches a folder and sorts the photos in it into cats/ and dogs/"
+_DESCRIPTION = "watches a folder and sorts the photos in it into cats/ and dogs/"
 
 
-def completion(parser: argparse.ArgumentParser, shell: str) -> str:
-    """The script that completes commands, flags, paths and values in a shell.
+def add_completion_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `sorter completion`."""
+    parser.add_argument("shell", metavar="SHELL", choices=SHELLS, help=", ".join(SHELLS))
+
+
+def completion(parser: Parser, shell: str) -> str:
+    """A script that completes commands, flags, paths and values in a shell.
 
     Args:
-        parser: to itself, since what completes is noted in it.
+        parser: one that nothing else uses, because completions are noted in it.
         shell: one of `SHELLS`.
+
+    Raises:
+        ConfigurationError: the extra `shell` is not installed.
     """
+    extras.require("shtab", "shell", "sorter completion")
     import shtab
 
-    for what, command in _commands(parser):
-        command.description = what
-        for action in command._actions:
+    for command in parser.commands.values():
+        command.description = command.summary
+        for action in command._actions:  # argparse has no public list of them; shtab reads this one too
             if action.metavar in ("DIR", "FILE", "PATH"):
                 action.complete = shtab.DIRECTORY if action.metavar == "DIR" else shtab.FILE  # type: ignore[attr-defined]
             field = Settings.model_fields.get(action.dest)
@@ -35,26 +42,22 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
     return str(shtab.complete(parser, shell))
 
 
-def manual_page(parser: argparse.ArgumentParser) -> str:
-    """The manual page, in troff's language, as man(1) reads it.
+def manual_page(parser: Parser) -> str:
+    """The manual page as troff source.
 
     Args:
-        parser: to itself: its epilog, the exit codes, becomes a section.
+        parser: one that nothing else uses, because its descriptions and its epilog are removed.
+
+    Raises:
+        ConfigurationError: the extra `shell` is not installed.
     """
+    extras.require("argparse_manpage", "shell", "sorter manpage")
     from argparse_manpage.manpage import Manpage
 
-    for _, command in _commands(parser):
-        command.description = None  # what it does is said anyway
-    codes, parser.epilog = textwrap.dedent(str(parser.epilog).partition("\n")[2]), None
-    about = {"version": sorter.__version__, "description": _NAME, "manual_title": "User Commands"}
+    for command in parser.commands.values():
+        command.description = None  # the page has each command's help already
+    exit_codes, parser.epilog = textwrap.dedent(str(parser.epilog).partition("\n")[2]), None
+    about = {"version": sorter.__version__, "description": _DESCRIPTION, "manual_title": "User Commands"}
     page = Manpage(parser, about, format="single-commands-section")
-    page.add_section("exit status", "=", f".nf\n{codes}.fi")
+    page.add_section("exit status", "=", f".nf\n{exit_codes}.fi")
     return str(page)
-
-
-def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str | None, argparse.ArgumentParser]]:
-    """What each command does, in a line, and its own parser."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for choice in action._choices_actions:
-                yield choice.help, action.choices[choice.dest]

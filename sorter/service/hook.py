@@ -21,7 +21,7 @@ from typing import Any
 
 import structlog
 
-from sorter.decisions import Outcome
+from sorter.decisions import Outcome, described
 from sorter.errors import ConfigurationError
 
 LIMIT_SECONDS = 30.0
@@ -112,7 +112,7 @@ class Hook:
         """Run the command once; what went wrong, empty if nothing did, and the end of what it said."""
         # A file and not a pipe, so that nobody has to wait for a command that reads slowly, or not at all.
         with tempfile.TemporaryFile() as told:
-            told.write(json.dumps(self._fields | {"photos": [_described(outcome) for outcome in moved]}).encode())
+            told.write(json.dumps(self._fields | {"photos": [described(outcome) for outcome in moved]}).encode())
             told.seek(0)
             process = self._process = subprocess.Popen(
                 self._words,
@@ -155,17 +155,3 @@ def _follow(process: subprocess.Popen[bytes], errors: int, deadline: float) -> t
         if ended:
             return said, True
     return said, False
-
-
-def _described(outcome: Outcome) -> dict[str, Any]:
-    decision = outcome.decision
-    assert decision is not None
-    reason = decision.decoded.reason
-    return {
-        "path": outcome.photo.path,
-        "destination": outcome.destination,
-        "kind": outcome.kind,
-        "label": decision.label,
-        "confidence": None if decision.confidence is None else round(decision.confidence, 4),
-        "reason": None if reason is None else str(reason),
-    }

@@ -1,8 +1,8 @@
-"""What each step brought: the engine, the decoder and the mover, each measured alone, as a table in Markdown.
+"""What each optimisation contributes to the speed of engine, decoder and mover, as a table in Markdown.
 
     python tests/benchmarks/steps.py [--photos DIR] [--model DIR] [--runs 5]
 
-Every row is measured once in each round, and the medians count. Without photos, some are generated.
+Each row is measured alone, once per round; the table has the medians. Without --photos, photos are generated.
 """
 
 import argparse
@@ -32,12 +32,12 @@ from trainer.fitting import features
 
 BATCH, SECONDS, MOST_PHOTOS = 32, 3.0, 200
 
-Way = Callable[[], float]
-"""Measures once, in photos a second."""
+Step = Callable[[], float]
+"""Measures once, in photos per second."""
 
 
 def repeated(classify: Callable[[], object], count: int) -> float:
-    """How many photos a second, over some seconds."""
+    """Classify `count` photos repeatedly for some seconds, in photos per second."""
     classify()
     started, done = time.perf_counter(), 0
     while time.perf_counter() < started + SECONDS:
@@ -46,66 +46,69 @@ def repeated(classify: Callable[[], object], count: int) -> float:
     return done / (time.perf_counter() - started)
 
 
-def engines(model: Path, folder: Path) -> Iterator[tuple[str, Way]]:
-    """From the network as torchvision gives it to what the sorter runs."""
+def engines(model: Path, folder: Path) -> Iterator[tuple[str, Step]]:
+    """From the network as torchvision has it to what the sorter runs."""
     described = manifest.read(model)
-    seen = parts.pixels(sorted(folder.iterdir()), described)
+    all_pixels = parts.pixels(sorted(folder.iterdir()), described)
     side = described.input.size
-    pixels = seen[:BATCH]
+    pixels = all_pixels[:BATCH]
     normalised = torch.randn(BATCH, 3, side, side)
     torch.set_num_threads(available_cpus())
 
-    def torch_way(net: torch.nn.Module, batch: torch.Tensor) -> Way:
-        def way() -> float:
+    def torch_step(net: torch.nn.Module, batch: torch.Tensor) -> Step:
+        def step() -> float:
             with torch.inference_mode():
                 return repeated(lambda: net(batch), BATCH)
 
-        return way
+        return step
 
     plain = network.load(model, described)
-    yield "PyTorch, eager, fp32", torch_way(plain, normalised)
+    yield "PyTorch, eager, fp32", torch_step(plain, normalised)
     folded = network.fold_batch_norm(network.load(model, described)).to(memory_format=torch.channels_last)
     last = normalised.to(memory_format=torch.channels_last)
-    yield "… channels-last, batch-norms folded", torch_way(folded, last)
+    yield "… channels-last, batch-norms folded", torch_step(folded, last)
     if multiplies_bf16():
         engine = TorchEngine(model, described, torch.device("cpu"), BATCH)
         yield "… bf16 (`--engine torch`)", lambda: repeated(lambda: engine.classify(pixels), BATCH)
     converted = features.convert(network.load(model, described), described.input.mean, described.input.std, side)
     for precision in ("f32", "bf16") if multiplies_bf16() else ("f32",):
-        yield f"OpenVINO, {precision.replace('f32', 'fp32')}", openvino_way(converted, precision, pixels)
+        yield f"OpenVINO, {precision.replace('f32', 'fp32')}", openvino_step(converted, precision, pixels)
     eight = openvino.Core().read_model(model / manifest.OPENVINO_INT8[0])
     eight.reshape([BATCH, side, side, 3])
-    yield "OpenVINO, 8 bits, all cores on one batch", openvino_way(eight, "f32", pixels)
-    whole = OpenVinoEngine(model, described, min_confidence=1.0)
-    yield "… eight photos a core", lambda: parts.classify(whole, seen, BATCH)
+    yield "OpenVINO, 8 bits, all cores on one batch", openvino_step(eight, "f32", pixels)
+    full_size = OpenVinoEngine(model, described, min_confidence=1.0)
+    yield "… eight photos per core", lambda: parts.classify(full_size, all_pixels, BATCH)
     if (look := described.first_look) is not None:
         final = OpenVinoEngine(model, described)
-        yield f"… a first look at {look.size} px (the sorter)", lambda: parts.classify(final, seen, BATCH)
+        yield (
+            f"… with a low-resolution pass at {look.size} px (the sorter)",
+            lambda: parts.classify(final, all_pixels, BATCH),
+        )
 
 
-def openvino_way(model: openvino.Model, precision: str, pixels: np.ndarray) -> Way:
-    """A network as OpenVINO runs it with all cores on one batch."""
+def openvino_step(model: openvino.Model, precision: str, pixels: np.ndarray) -> Step:
+    """OpenVINO with all cores working on one batch."""
     settings = {"INFERENCE_PRECISION_HINT": precision, "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": available_cpus()}
     compiled = openvino.Core().compile_model(model, "CPU", settings)
     return lambda: repeated(lambda: compiled([pixels]), len(pixels))
 
 
-def decoders(model: Path, folder: Path) -> Iterator[tuple[str, Way]]:
-    """From a whole decode to what the sorter does."""
+def decoders(model: Path, folder: Path) -> Iterator[tuple[str, Step]]:
+    """From decoding the full picture to what the sorter does."""
     described = manifest.read(model)
     side = described.input.size
     paths = sorted(folder.iterdir())
 
-    def one_by_one(decode: Callable[[Path], object]) -> Way:
-        def way() -> float:
+    def one_by_one(decode: Callable[[Path], object]) -> Step:
+        def step() -> float:
             started = time.perf_counter()
             for path in paths:
                 decode(path)
             return len(paths) / (time.perf_counter() - started)
 
-        return way
+        return step
 
-    def whole(path: Path) -> object:
+    def full(path: Path) -> object:
         with Image.open(path) as picture:
             return ImageOps.exif_transpose(picture).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
 
@@ -113,12 +116,12 @@ def decoders(model: Path, folder: Path) -> Iterator[tuple[str, Way]]:
         with path.open("rb") as file:
             return images.decode(file.fileno(), described.input.preprocessing, images.Limits())
 
-    yield "Pillow, the whole picture, one core", one_by_one(whole)
+    yield "Pillow, the full picture, one core", one_by_one(full)
     yield "… JPEGs at the smallest scale that covers the input", one_by_one(scaled)
-    yield "… in a process a core (the sorter)", lambda: parts.decode(folder, described, default_workers())
+    yield "… in one process per core (the sorter)", lambda: parts.decode(folder, described, default_workers())
 
 
-def movers(model: Path, folder: Path) -> Iterator[tuple[str, Way]]:
+def movers(model: Path, folder: Path) -> Iterator[tuple[str, Step]]:
     """From `shutil.move` to what the sorter does."""
     described = manifest.read(model)
 
@@ -137,20 +140,20 @@ def movers(model: Path, folder: Path) -> Iterator[tuple[str, Way]]:
                 shutil.move(path, target / path.name)
             return len(paths) / (time.perf_counter() - started)
 
-    def safely(batch: int) -> Way:
-        def way() -> float:
+    def safely(batch: int) -> Step:
+        def step() -> float:
             with copies() as (source, target):
                 return parts.move(source, target, described, batch)
 
-        return way
+        return step
 
-    yield "`shutil.move`: may overwrite, knows nothing after a crash", plainly
-    yield "recorded and synced, photo by photo", safely(1)
+    yield "`shutil.move`, which may overwrite and cannot recover from a crash", plainly
+    yield "recorded and synced, one photo at a time", safely(1)
     yield "… 32 at a time (the sorter)", safely(BATCH)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what each step brought.")
+    parser = argparse.ArgumentParser(description="Measure what each optimisation contributes.")
     parser.add_argument("--photos", type=Path)
     parser.add_argument("--model", type=Path, default=SHIPPED_MODEL)
     parser.add_argument("--runs", type=int, default=5)
@@ -159,18 +162,18 @@ def main() -> None:
         originals = photos.find(options.photos) if options.photos else photos.generate(Path(name) / "generated")
         folder = Path(name) / "photos"
         photos.copy(originals, folder, min(len(originals), MOST_PHOTOS))
-        ways = [
-            *(("engine", *way) for way in engines(options.model, folder)),
-            *(("decode", *way) for way in decoders(options.model, folder)),
-            *(("move", *way) for way in movers(options.model, folder)),
+        steps = [
+            *(("engine", *step) for step in engines(options.model, folder)),
+            *(("decoder", *step) for step in decoders(options.model, folder)),
+            *(("mover", *step) for step in movers(options.model, folder)),
         ]
-        rates: list[list[float]] = [[] for _ in ways]
+        rates: list[list[float]] = [[] for _ in steps]
         for _ in range(options.runs):
-            for (_, _, way), found in zip(ways, rates, strict=True):
-                found.append(way())
+            for (_, _, step), found in zip(steps, rates, strict=True):
+                found.append(step())
     print("| part | step | photos/s |\n|---|---|---|")
-    for (part, step, _), found in zip(ways, rates, strict=True):
-        print(f"| {part} | {step} | {statistics.median(found):,.0f} |")
+    for (part, name, _), found in zip(steps, rates, strict=True):
+        print(f"| {part} | {name} | {statistics.median(found):,.0f} |")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Whole programs: the sorter as a person starts it, and the loop to compare it with."""
+"""Programs measured from the outside: the sorter as a person starts it, and the plain loop it is compared with."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -14,8 +15,8 @@ from typing import Any
 
 from sorter.errors import SorterError
 
-PLAIN_LOOP = Path(__file__).with_name("plain_loop.py")
-_LOOK_SECONDS = 0.2
+_PLAIN_LOOP = Path(__file__).with_name("plain_loop.py")
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +24,9 @@ class Sorted:
     """One run of the sorter.
 
     Attributes:
-        rate: photos a second, without the start.
+        rate: photos per second, without the start.
         start_seconds: from the command to the first photo in its folder.
-        peak_mb: the most resident memory that each process had, added up; what they share counts for each.
+        peak_mb: the peak resident memory of all processes, added up; shared memory counts once for each.
     """
 
     rate: float
@@ -34,7 +35,11 @@ class Sorted:
 
 
 def sort(inbox: Path, flags: Sequence[str], log: Path) -> Sorted:
-    """Sort a folder with `sorter run --once`."""
+    """Sort a folder with `sorter run --once`.
+
+    Raises:
+        SorterError: the sorter failed, or found nothing to sort.
+    """
     command = [
         sys.executable,
         "-P",
@@ -56,9 +61,9 @@ def sort(inbox: Path, flags: Sequence[str], log: Path) -> Sorted:
             while process.poll() is None:
                 _note_peaks(process.pid, peaks)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_LOOK_SECONDS)
+                    process.wait(_POLL_SECONDS)
         finally:
-            process.kill()  # does nothing to one that has ended
+            process.kill()  # has no effect if it has ended
             process.wait()
     first, last = "", "{}"
     with log.open(encoding="utf-8") as lines:
@@ -71,30 +76,39 @@ def sort(inbox: Path, flags: Sequence[str], log: Path) -> Sorted:
     return Sorted(finished["photos_per_second"], begun - started, sum(peaks.values()) / 1e6)
 
 
+def has_torch() -> bool:
+    """True if the plain loop can run."""
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "torchvision"))
+
+
 def plain_loop(model: Path, folder: Path, batch_size: int) -> float:
-    """Sort a folder with the plain loop; photos a second, without the start."""
-    command = [sys.executable, str(PLAIN_LOOP), str(model), str(folder), str(batch_size)]
+    """Sort a folder with the plain loop, in photos per second without the start.
+
+    Raises:
+        SorterError: the loop failed.
+    """
+    command = [sys.executable, str(_PLAIN_LOOP), str(model), str(folder), str(batch_size)]
     done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
     if done.returncode:
-        raise SorterError(f"the plain loop failed: {(done.stderr.strip().splitlines() or ['it does not say why'])[-1]}")
+        raise SorterError(f"the plain loop failed: {(done.stderr.strip().splitlines() or ['without a message'])[-1]}")
     said: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return float(said["photos"] / said["seconds"])
 
 
 def folders(output: Path) -> dict[str, str]:
-    """The folder that each photo is in, by the photo's name."""
+    """The name of the folder that each photo is in, by the photo's name."""
     return {path.name: path.parent.name for path in output.glob("[!.]*/*")}
 
 
 def _environment() -> dict[str, str]:
-    # Settings of the person's own are not what is measured.
+    # The user's own settings must not affect the measurement.
     return {name: value for name, value in os.environ.items() if not name.upper().startswith("SORTER_")} | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path))
     }
 
 
 def _note_peaks(root: int, peaks: dict[int, int]) -> None:
-    """Note the most memory, in bytes, that a process and those below it have had so far."""
+    """Update the peak memory, in bytes, of a process and its descendants."""
     parents: dict[int, int] = {}
     found: dict[int, int] = {}
     for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else []:
@@ -102,7 +116,7 @@ def _note_peaks(root: int, peaks: dict[int, int]) -> None:
             continue
         try:
             status = Path("/proc", entry, "status").read_text(encoding="utf-8", errors="replace")
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
         fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
         parents[int(entry)] = int(fields["PPid"])

@@ -1,0 +1,54 @@
+"""How `history`, `status` and `undo` show the history's entries: the words and the JSON they share."""
+
+from datetime import datetime
+from typing import Any
+
+from sorter.history.reader import Entry
+from sorter.history.store import SIDECAR
+
+
+def to_json(entry: Entry) -> dict[str, Any]:
+    """An entry for a line of JSON."""
+    return {
+        "id": entry.id,
+        "time": datetime.fromtimestamp(entry.done).astimezone().isoformat(timespec="seconds"),
+        "run": entry.run,
+        "kind": entry.kind,
+        "path": entry.source,
+        "destination": entry.destination,
+        "label": entry.label,
+        "confidence": entry.confidence,
+        "reason": entry.reason,
+        "detail": entry.detail,
+        "model": entry.model or None,
+        "undone": entry.undone,
+    }
+
+
+def why(entry: Entry) -> str:
+    """Why a photo went where it went: its label and confidence, or what was wrong with it."""
+    if entry.reason is not None:
+        return f"{entry.reason}: {entry.detail}" if entry.detail else entry.reason
+    if entry.kind == "undone":
+        return "restored"
+    if entry.kind == SIDECAR:
+        return "moved with its photo"
+    if entry.detail is not None:
+        return entry.detail
+    return f"{entry.label} {entry.confidence:.1%}" if entry.confidence is not None else ""
+
+
+def local_time(seconds: float) -> str:
+    """A time in seconds since the epoch, in this machine's time zone."""
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def printable(path: str) -> str:
+    """A path that is safe to print, whatever bytes it contains."""
+    text = path.encode(errors="backslashreplace").decode()
+    return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 photo, 2 photos."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

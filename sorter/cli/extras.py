@@ -1,0 +1,20 @@
+"""Optional dependencies: a sentence about what to install, instead of an ImportError."""
+
+import importlib.util
+
+from sorter.errors import ConfigurationError
+
+
+def require(module: str, extra: str, needed_by: str) -> None:
+    """Make sure that an extra is installed.
+
+    Args:
+        module: one that the extra brings.
+        extra: its name in pyproject.toml.
+        needed_by: the flag or command that uses it.
+
+    Raises:
+        ConfigurationError: the module is not installed.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise ConfigurationError(f"{needed_by} needs the extra {extra!r}: pip install '.[{extra}]' in sorter's folder")

@@ -1,0 +1,154 @@
+"""`sorter undo`: move sorted photos back to where they came from."""
+
+import argparse
+import json
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from uuid import uuid4
+
+import sorter
+from sorter.cli import console, entries, options
+from sorter.errors import ConfigurationError, ExitCode
+from sorter.files import lock
+from sorter.files.lock import Lock
+from sorter.history.reader import Entry, HistoryReader
+from sorter.history.store import SIDECAR, History, Run
+from sorter.moving.recovery import recover
+from sorter.moving.undo import Undo, Undone, planned_undo
+from sorter.settings import Settings
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `sorter undo`."""
+    group = parser.add_argument_group("what to restore")
+    which = group.add_mutually_exclusive_group(required=True)
+    which.add_argument("--last", action="store_true", help="photos that the last run sorted")
+    which.add_argument("--run", metavar="ID", help="photos that this run sorted; sorter history lists the IDs")
+    which.add_argument(
+        "--since", metavar="WHEN", type=options.point_in_time, help=f"photos sorted from then on: {options.WHEN}"
+    )
+    which.add_argument(
+        "paths",
+        metavar="PATH",
+        nargs="*",
+        default=[],
+        type=options.path,
+        help="a photo, by where it is now or where it was, or a folder",
+    )
+    group.add_argument(
+        "--dry-run",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="report what would happen and change nothing",
+    )
+    group.add_argument("--json", dest="as_json", action="store_true", help="print one line of JSON per photo")
+
+
+def undo(
+    settings: Settings, *, last: bool, run: str | None, since: float | None, paths: Sequence[str], as_json: bool
+) -> ExitCode:
+    """Restore the photos of a run, since a time, or at some paths.
+
+    Raises:
+        ConfigurationError: there is no history, nothing in it matches, or another undo is running.
+        StorageError: the history or a folder cannot be written.
+    """
+    output, stopping = settings.output_folder, threading.Event()
+    unknown: list[str] = []
+    counts: Counter[str] = Counter()
+    with ExitStack() as stack:
+        restore = planned_undo
+        if not settings.dry_run:
+            HistoryReader(output).close()  # refuses an output without a history before anything is created in it
+            restore = _open(output, stopping, stack).bring_back
+        reader = HistoryReader(output)  # opened after the recovery, to include what that finished
+        stack.callback(reader.close)
+        run = _check_run(reader, output, last=last, run=run)
+        chosen = _at_paths(reader, paths, unknown) if paths else reader.undoable(run=run, since=since)
+        for undone in restore(chosen):
+            counts["stayed" if undone.problem else "sidecar" if undone.entry.kind == SIDECAR else "photo"] += 1
+            if as_json:
+                _print_json(undone)
+            else:
+                _print_line(undone, dry_run=settings.dry_run)
+    for path in unknown:
+        console.say(f"sorter: {entries.printable(path)} was not sorted, or has been restored already", sys.stderr)
+    if last and counts["stayed"] and not counts["photo"]:
+        console.say(
+            "sorter: to undo an earlier run, use sorter undo --run ID; sorter history lists the IDs", sys.stderr
+        )
+    if not as_json:
+        console.say(_summary(counts, dry_run=settings.dry_run), sys.stdout, flush=True)
+    return ExitCode.INCOMPLETE if counts["stayed"] or unknown or stopping.is_set() else ExitCode.DONE
+
+
+def _open(output: Path, stopping: threading.Event, stack: ExitStack) -> Undo:
+    """Lock the output against other undos and recover from a crash, so that what it left can be restored too."""
+    undoing, sorting = Lock(output, lock.UNDOING), Lock(output)
+    stack.callback(undoing.release)
+    undoing.take()
+    history = History(output)
+    stack.callback(history.close)
+    with_sorting = any(move.target is None for move in history.unfinished())
+    try:
+        if with_sorting:
+            sorting.take()
+    except ConfigurationError:  # a sorter is running, and these are its moves
+        with_sorting = False
+    found = recover(history, output, sorting=with_sorting)
+    sorting.release()
+    for path, reason in found.waiting:
+        console.say(f"sorter: {entries.printable(path)} cannot be checked now ({reason})", sys.stderr)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    return Undo(output, history, Run(uuid4().hex[:12], sorter.__version__, "", kind="undo"), stopping)
+
+
+def _check_run(reader: HistoryReader, output: Path, *, last: bool, run: str | None) -> str | None:
+    """The ID of the run to undo, None if photos are chosen another way."""
+    if last and (run := reader.last_run()) is None:
+        raise ConfigurationError(f"{output} has no sorted photos to restore: sorter history shows what was done")
+    if run is not None and next(reader.undoable(run=run), None) is None:
+        raise ConfigurationError(f"run {run} has no photos to restore: sorter history lists the runs")
+    return run
+
+
+def _at_paths(reader: HistoryReader, paths: Sequence[str], unknown: list[str]) -> Iterator[Entry]:
+    """The photos at some paths, each once; paths without any are added to `unknown`."""
+    seen: set[int] = set()
+    for path in paths:
+        found = False
+        for entry in reader.undoable(path=path):
+            found = True
+            if entry.id not in seen:
+                seen.add(entry.id)
+                yield entry
+        if not found:
+            unknown.append(path)
+
+
+def _print_line(undone: Undone, *, dry_run: bool) -> None:
+    source, destination = (entries.printable(path) for path in (undone.entry.source, undone.entry.destination))
+    if undone.problem:
+        console.say(f"sorter: cannot restore {destination}: {undone.problem}", sys.stderr)
+    elif dry_run:
+        console.say(f"{destination} → {source}", sys.stdout)
+
+
+def _print_json(undone: Undone) -> None:
+    entry = undone.entry
+    content = {"path": entry.destination, "destination": entry.source, "problem": undone.problem or None}
+    console.say(json.dumps(content), sys.stdout)
+
+
+def _summary(counts: Counter[str], *, dry_run: bool) -> str:
+    what = entries.counted(counts["photo"], "photo")
+    if counts["sidecar"]:
+        what += f" and {entries.counted(counts['sidecar'], 'sidecar')}"
+    restored = "Would restore" if dry_run else "Restored"
+    return f"{restored} {what}; {counts['stayed']} could not be restored."
