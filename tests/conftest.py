@@ -97,7 +97,7 @@ def pipeline_to(
         (output / FOLDER).mkdir(parents=True, exist_ok=True)
         history = History(output)
         history.begin(Run(run, "0", "model"))
-    return Pipeline(engine, manifest, mover(output), history, run, settings, workers)
+    return Pipeline.start(engine, manifest, mover(output), history, run, settings, workers)
 
 
 def small_manifest() -> Manifest:

@@ -22,9 +22,9 @@ from sorter.moving import batch_mover
 from sorter.moving.mover import Mover
 from sorter.moving.recovery import Plan
 from sorter.pipeline import pipeline
+from sorter.service.loop import Service
 from sorter.service.notify import Notifier
-from sorter.service.service import Service
-from sorter.service.stop import Stop
+from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
 
@@ -135,7 +135,7 @@ class Loop:
             rescan_seconds=rescan_seconds,
             decode_timeout_seconds=10,
         )
-        self.engine, self.stop = RedGreenEngine(), Stop(0)
+        self.engine, self.stop = RedGreenEngine(), Shutdown(0)
         self.pipeline = pipeline_to(self.output, self.engine, manifest, settings, mover=mover)
         found = box(self.inbox, recursive=False, excluded=frozenset(), settle_seconds=0)
         self.service = Service(settings, found, self.pipeline, self.stop, None, log_fields={})

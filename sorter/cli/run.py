@@ -27,7 +27,7 @@ from sorter.inbox.scan import is_temporary
 from sorter.moving.mover import Mover
 from sorter.moving.recovery import recover
 from sorter.service import hook
-from sorter.service.stop import Stop
+from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
 if TYPE_CHECKING:
@@ -50,10 +50,10 @@ def run(chosen: Settings, *, json: bool) -> ExitCode:
     from sorter.decoding.decoders import default_workers
     from sorter.inbox.watcher import Watcher
     from sorter.pipeline.pipeline import Pipeline
-    from sorter.service.service import Service
+    from sorter.service.loop import Service
 
-    stop = Stop(idle_code=ExitCode.INCOMPLETE if chosen.once else ExitCode.DONE)
-    stop.listen()
+    shutdown = Shutdown(idle_code=ExitCode.INCOMPLETE if chosen.once else ExitCode.DONE)
+    shutdown.listen()
     inbox = preflight.watched(chosen, model)
     # Last of what can be wrong at the start, so that nothing was touched when the process ends with 2.
     engine = _open_engine(chosen, model)
@@ -89,14 +89,12 @@ def run(chosen: Settings, *, json: bool) -> ExitCode:
         if chosen.engine == chosen.device == "auto" and (hint := unused_gpu()):
             log.warning("engine.unused_gpu", detail=hint)
         mover = Mover(output)
-        stop.moving = mover.lock
+        shutdown.move_lock = mover.lock
         ways: dict[str, Any] = {"on_decision": console.print_decision} if json else {}
         if (output / FOLDER / NAME).is_file():
             past = HistoryReader(output)
             stack.callback(past.close)
-            ways |= {"last_sorted": past.last_sorted} | (
-                {} if chosen.include_undone else {"put_back": past.was_put_back}
-            )
+            ways |= {"history": past}
         if chosen.once and chosen.log_format != "json" and stream.isatty():
             total = None if chosen.recursive else _count(chosen.inbox)
             shown = stack.enter_context(console.bar(stream, total))
@@ -105,10 +103,10 @@ def run(chosen: Settings, *, json: bool) -> ExitCode:
         if command is not None and not chosen.dry_run:
             telling = hook.Hook(command, fields)
             stack.callback(telling.close)  # after the pipeline, with the inbox still ours
-            told["on_moved"], stop.kill_children = telling.notify_batch, telling.kill
-        pipeline = Pipeline(engine, model, mover, history, this_run.id, chosen, workers=default_workers(), **told)
+            told["on_moved"], shutdown.kill_children = telling.notify_batch, telling.kill
+        pipeline = Pipeline.start(engine, model, mover, history, this_run.id, chosen, workers=default_workers(), **told)
         stack.callback(pipeline.close)
-        service = Service(chosen, inbox, pipeline, stop, held, log_fields=fields, **ways)
+        service = Service(chosen, inbox, pipeline, shutdown, held, log_fields=fields, **ways)
         if chosen.once:
             counters = service.run_once()
         else:
