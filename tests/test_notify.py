@@ -21,7 +21,7 @@ from sorter.inbox.watcher import Watcher
 from sorter.moving import batch_mover
 from sorter.moving.mover import Mover
 from sorter.moving.recovery import Plan
-from sorter.pipeline import pipeline
+from sorter.pipeline import deadlines
 from sorter.service.loop import Service
 from sorter.service.notify import Notifier
 from sorter.service.shutdown import Shutdown
@@ -135,10 +135,10 @@ class Loop:
             rescan_seconds=rescan_seconds,
             decode_timeout_seconds=10,
         )
-        self.engine, self.stop = RedGreenEngine(), Shutdown(0)
+        self.engine, self.shutdown = RedGreenEngine(), Shutdown(0)
         self.pipeline = pipeline_to(self.output, self.engine, manifest, settings, mover=mover)
         found = box(self.inbox, recursive=False, excluded=frozenset(), settle_seconds=0)
-        self.service = Service(settings, found, self.pipeline, self.stop, None, log_fields={})
+        self.service = Service(settings, found, self.pipeline, self.shutdown, None, log_fields={})
         self.thread = threading.Thread(target=self.service.run, args=(Watcher(found),))
 
     def sort(self, name: str, color: tuple[int, int, int] = RED) -> None:
@@ -146,8 +146,8 @@ class Loop:
         _wait_for(lambda: (self.output / ("cats" if color == RED else "dogs") / name).exists())
 
     def end(self) -> None:
-        self.stop.requested = True
-        self.stop.wake()
+        self.shutdown.requested = True
+        self.shutdown.wake()
         self.thread.join(30)
         assert not self.thread.is_alive()
 
@@ -160,7 +160,7 @@ def loop(tmp_path: Path, manifest: Manifest, manager: Manager, monkeypatch: pyte
     monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
     monkeypatch.setenv("WATCHDOG_USEC", str(int(WATCHDOG_SECONDS * 1e6)))
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
-    for module in (pipeline, batch_mover):
+    for module in (deadlines, batch_mover):
         monkeypatch.setattr(module, "STEP_SECONDS", 0.5)
     loops: list[Loop] = []
 
