@@ -21,12 +21,16 @@ class Notifier:
 
     Args:
         environment: where the manager says where to send messages, and how often it expects a watchdog ping.
+        clock: monotonic, in seconds.
 
     Attributes:
         alive_seconds: how often to call `alive`: three times within the manager's timeout; infinite if never.
     """
 
-    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self, environment: Mapping[str, str] = os.environ, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         name = environment.get("NOTIFY_SOCKET", "")
         self._address = os.fsencode(name).replace(b"@", b"\0", 1) if name.startswith("@") else os.fsencode(name)
         self._is_wanted = name.startswith(("/", "@"))
@@ -37,11 +41,11 @@ class Notifier:
     def ready(self) -> None:
         """Report that photos are sorted from now on."""
         self._send("READY=1")
-        self._next_alive = time.monotonic() + self.alive_seconds  # the manager's timeout starts here
+        self._next_alive = self._clock() + self.alive_seconds  # the manager's timeout starts here
 
     def alive(self) -> None:
         """Send a watchdog ping if it is time for one; cheap enough to call for every photo."""
-        now = time.monotonic()
+        now = self._clock()
         if now >= self._next_alive and self._send("WATCHDOG=1"):
             self._next_alive = now + self.alive_seconds
 
@@ -51,7 +55,7 @@ class Notifier:
         Args:
             describe: returns the line; called only if the last one is old enough to be replaced.
         """
-        now = time.monotonic()
+        now = self._clock()
         if not self._is_wanted or now < self._next_status:
             return
         self._next_status = now + STATUS_SECONDS
