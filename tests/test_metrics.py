@@ -106,7 +106,7 @@ def test_a_daemons_metrics_say_what_it_did(tmp_path: Path, start: Start) -> None
     daemon.wait_for_event("watcher.restarted")
     assert ask(port)["sorter_watcher_restarts_total", ""] >= 1
 
-    with socket.create_connection(("127.0.0.1", port)):  # a silent client holds up nobody
+    with socket.create_connection(("127.0.0.1", port)):  # a silent client delays nothing
         make_tree(inbox, {"late.jpg": photo(99)})
         daemon.wait_for_event("photo.sorted", 7)
         assert ask(port)["sorter_batch_size_photos_sum", ""] == 7

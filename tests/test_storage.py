@@ -203,8 +203,8 @@ def test_a_daemon_that_waits_for_space_ends_with_0_at_sigterm_and_loses_nothing(
         else:
             filler = fill(daemon.output.parent, 150_000)
             daemon.drop(last=big(4), the_very_last=big(5))
-        said = len(daemon.events("storage.waiting"))
-        daemon.wait_for_event("storage.waiting", said + 1, seconds=20)
+        before = len(daemon.events("storage.waiting"))
+        daemon.wait_for_event("storage.waiting", before + 1, seconds=20)
         assert words in daemon.events("storage.waiting")[-1]["detail"]
         daemon.end()
         daemon.check_history(daemon.output)

@@ -115,7 +115,7 @@ class Hook:
             What went wrong, empty if nothing did, and the end of the command's standard error.
         """
         content = self._fields | {"photos": [_described(outcome) for outcome in moved]}
-        # A file, not a pipe: then a command that reads slowly, or not at all, holds up nobody.
+        # A file, not a pipe: then a command that reads slowly, or not at all, delays nothing.
         with tempfile.TemporaryFile() as stdin:
             stdin.write(json.dumps(content).encode())
             stdin.seek(0)
