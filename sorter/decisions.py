@@ -1,6 +1,9 @@
 """What is to become of a photo, and what became of it.
 
 In: a decoded photo and its probabilities. Out: a `Decision`; later, from the mover, an `Outcome`.
+
+The confidence threshold (`--min-confidence`, or the one that `--max-error-rate` stands for) is applied in `decide`, and
+nowhere else.
 """
 
 from dataclasses import dataclass
@@ -10,10 +13,10 @@ from sorter.classifier.manifest import Manifest
 from sorter.decoding.decoded import Decoded
 from sorter.errors import Reason
 from sorter.files.photo import Photo
-from sorter.history.store import UNSURE
+from sorter.history.store import FAILED, UNSURE
 
 TRUNCATED_GRACE_SECONDS = 60.0
-"""A photo that reads as truncated and changed within this time may still be on its way: it is looked at again."""
+"""A photo that reads as truncated and changed within this time may still be arriving: it is looked at again."""
 
 Kind = Literal["sorted", "unsure", "failed", "sidecar", "skipped", "left", "again"]
 
@@ -23,14 +26,14 @@ class Decision:
     """Where a photo belongs, and why.
 
     Attributes:
-        kind: `sidecar` is no photo, and follows one.
-        folder: beside the other destinations, `cats`, `unsure`, `failed`.
-        label: the likeliest class, None if it was not classified.
+        kind: a `sidecar` is not a photo, and follows one.
+        folder: the destination's name: `cats`, `unsure`, `failed`.
+        label: the likeliest class, None if the photo was not classified.
         confidence: that class's probability, 0 to 1.
         batch_size: how many photos were classified together.
-        name: the one that it has to have there; empty for its own, or the next that is free.
-        follows: of a sidecar, the name that its photo has in that folder.
-        detail: why it is unsure, for a person, where its confidence does not say it.
+        name: the name that the file must have in the folder; empty for its own name, or the next free one.
+        follows: for a sidecar, the name of its photo in the folder.
+        detail: why it is unsure, for a person, where its confidence is not the reason.
     """
 
     decoded: Decoded
@@ -49,11 +52,11 @@ class Outcome:
     """What became of a photo.
 
     Attributes:
-        kind: `sorted`, `unsure`, `failed` and `sidecar` were moved; `skipped` is no photo; `left` is a photo that
-            could not be moved or read; `again` changed meanwhile and wants another look.
-        destination: where it is now, None where it stayed.
+        kind: `sorted`, `unsure`, `failed` and `sidecar` were moved; `skipped` is not a photo; `left` could not be moved
+            or read; `again` changed in the meantime and needs another look.
+        destination: where it is now, None if it stayed.
         detail: why, for a person.
-        look_again: when `again` wants its look, in seconds since the epoch.
+        look_again: for `again`, the earliest time for that look, in seconds since the epoch.
     """
 
     photo: Photo
@@ -64,15 +67,8 @@ class Outcome:
     look_again: float = 0.0
 
 
-def complete_after(decoded: Decoded, now: float) -> float:
-    """When a photo that failed counts as complete, in seconds since the epoch; until then it may still be written.
-
-    A modification time in the future tells nothing: then it counts from when this version was first seen.
-    """
-    if decoded.reason not in (Reason.TRUNCATED, Reason.EMPTY):
-        return 0.0
-    modified = decoded.photo.identity.mtime_ns / 1e9
-    return (modified if modified <= now else decoded.photo.seen) + TRUNCATED_GRACE_SECONDS
+Decided = Decision | Outcome
+"""What the engine's threads hand to the mover: photos to move, and photos that stay where they are."""
 
 
 def decide(
@@ -89,18 +85,47 @@ def decide(
         decoded: the photo.
         probabilities: of each class.
         manifest: of the model.
-        min_confidence: what is less sure is not sorted.
+        min_confidence: the threshold; photos with a lower confidence go to `unsure/`.
         batch_size: how many photos were classified together.
-        distance: from what the model was fitted on; None if photos of none of the classes are not looked for.
+        distance: from the photos that the model was fitted on; None if outliers are not looked for.
     """
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
-    confidence, chosen = probabilities[best], manifest.classes[best]
+    confidence, likeliest = probabilities[best], manifest.classes[best]
     if distance is not None and manifest.neither is not None and distance > manifest.neither.threshold:
         detail = "looks like neither " + " nor ".join(c.label for c in manifest.classes)
-        return Decision(decoded, "unsure", UNSURE, chosen.label, confidence, batch_size, detail=detail)
+        return Decision(decoded, "unsure", UNSURE, likeliest.label, confidence, batch_size, detail=detail)
     if confidence < min_confidence:
-        return Decision(decoded, "unsure", UNSURE, chosen.label, confidence, batch_size)
-    return Decision(decoded, "sorted", chosen.folder, chosen.label, confidence, batch_size)
+        return Decision(decoded, "unsure", UNSURE, likeliest.label, confidence, batch_size)
+    return Decision(decoded, "sorted", likeliest.folder, likeliest.label, confidence, batch_size)
+
+
+def decide_unclassified(decoded: Decoded, now: float) -> Decided:
+    """Decide on a photo that has no pixels to classify: it fails, stays, or gets another look.
+
+    Args:
+        decoded: the photo, with any verdict but `pixels`.
+        now: seconds since the epoch.
+    """
+    if (complete := complete_after(decoded, now)) > now:
+        return Outcome(decoded.photo, "again", detail="may still be written", look_again=complete)
+    match decoded.verdict:
+        case "failed":
+            return Decision(decoded, "failed", FAILED)
+        case "skipped" | "left":
+            return Outcome(decoded.photo, decoded.verdict, detail=decoded.detail)
+        case _:
+            return Outcome(decoded.photo, "again", detail=decoded.detail)
+
+
+def complete_after(decoded: Decoded, now: float) -> float:
+    """When a photo that failed counts as complete, in seconds since the epoch; until then it may still be written.
+
+    A modification time in the future says nothing: the grace period then starts when this version was first seen.
+    """
+    if decoded.reason not in (Reason.TRUNCATED, Reason.EMPTY):
+        return 0.0
+    modified = decoded.photo.identity.mtime_ns / 1e9
+    return (modified if modified <= now else decoded.photo.seen) + TRUNCATED_GRACE_SECONDS
 
 
 def described(outcome: Outcome) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from sorter.decoding.images import Preprocessing
 from sorter.files import FOLDER
 from sorter.history.store import History, Run
 from sorter.moving.mover import Mover
+from sorter.pipeline.measures import Measures
 from sorter.pipeline.pipeline import Pipeline
 from sorter.settings import Settings
 
@@ -90,14 +91,15 @@ def pipeline_to(
     settings: Settings,
     workers: int = 1,
     mover: type[Mover] = Mover,
+    measures: Measures | None = None,
 ) -> Pipeline:
-    """A pipeline with a real mover and history."""
+    """A running pipeline with a real mover and history."""
     run, history = uuid4().hex, None
     if not settings.dry_run:
         (output / FOLDER).mkdir(parents=True, exist_ok=True)
         history = History(output)
         history.begin(Run(run, "0", "model"))
-    return Pipeline(engine, manifest, mover(output), history, run, settings, workers)
+    return Pipeline.start(engine, manifest, mover(output), history, run, settings, workers, measures=measures)
 
 
 def small_manifest() -> Manifest:

@@ -19,8 +19,8 @@ from sorter.cli import preflight
 from sorter.files.lock import Lock
 from sorter.inbox import listener, watcher
 from sorter.moving.mover import Mover
-from sorter.service.service import Service
-from sorter.service.stop import Stop
+from sorter.service.loop import Service
+from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
 
@@ -42,15 +42,15 @@ def main() -> None:
     watcher.RETRY_SECONDS = values.pop("retry_seconds", watcher.RETRY_SECONDS)
     settings, manifest = Settings(**values), small_manifest()
     logs.configure("json", "info")
-    stop = Stop(idle_code=0)
-    stop.listen()
+    shutdown = Shutdown(idle_code=0)
+    shutdown.listen()
     inbox = preflight.watched(settings, manifest)
     lock = Lock(inbox.root)
     lock.take()
     mover = Mover(settings.output_folder)
-    stop.moving = mover.lock
+    shutdown.move_lock = mover.lock
     pipeline = pipeline_to(settings.output_folder, RedGreenEngine(), manifest, settings)
-    Service(settings, inbox, pipeline, stop, lock, log_fields={}).run(_FailingWatcher(inbox))
+    Service(settings, inbox, pipeline, shutdown, lock, log_fields={}).run(_FailingWatcher(inbox))
 
 
 main()

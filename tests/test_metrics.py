@@ -1,20 +1,30 @@
-"""`--metrics-port`: what Prometheus is told, by a real daemon over real HTTP."""
+"""`--metrics-port`: what Prometheus scrapes, over real HTTP."""
 
 import signal
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Running, make_tree, photo, plain
+from conftest import RedGreenEngine, Running, make_tree, photo, pipeline_to, plain
+
+from sorter.classifier.manifest import Manifest
+from sorter.errors import ConfigurationError
+from sorter.inbox.scan import Inbox
+from sorter.inbox.watcher import Watcher
+from sorter.service.counters import Counters
+from sorter.settings import Settings
 
 pytest.importorskip("prometheus_client")
 from prometheus_client.parser import text_string_to_metric_families
 
+from sorter.service.metrics import Metrics
+
 Start = Callable[..., Running]
-Figures = dict[tuple[str, str], float]
+Values = dict[tuple[str, str], float]
 
 
 def free_port() -> int:
@@ -23,8 +33,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def ask(port: int) -> Figures:
-    """The figures, by name and the values of their labels."""
+def ask(port: int) -> Values:
+    """The metrics, by name and the values of their labels."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     return {
@@ -34,7 +44,37 @@ def ask(port: int) -> Figures:
     }
 
 
-def test_a_daemon_tells_what_it_did(tmp_path: Path, start: Start) -> None:
+def test_metrics_are_served_for_this_machine_as_they_are_at_each_scrape(tmp_path: Path, manifest: Manifest) -> None:
+    port = free_port()
+    metrics = Metrics(port, {"version": "1", "model": "test", "engine": "openvino"})
+    inbox = Inbox(make_tree(tmp_path, {"a.jpg": photo()}), recursive=False, excluded=frozenset(), settle_seconds=0)
+    counters, settings = Counters(), Settings(inbox=tmp_path, batch_size=4)
+    pipeline = pipeline_to(tmp_path, RedGreenEngine(), manifest, settings, measures=metrics)
+    try:
+        metrics.watch(counters, pipeline, Watcher(inbox))
+        assert ask(port)["sorter_photos_total", "failed,failed"] == 0
+        (found,) = inbox.scan(time.time())
+        assert pipeline.submit(found)
+        assert [outcome.kind for outcome in pipeline.outcomes(timeout_seconds=30)] == ["sorted"]
+    finally:
+        pipeline.close()
+    counters.folders.update(cats=5, unsure=2, failed=1)
+    counters.skipped = 3
+    values = ask(port)
+    assert values["sorter_photos_total", "cats,sorted"] == 5
+    assert values["sorter_photos_total", "unsure,unsure"] == 2
+    assert values["sorter_photos_total", "failed,failed"] == 1
+    assert values["sorter_photos_total", ",skipped"] == 3
+    assert values["sorter_batch_size_photos_sum", ""] == 1
+    assert [values["sorter_stage_seconds_count", stage] for stage in ("decode", "classify", "move")] == [1, 1, 1]
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10)
+    with pytest.raises(ConfigurationError, match=f"--metrics-port {port} cannot be used .*: choose another port"):
+        Metrics(port, {})
+
+
+@pytest.mark.long
+def test_a_daemons_metrics_say_what_it_did(tmp_path: Path, start: Start) -> None:
     files = {f"{n}.jpg": plain((30 * n, 90, 90), n) for n in range(6)}
     inbox = make_tree(tmp_path / "inbox", {**files, "broken.jpg": b"\xff\xd8\xff", "notes.txt": b"hello"})
     port = free_port()
@@ -44,20 +84,20 @@ def test_a_daemon_tells_what_it_did(tmp_path: Path, start: Start) -> None:
     daemon.wait_for_event("photo.sorted", 6)
     daemon.wait_for_event("photo.failed")
     daemon.wait_for_event("photo.skipped")
-    figures = ask(port)
-    sorted_ = [v for (name, labels), v in figures.items() if name == "sorter_photos_total" and "sorted" in labels]
+    values = ask(port)
+    sorted_ = [v for (name, labels), v in values.items() if name == "sorter_photos_total" and "sorted" in labels]
     assert sum(sorted_) == 6
-    assert figures["sorter_photos_total", "failed,failed"] == 1
-    assert figures["sorter_photos_total", ",skipped"] == 1
-    assert figures["sorter_left_photos", ""] == 0
-    assert figures["sorter_batch_size_photos_sum", ""] == 6
-    assert figures["sorter_stage_seconds_count", "decode"] >= 7
-    assert 0 < figures["sorter_stage_seconds_sum", "classify"] < 60
-    assert 0 < figures["sorter_stage_seconds_sum", "move"] < 60
-    assert {figures["sorter_queue_photos", stage] for stage in ("decode", "classify", "move")} == {0}
-    assert figures["sorter_watcher_restarts_total", ""] == 0
-    assert figures["sorter_last_success_timestamp_seconds", ""] == pytest.approx(inbox.stat().st_mtime, abs=60)
-    (info,) = [labels.split(",") for name, labels in figures if name == "sorter_info"]
+    assert values["sorter_photos_total", "failed,failed"] == 1
+    assert values["sorter_photos_total", ",skipped"] == 1
+    assert values["sorter_left_photos", ""] == 0
+    assert values["sorter_batch_size_photos_sum", ""] == 6
+    assert values["sorter_stage_seconds_count", "decode"] >= 7
+    assert 0 < values["sorter_stage_seconds_sum", "classify"] < 60
+    assert 0 < values["sorter_stage_seconds_sum", "move"] < 60
+    assert {values["sorter_queue_photos", stage] for stage in ("decode", "classify", "move")} == {0}
+    assert values["sorter_watcher_restarts_total", ""] == 0
+    assert values["sorter_last_success_timestamp_seconds", ""] == pytest.approx(inbox.stat().st_mtime, abs=60)
+    (info,) = [labels.split(",") for name, labels in values if name == "sorter_info"]
     assert {"catdog-resnet50", "openvino"} < set(info)
 
     inbox.rename(tmp_path / "away")
@@ -66,7 +106,7 @@ def test_a_daemon_tells_what_it_did(tmp_path: Path, start: Start) -> None:
     daemon.wait_for_event("watcher.restarted")
     assert ask(port)["sorter_watcher_restarts_total", ""] >= 1
 
-    with socket.create_connection(("127.0.0.1", port)):  # who says nothing holds up nobody
+    with socket.create_connection(("127.0.0.1", port)):  # a silent client delays nothing
         make_tree(inbox, {"late.jpg": photo(99)})
         daemon.wait_for_event("photo.sorted", 7)
         assert ask(port)["sorter_batch_size_photos_sum", ""] == 7
@@ -77,7 +117,8 @@ def test_a_daemon_tells_what_it_did(tmp_path: Path, start: Start) -> None:
     assert {event["level"] for event in daemon.events()} <= {"info", "warning"}
 
 
-def test_only_this_machine_is_told(tmp_path: Path, start: Start) -> None:
+@pytest.mark.long
+def test_only_this_machine_can_connect(tmp_path: Path, start: Start) -> None:
     (tmp_path / "inbox").mkdir()
     port = free_port()
     daemon = start("run", "--inbox", tmp_path / "inbox", "--metrics-port", str(port), "--log-format", "json")
@@ -87,7 +128,8 @@ def test_only_this_machine_is_told(tmp_path: Path, start: Start) -> None:
     assert places == {f"0100007F:{port:04X}"}
 
 
-def test_a_port_that_is_taken_is_refused_and_nothing_touched(tmp_path: Path, start: Start) -> None:
+@pytest.mark.long
+def test_a_port_that_is_taken_is_refused_before_anything_is_touched(tmp_path: Path, start: Start) -> None:
     inbox = make_tree(tmp_path / "inbox", {"a.jpg": photo()})
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -98,7 +140,7 @@ def test_a_port_that_is_taken_is_refused_and_nothing_touched(tmp_path: Path, sta
     assert list(inbox.iterdir()) == [inbox / "a.jpg"]
 
 
-def test_without_the_extra_it_is_refused(tmp_path: Path, start: Start) -> None:
+def test_without_its_extra_the_flag_is_refused(tmp_path: Path, start: Start) -> None:
     (tmp_path / "inbox").mkdir()
     (tmp_path / "sitecustomize.py").write_text(
         "import importlib.util\n"

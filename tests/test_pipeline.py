@@ -1,4 +1,4 @@
-"""The way of a photo through all stages, with real decoders, real moves, and an engine that needs no torch."""
+"""A photo's way through all stages, with real decoders, real moves, and an engine that needs no torch."""
 
 import threading
 import time
@@ -9,11 +9,14 @@ import pytest
 from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, hashes, make_tree, photo, pipeline_to, plain, read_tree
 
 from sorter.classifier.manifest import Manifest
-from sorter.decisions import Outcome, complete_after, decide
-from sorter.decoding.decoded import Decoded
+from sorter.decisions import Outcome, complete_after, decide, decide_unclassified
+from sorter.decoding.decoded import Decoded, Verdict
 from sorter.errors import Reason, StorageError
 from sorter.files.photo import Identity, Photo
 from sorter.inbox.scan import Inbox
+from sorter.moving.batch_mover import STEP_SECONDS
+from sorter.pipeline.batcher import Batcher
+from sorter.pipeline.deadlines import Deadline
 from sorter.pipeline.pipeline import Pipeline
 from sorter.settings import Settings
 
@@ -77,7 +80,7 @@ def test_a_photo_of_a_far_year_is_sorted(tmp_path: Path, sort: Sort) -> None:
     make_tree(tmp_path / "in", {"early.jpg": plain(RED, 1)}, modified=-9_000_000_000)
     make_tree(tmp_path / "in", {"late.jpg": plain(RED, 2)}, modified=12_000_000_000)
     if (tmp_path / "in/late.jpg").stat().st_mtime < 1e10:
-        pytest.skip("this file system knows no such year")
+        pytest.skip("this file system does not store such a year")
     sort()
     assert set(read_tree(tmp_path / "out")) == {"cats/early.jpg", "cats/late.jpg"}
 
@@ -142,7 +145,7 @@ def test_closing_finishes_the_batch_in_hand_and_leaves_the_rest(tmp_path: Path, 
     pipeline = pipeline_to(tmp_path / "out", engine, manifest, settings)
     pipeline.backlog = True
     for found in Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10):
-        if not pipeline.submit(found, timeout_seconds=1):
+        if not pipeline.submit(found, timeout_seconds=0.2):
             break
     assert classifying.wait(30)
     closing = threading.Thread(target=pipeline.close)
@@ -154,51 +157,42 @@ def test_closing_finishes_the_batch_in_hand_and_leaves_the_rest(tmp_path: Path, 
     assert len(read_tree(tmp_path / "in")) == 16
 
 
-def test_once_stops_when_the_output_takes_no_photos(tmp_path: Path, sort: Sort) -> None:
+def test_once_stops_when_the_output_accepts_no_photos(tmp_path: Path, sort: Sort) -> None:
     make_tree(tmp_path, {"in/a.jpg": plain(RED), "out/cats": b"a file is in the way"})
     with pytest.raises(StorageError, match="cats"):
         sort()
     assert set(read_tree(tmp_path)) == {"in/a.jpg", "out/cats"}
 
 
-def test_the_daemon_waits_until_the_output_takes_photos_again(tmp_path: Path, manifest: Manifest) -> None:
-    make_tree(tmp_path, {"in/a.jpg": plain(RED), "out/cats": b"a file is in the way"})
-    settings = Settings(inbox=tmp_path / "in", once=False)
-    pipeline = pipeline_to(tmp_path / "out", RedGreenEngine(), manifest, settings)
-    (found,) = Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)
-    assert pipeline.submit(found, timeout_seconds=10)
-    deadline = time.monotonic() + 30
-    while pipeline.blocked is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert "cats" in pipeline.blocked
-    assert set(read_tree(tmp_path)) == {"in/a.jpg", "out/cats"}
-    (tmp_path / "out/cats").unlink()
-    (outcome,) = pipeline.outcomes(timeout_seconds=30)
-    pipeline.close()
-    assert outcome.kind == "sorted"
-    assert pipeline.blocked is None
-    assert set(read_tree(tmp_path)) == {"out/cats/a.jpg"}
-
-
-def test_while_the_output_takes_no_photos_the_stages_before_it_stand_still(tmp_path: Path, manifest: Manifest) -> None:
-    make_tree(tmp_path, {"out/cats": b"a file is in the way", **{f"in/{n}.jpg": plain(RED, n) for n in range(100)}})
+def test_while_the_output_accepts_no_photos_the_stages_before_it_stand_still_and_then_go_on(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    files = {f"{n}.jpg": plain(RED, n) for n in range(100)}
+    make_tree(tmp_path / "in", files)
+    make_tree(tmp_path, {"out/cats": b"a file is in the way"})
     settings = Settings(inbox=tmp_path / "in", batch_size=4)
     pipeline = pipeline_to(tmp_path / "out", RedGreenEngine(), manifest, settings)
     box = Inbox(tmp_path / "in", recursive=False, excluded=frozenset(), settle_seconds=0)
-    taken = 0
+    accepted = 0
     for found in box.scan(LONG_AGO + 10):
-        if not pipeline.submit(found, timeout_seconds=2):
+        if not pipeline.submit(found, timeout_seconds=0.5):
             break
-        taken += 1
-    assert 4 < taken < 40
+        accepted += 1
+    assert 4 < accepted < 40
+    assert "cats" in (pipeline.blocked or "")
+    assert set(read_tree(tmp_path / "in")) == set(files)
+    assert set(read_tree(tmp_path / "out")) == {"cats"}
     (tmp_path / "out/cats").unlink()
+    outcomes: list[Outcome] = []
     deadline = time.monotonic() + 30
-    while pipeline.in_flight:
-        list(pipeline.outcomes(timeout_seconds=0.1))
+    while pipeline.in_flight or not pipeline.idle:
+        outcomes += pipeline.outcomes(timeout_seconds=0.1)
         assert time.monotonic() < deadline
+    assert pipeline.waiting() == {"decode": 0, "classify": 0, "move": 0}
+    assert pipeline.blocked is None
     pipeline.close()
-    assert len(read_tree(tmp_path / "out/cats")) == taken
+    assert [o.kind for o in outcomes] == ["sorted"] * accepted
+    assert len(read_tree(tmp_path / "out/cats")) == accepted
 
 
 def test_an_engine_that_fails_stops_the_pipeline_with_its_error(tmp_path: Path, manifest: Manifest) -> None:
@@ -225,9 +219,112 @@ def _drain(pipeline: Pipeline) -> None:
     raise AssertionError("the error never came")
 
 
+def some_photo(name: str = "a.jpg", *, mtime: float = 1000, seen: float = 1000) -> Photo:
+    return Photo(Path("/in"), name, Identity(1, 2, 3, int(mtime * 1e9), 0), seen)
+
+
 def decoded(reason: Reason, *, mtime: float, seen: float) -> Decoded:
-    identity = Identity(1, 2, 3, int(mtime * 1e9), 0)
-    return Decoded(Photo(Path("/in"), "a.jpg", identity, seen), "failed", reason=reason)
+    return Decoded(some_photo(mtime=mtime, seen=seen), "failed", reason=reason)
+
+
+def batcher(*, batch_size: int = 4, max_wait_seconds: float = float("inf")) -> Batcher:
+    stopping = threading.Event()
+    return Batcher(batch_size=batch_size, max_wait_seconds=max_wait_seconds, decode_seconds=0, stopping=stopping)
+
+
+def put(batcher: Batcher, *verdicts: Verdict) -> None:
+    for verdict in verdicts:
+        batcher.expect()
+        batcher.put(Decoded(some_photo(), verdict))
+
+
+def verdicts(batch: list[Decoded] | None) -> list[Verdict] | None:
+    return None if batch is None else [decoded.verdict for decoded in batch]
+
+
+def test_what_is_ready_is_dispatched_at_once_when_nothing_more_is_on_its_way() -> None:
+    forming = batcher()
+    put(forming, "pixels", "pixels")
+    started = time.monotonic()
+    assert verdicts(forming.next_batch()) == ["pixels", "pixels"]
+    assert time.monotonic() - started < 1
+
+
+def test_a_batch_waits_for_a_photo_that_is_being_decoded_but_no_longer_than_it_may() -> None:
+    patient, hasty = batcher(), batcher(max_wait_seconds=0.05)
+    for forming in (patient, hasty):
+        put(forming, "pixels")
+        forming.expect()
+    assert verdicts(hasty.next_batch()) == ["pixels"]
+    arriving = threading.Timer(0.2, patient.put, [Decoded(some_photo(), "pixels")])
+    arriving.start()
+    assert verdicts(patient.next_batch()) == ["pixels", "pixels"]
+    arriving.join()
+
+
+def test_a_photo_that_the_decoders_could_not_take_is_not_waited_for() -> None:
+    forming = batcher()
+    put(forming, "pixels")
+    forming.expect()
+    forming.cancel()
+    assert verdicts(forming.next_batch()) == ["pixels"]
+
+
+def test_during_a_backlog_a_batch_is_filled_however_long_that_takes() -> None:
+    forming = batcher(batch_size=2, max_wait_seconds=0)
+    forming.backlog = True
+    put(forming, "pixels")
+    arriving = threading.Timer(0.2, put, [forming, "failed", "pixels"])
+    arriving.start()
+    assert verdicts(forming.next_batch()) == ["pixels", "failed", "pixels"]
+    arriving.join()
+
+
+def test_photos_without_pixels_do_not_fill_a_batch_but_it_is_bounded() -> None:
+    forming = batcher(batch_size=2)
+    for _ in range(20):
+        put(forming, "failed")
+    assert verdicts(forming.next_batch()) == ["failed"] * 8
+
+
+def test_a_closed_batcher_hands_out_the_rest_and_then_nothing_to_any_thread() -> None:
+    forming = batcher()
+    put(forming, "pixels")
+    forming.expect()
+    forming.close()
+    assert verdicts(forming.next_batch()) == ["pixels"]
+    assert [forming.next_batch(), forming.next_batch()] == [None, None]
+
+
+def test_a_stage_is_overdue_when_no_step_was_finished_in_time() -> None:
+    now = 100.0
+    deadline = Deadline(lambda: now)
+    assert not deadline.is_overdue
+    deadline.begin(own_seconds=5)
+    now += STEP_SECONDS + 4
+    deadline.begin()  # work that arrives is no progress
+    deadline.begin()
+    deadline.cancel()  # neither is work that could not be handed over
+    assert not deadline.is_overdue
+    now += 2
+    assert deadline.is_overdue
+    deadline.finish()
+    assert (deadline.is_overdue, deadline.in_hand) == (False, 1)
+    deadline.finish()
+    now += 1e6
+    assert (deadline.is_overdue, deadline.in_hand) == (False, 0)
+
+
+def test_a_photo_without_pixels_fails_stays_or_gets_another_look() -> None:
+    def kind(verdict: Verdict, reason: Reason | None = None, *, mtime: float = 0) -> str:
+        return decide_unclassified(Decoded(some_photo(mtime=mtime), verdict, reason=reason), now=1000).kind
+
+    assert kind("failed", Reason.CORRUPT) == "failed"
+    assert kind("failed", Reason.TRUNCATED) == "failed"
+    assert kind("failed", Reason.TRUNCATED, mtime=990) == "again"
+    assert kind("skipped") == "skipped"
+    assert kind("left") == "left"
+    assert kind("gone") == "again"
 
 
 def test_a_truncated_photo_counts_as_complete_a_minute_after_its_last_change() -> None:

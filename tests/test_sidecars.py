@@ -20,8 +20,8 @@ from sorter.history.reader import HistoryReader
 from sorter.inbox import sidecars as sidecars
 from sorter.inbox.scan import Inbox
 from sorter.service.counters import Counters
-from sorter.service.service import Service
-from sorter.service.stop import Stop
+from sorter.service.loop import Service
+from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
 Start = Callable[..., Running]
@@ -44,9 +44,8 @@ def sort_here(inbox: Path, manifest: Manifest, **values: Any) -> Counters:
     watched = Inbox(inbox, recursive=settings.recursive, excluded=folders, settle_seconds=0.2)
     pipeline = pipeline_to(inbox, RedGreenEngine(), manifest, settings)
     past = None if settings.dry_run else HistoryReader(inbox)
-    ways: dict[str, Any] = {} if past is None else {"last_sorted": past.last_sorted, "put_back": past.was_put_back}
     try:
-        return Service(settings, watched, pipeline, Stop(0), None, log_fields={}, **ways).run_once()
+        return Service(settings, watched, pipeline, Shutdown(0), None, log_fields={}, history=past).run_once()
     finally:
         if past is not None:
             past.close()

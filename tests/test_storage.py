@@ -1,6 +1,6 @@
-"""Disks that are full, gone or read-only under a running daemon: it waits, says so once, and goes on by itself.
+"""Disks that are full, gone or read-only under a running daemon: it waits, reports that once, and goes on unaided.
 
-Real daemons on real mounts, started side by side; each test goes on with one of them.
+Real daemons on real mounts, started side by side; each test continues with one of them.
 """
 
 import contextlib
@@ -19,8 +19,10 @@ from conftest import Running, make_tree, photo, read_tree
 from pictures import encoded
 from PIL import Image
 
-# Longer than the first wait of the backoff: whoever repeats himself has done so by then.
+# Longer than the first wait of the backoff: a message that is repeated has been by then.
 SILENCE_SECONDS = 1.5
+
+pytestmark = pytest.mark.long
 
 
 class Daemon(Running):
@@ -44,18 +46,18 @@ class Daemon(Running):
         assert self.done(self.output) == sorted(read_tree(self.output))
 
     def done(self, output: Path) -> list[str]:
-        """The files that the history calls done."""
+        """The files that the history records as done."""
         with contextlib.closing(sqlite3.connect(f"file:{output}/.sorter/history.sqlite3?mode=ro", uri=True)) as history:
             rows = history.execute("SELECT folder, name FROM moves WHERE done IS NOT NULL").fetchall()
         return sorted(f"{folder}/{os.fsdecode(name)}" for folder, name in rows)
 
     def check_history(self, output: Path) -> None:
-        """Nothing is called done that is not; what has just moved may still wait for it."""
+        """Nothing is recorded as done that is not; what has just moved may not be recorded yet."""
         assert set(self.done(output)) <= set(read_tree(output))
 
     @contextlib.contextmanager
     def waiting(self, *words: str) -> Iterator[None]:
-        """The daemon waits in here, and goes on behind it; it says each of the two once."""
+        """The daemon waits in here and goes on after it; it reports each of the two once."""
         before = [len(self.events(name)) for name in ("storage.waiting", "storage.ready")]
         self.wait_for_event("storage.waiting", before[0] + 1, seconds=20)
         time.sleep(SILENCE_SECONDS)
@@ -64,7 +66,7 @@ class Daemon(Running):
         self.wait_for_event("storage.ready", before[1] + 1, seconds=20)
         self.wait_until_sorted()
         after = [len(self.events(name)) for name in ("storage.waiting", "storage.ready")]
-        assert after == [number + 1 for number in before], "it repeats itself"
+        assert after == [number + 1 for number in before], "reported more than once"
 
     def end(self) -> None:
         """SIGTERM while it waits."""
@@ -115,7 +117,7 @@ def umount(*arguments: str | Path) -> None:
 
 
 def fill(disk: Path, spare_bytes: int) -> Path:
-    """Take a disk's room but for a little."""
+    """Fill a disk but for a little."""
     filler = disk / "filler"
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
@@ -129,7 +131,7 @@ def big(seed: int) -> bytes:
     return encoded(Image.fromarray(np.random.default_rng(seed).integers(0, 255, (250, 400, 3), np.uint8)), "BMP")
 
 
-def test_a_full_disk_is_waited_for_and_said_once(daemons: dict[str, Daemon]) -> None:
+def test_a_full_disk_is_waited_for_and_reported_once(daemons: dict[str, Daemon]) -> None:
     daemon = daemons["full"]
     filler = fill(daemon.output.parent, 150_000)
     daemon.drop(big=big(1), bigger=big(2), small=photo(3))
@@ -175,7 +177,7 @@ def test_an_output_that_becomes_read_only_is_waited_for(daemons: dict[str, Daemo
 
 
 def drop_and_fill(daemon: Daemon, first: int, count: int) -> Path:
-    """Photos that a full disk has, and no room for their history."""
+    """Put photos on a disk that has no space left for their history."""
     hidden = {f".{first + n}.jpg": photo(first + n) for n in range(count)}
     make_tree(daemon.inbox, hidden)
     daemon.given += hidden.values()
@@ -185,7 +187,7 @@ def drop_and_fill(daemon: Daemon, first: int, count: int) -> Path:
     return filler
 
 
-def test_no_photo_moves_while_there_is_no_room_for_its_history(daemons: dict[str, Daemon]) -> None:
+def test_no_photo_moves_while_there_is_no_space_for_its_history(daemons: dict[str, Daemon]) -> None:
     daemon = daemons["history"]
     filler = drop_and_fill(daemon, 100, 100)
     with daemon.waiting("history"):
@@ -193,7 +195,7 @@ def test_no_photo_moves_while_there_is_no_room_for_its_history(daemons: dict[str
         filler.unlink()
 
 
-def test_a_daemon_that_waits_for_room_ends_with_0_when_told_to_and_loses_nothing(daemons: dict[str, Daemon]) -> None:
+def test_a_daemon_that_waits_for_space_ends_with_0_at_sigterm_and_loses_nothing(daemons: dict[str, Daemon]) -> None:
     for kind, words in (("history", "history"), ("full", "space")):
         daemon = daemons[kind]
         if kind == "history":
@@ -201,8 +203,8 @@ def test_a_daemon_that_waits_for_room_ends_with_0_when_told_to_and_loses_nothing
         else:
             filler = fill(daemon.output.parent, 150_000)
             daemon.drop(last=big(4), the_very_last=big(5))
-        said = len(daemon.events("storage.waiting"))
-        daemon.wait_for_event("storage.waiting", said + 1, seconds=20)
+        before = len(daemon.events("storage.waiting"))
+        daemon.wait_for_event("storage.waiting", before + 1, seconds=20)
         assert words in daemon.events("storage.waiting")[-1]["detail"]
         daemon.end()
         daemon.check_history(daemon.output)

@@ -22,15 +22,14 @@ from sorter.errors import ConfigurationError, ExitCode, StorageError
 from sorter.files import FOLDER, lock
 from sorter.files.atomic import make_folder
 from sorter.files.lock import Lock
-from sorter.files.photo import Photo
-from sorter.history.reader import Entry, HistoryReader
+from sorter.history.reader import HistoryReader
 from sorter.history.store import NAME, History, Run
 from sorter.inbox.scan import Inbox, is_temporary
 from sorter.moving.mover import Mover
 from sorter.moving.recovery import recover
 from sorter.service.counters import Counters
 from sorter.service.hook import Hook
-from sorter.service.stop import Stop
+from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
 if TYPE_CHECKING:
@@ -64,10 +63,10 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
     # Imported here because they take long, and most mistakes have been reported by now.
     from sorter.decoding.decoders import default_workers
     from sorter.pipeline.pipeline import Pipeline
-    from sorter.service.service import Service
+    from sorter.service.loop import Service
 
-    stop = Stop(idle_code=ExitCode.INCOMPLETE if settings.once else ExitCode.DONE)
-    stop.listen()
+    shutdown = Shutdown(idle_code=ExitCode.INCOMPLETE if settings.once else ExitCode.DONE)
+    shutdown.listen()
     inbox, output = preflight.watched(settings, model), settings.output_folder.absolute()
     # Everything that ends with `ExitCode.USAGE` comes before the first change to a folder.
     engine = preflight.open_engine(settings, model)
@@ -83,11 +82,11 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
             history = _open_history(inbox.root, output, this_run, stack)
         _log_start(settings, model, engine, inbox.root, output, log_fields)
         mover = Mover(output)
-        stop.moving = mover.lock
+        shutdown.move_lock = mover.lock
         reader = _open_reader(output, stack)
         bar = _show_bar(settings, stream, stack)
-        hook = None if command is None or settings.dry_run else _start_hook(command, log_fields, stop, stack)
-        pipeline = Pipeline(
+        hook = None if command is None or settings.dry_run else _start_hook(command, log_fields, shutdown, stack)
+        pipeline = Pipeline.start(
             engine,
             model,
             mover,
@@ -103,14 +102,13 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
             settings,
             inbox,
             pipeline,
-            stop,
+            shutdown,
             inbox_lock,
             log_fields=log_fields,
             on_outcome=_ignore if bar is None else bar.advance,
             on_waiting=_ignore if bar is None else bar.waiting,
             on_decision=console.print_decision if as_json else _ignore,
-            put_back=_never if reader is None or settings.include_undone else reader.was_put_back,
-            last_sorted=_none if reader is None else reader.last_sorted,
+            history=reader,
         )
         counters = service.run_once() if settings.once else _watch(service, inbox, pipeline, metrics)
         if history is not None:
@@ -214,11 +212,11 @@ def _show_bar(settings: Settings, stream: logs.LogStream, stack: ExitStack) -> c
     return stack.enter_context(console.bar(stream, total))
 
 
-def _start_hook(command: Sequence[str], log_fields: dict[str, object], stop: Stop, stack: ExitStack) -> Hook:
+def _start_hook(command: Sequence[str], log_fields: dict[str, object], shutdown: Shutdown, stack: ExitStack) -> Hook:
     """Start the thread that runs `--on-sorted`; the stack ends it after the pipeline, with the inbox still locked."""
     hook = Hook(command, log_fields)
     stack.callback(hook.close)
-    stop.kill_children = hook.kill
+    shutdown.kill_children = hook.kill
     return hook
 
 
@@ -229,11 +227,3 @@ def _count(inbox: Path) -> int:
 
 def _ignore(_: object) -> None:
     pass
-
-
-def _never(_: Photo) -> bool:
-    return False
-
-
-def _none(_root: Path, _names: Sequence[str], _since: float) -> Entry | None:
-    return None

@@ -10,12 +10,17 @@ from sorter.history.store import FAILED
 
 @dataclass
 class Counters:
-    """What happened so far.
+    """Photos and other files, by what became of them.
 
     Attributes:
         folders: photos by the folder they were moved to.
-        skipped: files that are no photos.
-        put_back: photos that undo brought back, and that are left alone.
+        sidecars: moved with their photos.
+        skipped: files that are not photos.
+        put_back: photos that `sorter undo` restored, and that are left alone.
+        left: photos that stay in the inbox because they cannot be read or moved.
+        interrupted: whether a signal ended the run before the inbox was empty.
+        started: a monotonic time.
+        seconds: how long the run took; 0 until it has ended.
     """
 
     folders: Counter[str] = field(default_factory=Counter)
@@ -34,11 +39,11 @@ class Counters:
 
     @property
     def photos_per_second(self) -> float:
-        """Over the whole time."""
+        """Sorted photos per second of the run; 0 until it has ended."""
         return self.photos / self.seconds if self.seconds else 0.0
 
     @property
     def exit_code(self) -> ExitCode:
-        """What the run ends with."""
+        """The exit code of `run --once`."""
         incomplete = self.left or self.interrupted or self.folders[FAILED]
         return ExitCode.INCOMPLETE if incomplete else ExitCode.DONE

@@ -1,8 +1,8 @@
-"""The command that is told what was moved, `--on-sorted`.
+"""The command that runs after each batch, `--on-sorted`.
 
 In: the outcomes of each batch, from the mover's thread. Out: one call of the command for each batch, with JSON on its
-standard input, in a thread of its own. Batches that wait while the command runs share the next call: what waits is at
-most what is sorted within `LIMIT_SECONDS`. Whatever the command does, sorting goes on and ends with the same exit code.
+standard input, in a thread of its own. Batches that are moved while the command runs share the next call, so no more
+waits than is sorted within `LIMIT_SECONDS`. Whatever the command does, sorting goes on, and the exit code is the same.
 """
 
 import contextlib
@@ -25,20 +25,20 @@ from sorter.decisions import Outcome, described
 from sorter.errors import ConfigurationError
 
 LIMIT_SECONDS = 30.0
-"""A command that takes longer is killed, with what it started. Two of these, the one that runs
-and the last one, have to fit into the service's TimeoutStopSec=."""
-_MOST_SAID = 1000  # bytes of standard error, the last ones
-_LOOK_SECONDS = 0.05  # how often a running command is asked whether it has ended
-_KILLED_SECONDS = 5.0
+"""A command that takes longer is killed, with everything it started. Twice this, for the call that is running and the
+last one, must fit into the service's TimeoutStopSec=."""
+_MAX_OUTPUT_BYTES = 1000  # of standard error, from its end
+_LOOK_SECONDS = 0.05  # how often to ask whether a running command has ended
+_KILL_SECONDS = 5.0  # how long a killed command may take to end
 
 log = structlog.get_logger()
 
 
 def split(command: str) -> list[str]:
-    """The program and its arguments, as a shell would take them apart.
+    """Split the command into its program and arguments, as a shell would.
 
     Raises:
-        ConfigurationError: there is none, its quotes are not balanced, or there is no such program.
+        ConfigurationError: it is empty, its quotes are not balanced, or its program does not exist.
     """
     try:
         words = shlex.split(command)
@@ -46,9 +46,9 @@ def split(command: str) -> list[str]:
         found = shutil.which(words[0]) if words else None
     except ValueError as error:  # quotes; a NUL
         reason = str(error)[:1].lower() + str(error)[1:]
-        raise ConfigurationError(f"--on-sorted {command!r} cannot be taken apart ({reason}): mend it") from None
+        raise ConfigurationError(f"--on-sorted: cannot parse {command!r} ({reason}): correct the command") from None
     if not words:
-        raise ConfigurationError("--on-sorted is empty: name a command, or leave it away")
+        raise ConfigurationError("--on-sorted is empty: give a command or omit it")
     if found is None:
         raise ConfigurationError(
             f"--on-sorted: there is no program {words[0]!r} that can be run: check its path and its permissions"
@@ -61,7 +61,7 @@ class Hook:
 
     Args:
         words: the program and its arguments, see `split`.
-        fields: what stands beside the photos, `run` and `model`.
+        fields: what each call gets in addition to the photos: `run` and `model`.
     """
 
     def __init__(self, words: Sequence[str], fields: dict[str, Any]) -> None:
@@ -74,23 +74,23 @@ class Hook:
         self._thread.start()
 
     def notify_batch(self, moved: Sequence[Outcome]) -> None:
-        """Have the command told of one batch; returns at once."""
+        """Have the command called for one batch; returns at once."""
         with self._changed:
             self._waiting += moved
             self._changed.notify()
 
     def close(self) -> None:
-        """Tell what still waits, and end: after at most two calls; idempotent."""
+        """Call the command for what still waits, and end: after two calls at most; idempotent."""
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join()
 
     def kill(self) -> None:
-        """End a command that is running, with what it started, as for one that takes too long."""
+        """Kill a running command and everything it started, as when it takes too long."""
         process = self._process
         if process is not None:
-            with contextlib.suppress(OSError):  # it has ended, or become another user
+            with contextlib.suppress(OSError):  # it has ended, or runs as another user by now
                 os.killpg(process.pid, signal.SIGKILL)
 
     def _run(self) -> None:
@@ -101,57 +101,68 @@ class Hook:
             if not moved:
                 return
             try:
-                problem, said = self._call(moved)
-            except Exception as error:  # the program is gone, no room; without this thread what waits would pile up
-                problem, said = f"cannot be run: {str(error) or type(error).__name__}", b""
+                problem, output = self._call(moved)
+            except Exception as error:  # program removed, disk full …: this thread goes on, or the queue would grow
+                problem, output = f"cannot be run: {str(error) or type(error).__name__}", b""
             if problem:
-                detail = said.decode(errors="backslashreplace").strip()
+                detail = output.decode(errors="backslashreplace").strip()
                 log.warning("hook.failed", command=self._words[0], reason=problem, detail=detail, photos=len(moved))
 
     def _call(self, moved: Sequence[Outcome]) -> tuple[str, bytes]:
-        """Run the command once; what went wrong, empty if nothing did, and the end of what it said."""
-        # A file and not a pipe, so that nobody has to wait for a command that reads slowly, or not at all.
-        with tempfile.TemporaryFile() as told:
-            told.write(json.dumps(self._fields | {"photos": [described(outcome) for outcome in moved]}).encode())
-            told.seek(0)
+        """Run the command once.
+
+        Returns:
+            What went wrong, empty if nothing did, and the end of the command's standard error.
+        """
+        content = self._fields | {"photos": [described(outcome) for outcome in moved]}
+        # A file, not a pipe: then a command that reads slowly, or not at all, delays nothing.
+        with tempfile.TemporaryFile() as stdin:
+            stdin.write(json.dumps(content).encode())
+            stdin.seek(0)
             process = self._process = subprocess.Popen(
                 self._words,
-                stdin=told,
+                stdin=stdin,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is meant for the sorter; and it is killed as a group
+                start_new_session=True,  # Ctrl-C is for the sorter alone; and the command is killed as a group
             )
         assert process.stderr is not None
         try:
             with process.stderr as errors:
-                said, in_time = _follow(process, errors.fileno(), time.monotonic() + LIMIT_SECONDS)
+                output, in_time = _follow(process, errors.fileno(), time.monotonic() + LIMIT_SECONDS)
             if not in_time:
                 self.kill()
-                with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel is left there
-                    process.wait(_KILLED_SECONDS)
-                return f"took longer than {LIMIT_SECONDS:g} seconds and was killed", said
+                with contextlib.suppress(subprocess.TimeoutExpired):  # it hangs in the kernel: nothing more to be done
+                    process.wait(_KILL_SECONDS)
+                return f"took longer than {LIMIT_SECONDS:g} seconds and was killed", output
         finally:
             self._process = None
         code = process.returncode
-        return "" if code == 0 else f"ended with {code}" if code > 0 else f"was ended by signal {-code}", said
+        if code == 0:
+            return "", output
+        return f"ended with {code}" if code > 0 else f"was ended by signal {-code}", output
 
 
 def _follow(process: subprocess.Popen[bytes], errors: int, deadline: float) -> tuple[bytes, bool]:
-    """Read what a command says until it has ended; what it left behind may hold the pipe for longer."""
+    """Read a command's standard error until it ends; processes that it leaves behind may keep the pipe open.
+
+    Returns:
+        The end of the output, and whether the command ended before the deadline (a monotonic time).
+    """
     os.set_blocking(errors, False)
     waiting = select.poll()
     waiting.register(errors, select.POLLIN)
-    said = b""
+    output = b""
     while time.monotonic() < deadline:
-        # Asked before the look into the pipe: what it said before it ended is there by then.
+        # Asked before reading: everything that the command wrote before it ended is in the pipe by then.
         ended = process.poll() is not None
         if waiting.poll(0 if ended else 1000 * _LOOK_SECONDS):
             piece = os.read(errors, 1 << 16)
-            said = (said + piece)[-_MOST_SAID:]
+            output = (output + piece)[-_MAX_OUTPUT_BYTES:]
             if piece and not ended:
                 continue
             if not piece and not ended:  # it has closed its standard error and goes on
                 waiting.unregister(errors)
         if ended:
-            return said, True
-    return said, False
+            return output, True
+    return output, False

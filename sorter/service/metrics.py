@@ -1,7 +1,7 @@
-"""Figures for Prometheus, on 127.0.0.1 alone: `--metrics-port`.
+"""Prometheus metrics on 127.0.0.1: `--metrics-port`.
 
-In: the counts that exist anyway, read when somebody asks, and a few seconds for each batch. Out: GET /metrics. The
-server sleeps until it is asked: prometheus_client's own wakes up twice a second.
+In: the counts that the daemon keeps anyway, read at each scrape, and the duration of each step. Out: GET /metrics. The
+server sleeps between requests; prometheus_client's own would wake up twice a second.
 """
 
 import socketserver
@@ -19,29 +19,31 @@ from prometheus_client.registry import Collector
 from sorter.errors import ConfigurationError
 from sorter.history.store import FAILED, UNSURE
 from sorter.inbox.watcher import Watcher
-from sorter.pipeline.pipeline import Measures, Pipeline
+from sorter.pipeline.measures import Measures
+from sorter.pipeline.pipeline import Pipeline
 from sorter.service.counters import Counters
 
 HOST = "127.0.0.1"
-_ASLEEP_SECONDS = 86400.0
+_POLL_SECONDS = 86400.0  # how often the server looks whether it is to end: it never is
+_CLIENT_SECONDS = 10  # how long a client may stay silent
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _PHOTOS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 class Metrics(Measures):
-    """What is measured while the daemon runs, and the server that tells it.
+    """What is measured while the daemon runs, and the server that publishes it.
 
     Args:
-        port: of 127.0.0.1, where it answers at once.
+        port: on 127.0.0.1; served from now on.
         info: `version`, `model` and `engine`.
 
     Raises:
-        ConfigurationError: the port is taken or not ours to take.
+        ConfigurationError: the port is taken, or this user may not open it.
     """
 
     def __init__(self, port: int, info: dict[str, str]) -> None:
         self._registry = CollectorRegistry()
-        Info("sorter", "What runs here.", registry=self._registry).info(info)
+        Info("sorter", "Version, model and engine.", registry=self._registry).info(info)
         seconds = Histogram(
             "sorter_stage_seconds",
             "Time in a stage: decode for each photo, classify and move for each batch.",
@@ -55,7 +57,7 @@ class Metrics(Measures):
         )
         self._success = Gauge(
             "sorter_last_success_timestamp_seconds",
-            "When the last batch was moved, 0 if none.",
+            "When the last batch was moved; 0 if none was.",
             registry=self._registry,
         )
         try:
@@ -63,15 +65,14 @@ class Metrics(Measures):
         except OSError as error:
             raise ConfigurationError(
                 f"--metrics-port {port} cannot be used ({error.strerror}): "
-                "name another port; the README says how a service may have one"
+                "choose another port; config/README.md says how to allow one for a service"
             ) from None
-        # It ends with the process: to end it earlier it would have to look up now and then.
-        threading.Thread(
-            target=self._server.serve_forever, args=(_ASLEEP_SECONDS,), name="metrics", daemon=True
-        ).start()
+        # It ends with the process; ending it earlier would cost regular wake-ups.
+        serve = self._server.serve_forever
+        threading.Thread(target=serve, args=(_POLL_SECONDS,), name="metrics", daemon=True).start()
 
     def watch(self, counters: Counters, pipeline: Pipeline, watcher: Watcher) -> None:
-        """Tell their counts too from now on."""
+        """Publish their counts too from now on."""
         self._registry.register(_Counts(counters, pipeline, watcher))
 
     def decoded(self, seconds: float) -> None:
@@ -94,26 +95,28 @@ class _Counts(Collector):
     """Counts that the daemon keeps anyway, read at each scrape."""
 
     def __init__(self, counters: Counters, pipeline: Pipeline, watcher: Watcher) -> None:
-        self._tally, self._pipeline, self._watcher = counters, pipeline, watcher
+        self._counters, self._pipeline, self._watcher = counters, pipeline, watcher
 
     def collect(self) -> Iterator[Metric]:
         photos = CounterMetricFamily(
-            "sorter_photos", "Photos by what became of them, and where they went.", labels=["result", "folder"]
+            "sorter_photos", "Photos by result and destination folder.", labels=["result", "folder"]
         )
-        folders = {FAILED: 0, **dict(self._tally.folders)}
+        folders = {FAILED: 0, **dict(self._counters.folders)}
         for folder, count in sorted(folders.items()):
             photos.add_metric([folder if folder in (FAILED, UNSURE) else "sorted", folder], count)
-        photos.add_metric(["skipped", ""], self._tally.skipped)
+        photos.add_metric(["skipped", ""], self._counters.skipped)
         yield photos
-        yield GaugeMetricFamily("sorter_left_photos", "Photos that stay in the inbox.", value=self._tally.left)
-        waiting = GaugeMetricFamily(
-            "sorter_queue_photos", "Photos that are in a stage or wait for it.", labels=["stage"]
+        yield GaugeMetricFamily(
+            "sorter_left_photos",
+            "Photos that stay in the inbox because they cannot be read or moved.",
+            value=self._counters.left,
         )
+        waiting = GaugeMetricFamily("sorter_queue_photos", "Photos in a stage or waiting for it.", labels=["stage"])
         for stage, count in self._pipeline.waiting().items():
             waiting.add_metric([stage], count)
         yield waiting
         yield CounterMetricFamily(
-            "sorter_watcher_restarts", "How often the watcher was built anew.", value=self._watcher.restarts
+            "sorter_watcher_restarts", "How often watching the inbox was restarted.", value=self._watcher.restarts
         )
 
 
@@ -126,17 +129,17 @@ class _Server(socketserver.ThreadingTCPServer):
         self.registry = registry
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that went away is its own affair."""
+        """Ignore clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
-    timeout = 10  # seconds that a client may say nothing
+    timeout = _CLIENT_SECONDS
     server: _Server
 
     def do_GET(self) -> None:
-        """Tell the figures."""
+        """Answer with the metrics."""
         if self.path.partition("?")[0] != "/metrics":
-            self.send_error(HTTPStatus.NOT_FOUND, "The figures are at /metrics")
+            self.send_error(HTTPStatus.NOT_FOUND, "The metrics are at /metrics")
             return
         content = generate_latest(self.server.registry)
         self.send_response(HTTPStatus.OK)
@@ -146,4 +149,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing: standard error is the log."""
+        """Log nothing: standard error belongs to the log."""

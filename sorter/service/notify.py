@@ -1,7 +1,7 @@
-"""What the service manager is told: ready, what is going on, still alive, stopping (systemd's sd_notify protocol).
+"""Reports to the service manager: ready, what is going on, still alive, stopping (systemd's sd_notify protocol).
 
-In: the environment's NOTIFY_SOCKET and WATCHDOG_USEC. Out: datagrams, or nothing at all where no manager asked for
-them. Nothing here raises: the photos matter more than the manager's knowledge of them.
+In: the environment's NOTIFY_SOCKET and WATCHDOG_USEC. Out: datagrams, or nothing where no manager asked for them.
+Nothing here raises: sorting matters more than reporting.
 """
 
 import contextlib
@@ -20,46 +20,56 @@ class Notifier:
     """The connection to the service manager; does nothing where there is none.
 
     Args:
-        environment: where the manager says where to send to, and how often it wants a sign of life.
+        environment: where the manager says where to send messages, and how often it expects a watchdog ping.
+        clock: monotonic, in seconds.
+
+    Attributes:
+        alive_seconds: how often to call `alive`: three times within the manager's timeout; infinite if never.
     """
 
-    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+    def __init__(
+        self, environment: Mapping[str, str] = os.environ, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
         name = environment.get("NOTIFY_SOCKET", "")
         self._address = os.fsencode(name).replace(b"@", b"\0", 1) if name.startswith("@") else os.fsencode(name)
-        self._is_heard = name.startswith(("/", "@"))
-        self.alive_seconds = _alive_seconds(environment) if self._is_heard else float("inf")
-        """How often to call `alive`: three times in the time after which the manager gives up; infinite if never."""
+        self._is_wanted = name.startswith(("/", "@"))
+        self.alive_seconds = _alive_seconds(environment) if self._is_wanted else float("inf")
         self._next_alive = self._next_status = 0.0
         self._status = ""
 
     def ready(self) -> None:
-        """Say that photos are being sorted from now on."""
+        """Report that photos are sorted from now on."""
         self._send("READY=1")
-        self._next_alive = time.monotonic() + self.alive_seconds  # the manager counts from here
+        self._next_alive = self._clock() + self.alive_seconds  # the manager's timeout starts here
 
     def alive(self) -> None:
-        """Say that the loop is healthy, if it is time to; cheap enough for every photo."""
-        now = time.monotonic()
+        """Send a watchdog ping if it is time for one; cheap enough to call for every photo."""
+        now = self._clock()
         if now >= self._next_alive and self._send("WATCHDOG=1"):
             self._next_alive = now + self.alive_seconds
 
     def status(self, describe: Callable[[], str]) -> None:
-        """Show one line in `systemctl status`; asks for it only if the last one is old enough."""
-        now = time.monotonic()
-        if not self._is_heard or now < self._next_status:
+        """Show one line in `systemctl status`.
+
+        Args:
+            describe: returns the line; called only if the last one is old enough to be replaced.
+        """
+        now = self._clock()
+        if not self._is_wanted or now < self._next_status:
             return
         self._next_status = now + STATUS_SECONDS
-        # A line break in a name would begin another message to the manager.
+        # A line break in a file's name would start another message to the manager.
         text = " ".join(describe().split())
         if text != self._status and self._send(f"STATUS={text}"):
             self._status = text
 
     def stopping(self) -> None:
-        """Say that the end was asked for and the batch in hand is being finished."""
+        """Report that the batch in hand is the last."""
         self._send("STOPPING=1\nSTATUS=Finishing the batch in hand")
 
     def _send(self, message: str) -> bool:
-        if not self._is_heard:
+        if not self._is_wanted:
             return False
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
@@ -71,7 +81,7 @@ class Notifier:
 
 
 def _alive_seconds(environment: Mapping[str, str]) -> float:
-    # WATCHDOG_PID names the process that is meant; a child that inherited both is not.
+    # WATCHDOG_PID names the process that is to send pings; a child that inherited both variables is not it.
     if environment.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return float("inf")
     with contextlib.suppress(ValueError):
