@@ -99,7 +99,9 @@ def test_beside_a_gpu_a_sort_succeeds_hints_at_pytorch_once_and_leaves_nothing_i
     assert (codes, unwanted) == ([0, 0, 0], [])
     hints = [line for line in lines if line.startswith("note ")]
     assert len(hints) == 1, "`check` says it, unless the CPU was asked for"
-    assert hints[0].endswith("seems to have a GPU, which sorter uses only with PyTorch: pip install 'catdog-sorter[gpu]'")
+    assert hints[0].endswith(
+        "seems to have a GPU, which sorter uses only with PyTorch: pip install 'catdog-sorter[gpu]'"
+    )
     (event,) = [event for event in log if event["event"] == "engine.unused_gpu"]
     assert event["level"] == "warning"
     assert event["detail"] in hints[0]
