@@ -33,7 +33,7 @@ if not Path("/proc/self/task").is_dir():
 def workers(parent: int | None = None) -> list[int]:
     """The decoder processes of a process."""
     found = []
-    # Not iterdir: the parent may end meanwhile.
+    # Not iterdir, which raises if the parent ends.
     for task in Path(f"/proc/{parent or os.getpid()}/task").glob("*"):
         with contextlib.suppress(OSError):
             found += [int(pid) for pid in (task / "children").read_text().split()]
@@ -95,8 +95,8 @@ def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
 
 
 @contextlib.contextmanager
-def again_and_again(look: Callable[[], None]) -> Iterator[None]:
-    """Do something every few milliseconds, in a thread."""
+def repeatedly(look: Callable[[], None]) -> Iterator[None]:
+    """Do something every few milliseconds in a thread."""
     done = threading.Event()
 
     def run() -> None:
@@ -113,7 +113,7 @@ def again_and_again(look: Callable[[], None]) -> Iterator[None]:
         thread.join()
 
 
-def whoever_opens(path: Path, number: signal.Signals) -> contextlib.AbstractContextManager[None]:
+def signal_workers_that_open(path: Path, number: signal.Signals) -> contextlib.AbstractContextManager[None]:
     """Send a signal to each worker that has a file open, as if decoding it had that effect."""
 
     def send() -> None:
@@ -122,11 +122,11 @@ def whoever_opens(path: Path, number: signal.Signals) -> contextlib.AbstractCont
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
 
-    return again_and_again(send)
+    return repeatedly(send)
 
 
 def open_files(pid: int) -> list[str]:
-    """What a process has open, as /proc names it."""
+    """The paths that a process has open, as /proc names them."""
     found = []
     with contextlib.suppress(OSError):
         for descriptor in os.listdir(f"/proc/{pid}/fd"):
@@ -136,19 +136,19 @@ def open_files(pid: int) -> list[str]:
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether a worker runs, stopped or not; one that ended and is not waited for has no command any more."""
+    """True if a worker runs, stopped or not; a zombie has no command line."""
     return b"sorter.decoding.worker" in _command(pid)
 
 
-def forget_peak() -> None:
-    """Start measuring the workers' resident memory anew."""
+def reset_peak() -> None:
+    """Restart the measurement of the workers' peak resident memory."""
     for pid in workers():
         with contextlib.suppress(OSError):
             Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
-    """The most resident memory that any worker had since."""
+    """The peak resident memory of any worker since `reset_peak`."""
     peak = 0
     for pid in workers():
         with contextlib.suppress(OSError):
@@ -158,7 +158,7 @@ def peak_bytes() -> int:
 
 
 def cpu_seconds() -> float:
-    """What the workers computed since they started; unlike the time on the wall, it is the same on a busy machine."""
+    """CPU time of the workers since they started; unlike wall time it is the same on a busy machine."""
     ticks = 0
     for pid in workers():
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
@@ -168,7 +168,7 @@ def cpu_seconds() -> float:
 
 @functools.cache
 def slow() -> bytes:
-    """A picture that takes a decoder long enough to be caught at it."""
+    """A picture that takes long enough to decode to be caught in the act."""
     return encoded(Image.new("RGB", (5000, 5000)), "PNG", compress_level=1)
 
 
@@ -182,7 +182,7 @@ def test_a_photo_becomes_pixels_in_its_row(bench: Callable[..., Bench]) -> None:
 
 
 def test_a_hanging_decoder_is_killed_and_its_photo_tried_once_more(bench: Callable[..., Bench]) -> None:
-    made = bench(timeout_seconds=2)
+    made = bench(timeout_seconds=1)
     assert made.decode("a.jpg").verdict == "pixels"
     (stopped,) = workers()
     os.kill(stopped, signal.SIGSTOP)
@@ -194,20 +194,24 @@ def test_a_photo_that_hangs_the_decoder_twice_fails_and_the_next_is_decoded(
     tmp_path: Path, bench: Callable[..., Bench]
 ) -> None:
     make_tree(tmp_path / "in", {"hangs.png": slow()})
-    made = bench(timeout_seconds=2)
-    with whoever_opens(tmp_path / "in/hangs.png", signal.SIGSTOP):
+    made = bench(timeout_seconds=1)
+    with signal_workers_that_open(tmp_path / "in/hangs.png", signal.SIGSTOP):
         decoded = made.decode("hangs.png")
     assert (decoded.verdict, decoded.reason) == ("failed", Reason.DECODER_TIMEOUT)
     assert made.decode("b.jpg").verdict == "pixels"
 
 
-@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGSEGV, *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGKILL, signal.SIGABRT))],
+    ids=lambda number: number.name,
+)
 def test_a_photo_that_kills_the_decoder_twice_fails_and_the_next_is_decoded(
     number: signal.Signals, tmp_path: Path, bench: Callable[..., Bench]
 ) -> None:
     make_tree(tmp_path / "in", {"kills.png": slow()})
     made = bench()
-    with whoever_opens(tmp_path / "in/kills.png", number):
+    with signal_workers_that_open(tmp_path / "in/kills.png", number):
         decoded = made.decode("kills.png")
     assert (decoded.verdict, decoded.reason) == ("failed", Reason.DECODER_CRASH)
     assert number.name in decoded.detail
@@ -240,7 +244,7 @@ def test_the_end_waits_for_no_photo_in_hand_and_blames_none(tmp_path: Path, benc
         assert made.decoders.submit(made.photo(f"{n}.jpg"), timeout_seconds=5)
     started = time.monotonic()
     made.decoders.close()
-    assert time.monotonic() - started < 30, "half of the time that one photo may take"
+    assert time.monotonic() - started < 30, "half of what one photo may take"
     assert made.results.empty()
     assert workers() == []
 
@@ -264,7 +268,7 @@ def test_decoders_that_cannot_start_are_not_held_against_a_photo(
         assert made.results.empty()
 
 
-@pytest.mark.parametrize("photos", [5, pytest.param(300, marks=[pytest.mark.torture, pytest.mark.timeout(900)])])
+@pytest.mark.parametrize("photos", [2, pytest.param(300, marks=[pytest.mark.torture, pytest.mark.timeout(900)])])
 def test_crash_after_crash_leaves_no_process_descriptor_or_row_behind(
     photos: int, tmp_path: Path, bench: Callable[..., Bench]
 ) -> None:
@@ -272,9 +276,9 @@ def test_crash_after_crash_leaves_no_process_descriptor_or_row_behind(
     made = bench()
     assert made.decode("kills.png").verdict == "pixels"
     made.decoders.release(0)
-    gc.collect()  # what earlier tests left to it
+    gc.collect()  # of earlier tests
     descriptors, threads = len(open_files(os.getpid())), threading.active_count()
-    with whoever_opens(tmp_path / "in/kills.png", signal.SIGKILL):
+    with signal_workers_that_open(tmp_path / "in/kills.png", signal.SIGKILL):
         for _ in range(photos):
             assert made.decode("kills.png").reason is Reason.DECODER_CRASH
     deadline = time.monotonic() + 10
@@ -306,7 +310,7 @@ def test_a_worker_has_nothing_open_but_its_socket_and_the_shared_rows(
             assert kinds <= {"/dev/null", "socket", "/memfd"}, "a lock would outlive the process that took it"
 
 
-def test_a_batch_larger_than_a_workers_memory_is_no_obstacle(tmp_path: Path) -> None:
+def test_shared_memory_may_be_larger_than_a_workers_memory_limit(tmp_path: Path) -> None:
     make_tree(tmp_path / "in", {"a.jpg": photo(1)})
     results: queue.Queue[Decoded] = queue.Queue()
     decoders = Decoders(
@@ -333,7 +337,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path, bench: Callable[..
     assert (decoded.verdict, decoded.reason) == ("failed", Reason.TOO_LARGE)
 
 
-def test_what_is_no_photo_is_skipped_and_a_photo_without_extension_is_not(
+def test_a_file_that_is_no_photo_is_skipped_and_a_photo_without_an_extension_is_not(
     tmp_path: Path, bench: Callable[..., Bench]
 ) -> None:
     make_tree(tmp_path / "in", {"notes.txt": b"cats", "no-extension": photo(3), "text.jpg": b"an error page"})
@@ -373,12 +377,15 @@ time.sleep(60)
 @pytest.mark.parametrize(
     "then",
     [
-        "bench.decode('a.jpg')",
-        "bench.decode('a.jpg'); [os.kill(pid, signal.SIGSTOP) for pid in workers()]",
-        "bench.decode('a.jpg'); bench.decoders.submit(bench.photo('slow.png'), timeout_seconds=5)",
-        "time.sleep(0.02)",
+        pytest.param("bench.decode('a.jpg')", id="idle", marks=pytest.mark.long),
+        pytest.param("bench.decode('a.jpg'); [os.kill(pid, signal.SIGSTOP) for pid in workers()]", id="hung"),
+        pytest.param(
+            "bench.decode('a.jpg'); bench.decoders.submit(bench.photo('slow.png'), timeout_seconds=5)",
+            id="decoding",
+            marks=pytest.mark.long,
+        ),
+        pytest.param("time.sleep(0.02)", id="starting", marks=pytest.mark.long),
     ],
-    ids=["idle", "hung", "decoding", "starting"],
 )
 def test_workers_die_with_their_parent(then: str, tmp_path: Path) -> None:
     inbox = make_tree(tmp_path / "in", {"a.jpg": photo(1), "slow.png": slow()})
@@ -394,8 +401,8 @@ def test_workers_die_with_their_parent(then: str, tmp_path: Path) -> None:
         time.sleep(0.02)
 
 
-def test_a_worker_ends_with_the_thread_that_looks_after_it(tmp_path: Path, bench: Callable[..., Bench]) -> None:
-    """Linux sends the signal of a parent's death when the thread ends that started the process."""
+def test_a_worker_ends_with_the_thread_that_owns_it(tmp_path: Path, bench: Callable[..., Bench]) -> None:
+    """Linux sends the parent-death signal when the thread that started the process ends."""
     made = bench(workers=2)
     made.decode("a.jpg")
     pids = workers()

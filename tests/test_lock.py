@@ -1,4 +1,4 @@
-"""One sorter for a folder: real processes, and locks that a crash leaves no trace of."""
+"""One sorter per folder, with real processes; a crash leaves no lock behind."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from sorter.files.lock import Lock
 Start = Callable[..., Running]
 
 
-@pytest.mark.parametrize(("taken", "mode"), [("in", ["--once"]), ("out", [])])
+@pytest.mark.parametrize(("taken", "mode"), [("in", ["--once"]), pytest.param("out", [], marks=pytest.mark.long)])
 def test_the_second_sorter_says_who_has_a_folder_and_ends_with_2(
     tmp_path: Path, start: Start, taken: str, mode: list[str]
 ) -> None:
@@ -32,7 +32,7 @@ def test_the_second_sorter_says_who_has_a_folder_and_ends_with_2(
     assert {name: content for name, content in read_tree(tmp_path).items() if name in before} == before
 
 
-def test_a_lock_whose_holder_was_killed_is_no_obstacle(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         Lock(tmp_path).take()
@@ -42,7 +42,7 @@ def test_a_lock_whose_holder_was_killed_is_no_obstacle(tmp_path: Path) -> None:
     Lock(tmp_path).take()
 
 
-def test_an_inbox_that_is_another_folder_now_is_locked_anew_and_the_old_one_given_back(tmp_path: Path) -> None:
+def test_after_the_inbox_is_replaced_the_new_folder_is_locked_and_the_old_one_released(tmp_path: Path) -> None:
     inbox, away = tmp_path / "in", tmp_path / "away"
     inbox.mkdir()
     ours = Lock(inbox)
@@ -56,7 +56,7 @@ def test_an_inbox_that_is_another_folder_now_is_locked_anew_and_the_old_one_give
         Lock(inbox).take()
 
 
-def test_a_lock_that_is_taken_twice_by_its_holder_is_held_once(tmp_path: Path) -> None:
+def test_taking_a_lock_again_holds_it_once(tmp_path: Path) -> None:
     lock = Lock(tmp_path)
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
@@ -88,7 +88,7 @@ def test_a_planted_lock_is_neither_followed_nor_written(tmp_path: Path, kind: st
     assert os.listdir(tmp_path / "elsewhere") == ["x"]
 
 
-def test_a_lock_that_is_held_is_kept_while_its_folder_is_out_of_reach(tmp_path: Path) -> None:
+def test_a_held_lock_is_kept_while_its_folder_cannot_be_reached(tmp_path: Path) -> None:
     inbox = tmp_path / "in"
     inbox.mkdir()
     lock = Lock(inbox)

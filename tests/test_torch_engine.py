@@ -1,4 +1,4 @@
-"""The torch engine's batches: shapes, threads, memory that runs out. What only a GPU can show skips without one."""
+"""The torch engine's batches: shapes, threads, running out of memory. Tests that need a GPU skip without one."""
 
 import threading
 from collections.abc import Callable
@@ -47,8 +47,8 @@ def photos(count: int) -> npt.NDArray[np.uint8]:
     return np.stack([np.asarray(smooth(seed, (32, 32))) for seed in range(count)])
 
 
-def plainly(model: tuple[Path, Manifest], pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """What the network answers without any of the engine's devices."""
+def reference(model: tuple[Path, Manifest], pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """The network's answers, computed without the engine."""
     folder, described = model
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (described.input.mean, described.input.std))
     with torch.inference_mode():
@@ -58,8 +58,8 @@ def plainly(model: tuple[Path, Manifest], pixels: npt.NDArray[np.uint8]) -> npt.
     return answers
 
 
-def watched(engine: TorchEngine, before: Callable[[int], None]) -> None:
-    """Do something before the network computes a batch of so many."""
+def before_each_batch(engine: TorchEngine, before: Callable[[int], None]) -> None:
+    """Call something with the size of each batch before the network computes it."""
     inner = engine._classifier
 
     class Watching(nn.Module):
@@ -71,76 +71,84 @@ def watched(engine: TorchEngine, before: Callable[[int], None]) -> None:
     engine._classifier = Watching()  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("count", range(1, 17))
-def test_answers_are_those_of_the_network_whatever_the_count(model: tuple[Path, Manifest], count: int) -> None:
-    pixels = photos(count)
-    found = TorchEngine(*model, CPU, 8).classify(pixels)
-    assert (found.shape, found.dtype.name) == ((count, 3), "float32")
-    assert found.sum(1) == pytest.approx(np.ones(count), abs=1e-5)
-    expected = plainly(model, pixels)
-    assert np.abs(found - expected).max() < NOISE
-    assert count < 8 or np.ptp(expected[:, 0]) > 5 * NOISE  # they differ by more than what is tolerated
+def test_answers_are_those_of_the_network_for_any_number_of_photos(model: tuple[Path, Manifest]) -> None:
+    engine, pixels = TorchEngine(*model, CPU, 8), photos(16)
+    expected = reference(model, pixels)
+    assert np.ptp(expected[:, 0]) > 5 * NOISE, "the answers differ by more than the tolerance"
+    for count in range(1, 17):
+        answers = engine.classify(pixels[:count])
+        assert (answers.shape, answers.dtype.name) == ((count, 3), "float32")
+        assert answers.sum(1) == pytest.approx(np.ones(count), abs=1e-5)
+        assert np.abs(answers - expected[:count]).max() < NOISE
 
 
-def test_an_answer_does_not_depend_on_what_stood_there_before(model: tuple[Path, Manifest]) -> None:
+def test_an_answer_does_not_depend_on_the_batch_before_it(model: tuple[Path, Manifest]) -> None:
     engine = TorchEngine(*model, CPU, 8)
     fresh = engine.classify(photos(3))
-    engine.classify(photos(8)[::-1])  # leaves other pixels behind the next three
+    engine.classify(photos(8)[::-1])  # the reused buffer still holds other pixels after the next three
     assert np.array_equal(engine.classify(photos(3)), fresh)
 
 
-def test_views_that_may_not_be_written_are_taken(model: tuple[Path, Manifest]) -> None:
+def test_read_only_and_strided_pixels_are_accepted(model: tuple[Path, Manifest]) -> None:
     engine = TorchEngine(*model, CPU, 8)
     pixels = photos(6)
     pixels.flags.writeable = False
     assert np.abs(engine.classify(pixels[::-2]) - engine.classify(pixels)[::-2]).max() < NOISE
 
 
-@pytest.mark.parametrize(("batch_size", "expected"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])])
-def test_the_network_meets_few_shapes(model: tuple[Path, Manifest], batch_size: int, expected: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("batch_size", "expected"),
+    [
+        (6, [1, 2, 4, 6]),
+        *(pytest.param(n, sizes, marks=pytest.mark.long) for n, sizes in ((1, [1]), (2, [1, 2]), (8, [1, 2, 4, 8]))),
+    ],
+)
+def test_the_network_computes_few_batch_sizes(
+    model: tuple[Path, Manifest], batch_size: int, expected: list[int]
+) -> None:
     engine = TorchEngine(*model, CPU, batch_size)
-    met: set[int] = set()
-    watched(engine, met.add)
+    computed: set[int] = set()
+    before_each_batch(engine, computed.add)
     for count in range(1, 2 * batch_size + 1):
         engine.classify(photos(count))
-    assert sorted(met) == expected == shapes(batch_size)
+    assert sorted(computed) == expected == shapes(batch_size)
 
 
-def test_a_batch_without_memory_is_halved_from_then_on_and_said_once(model: tuple[Path, Manifest]) -> None:
+def test_a_batch_that_does_not_fit_into_memory_is_halved_for_good_and_logged_once(model: tuple[Path, Manifest]) -> None:
     engine = TorchEngine(*model, CPU, 16)
-    met: list[int] = []
+    computed: list[int] = []
 
     def refuse(count: int) -> None:
-        met.append(count)
+        computed.append(count)
         if count > 4:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    watched(engine, refuse)
+    before_each_batch(engine, refuse)
     with structlog.testing.capture_logs() as logs:
         first = engine.classify(photos(16))
-        assert met == [16, 8, 4, 4, 4, 4]
+        assert computed == [16, 8, 4, 4, 4, 4]
         engine.classify(photos(16))
-    assert met[6:] == [4, 4, 4, 4]
+    assert computed[6:] == [4, 4, 4, 4]
     assert [(line["event"], line["batch_size"]) for line in logs] == [
         ("engine.smaller_batches", 8),
         ("engine.smaller_batches", 4),
     ]
-    assert np.abs(first - plainly(model, photos(16))).max() < NOISE
+    assert np.abs(first - reference(model, photos(16))).max() < NOISE
 
 
-def test_a_photo_without_memory_is_an_error(model: tuple[Path, Manifest]) -> None:
+def test_a_single_photo_that_does_not_fit_into_memory_is_an_error(model: tuple[Path, Manifest]) -> None:
     engine = TorchEngine(*model, CPU, 4)
 
     def refuse(_: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    watched(engine, refuse)
+    before_each_batch(engine, refuse)
     with pytest.raises(torch.OutOfMemoryError):
         engine.classify(photos(4))
 
 
 def in_two_threads(engine: TorchEngine, rounds: int) -> list[str]:
-    """Classify different photos in two threads; what went wrong."""
+    """Classify different photos in two threads, and return what went wrong."""
     pixels = photos(12)
     expected = engine.classify(pixels)
     wrong: list[str] = []
@@ -159,29 +167,27 @@ def in_two_threads(engine: TorchEngine, rounds: int) -> list[str]:
     return wrong
 
 
-def test_threads_get_their_own_answers(model: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rounds", [8, pytest.param(60, marks=pytest.mark.long)])
+def test_each_thread_gets_its_own_answers(model: tuple[Path, Manifest], rounds: int) -> None:
     engine = TorchEngine(*model, CPU, 8)
     engine._slots.put(torch_engine._Slot(8, 32, 3, CPU))  # as on a GPU
-    assert in_two_threads(engine, 60) == []
-
-
-# --- on a GPU ---
+    assert in_two_threads(engine, rounds) == []
 
 
 @needs_cuda
-def test_a_gpu_answers_what_the_processor_does(model: tuple[Path, Manifest]) -> None:
+def test_a_gpu_gives_the_answers_of_the_cpu(model: tuple[Path, Manifest]) -> None:
     gpu = TorchEngine(*model, choose_device("cuda"), 8)
     assert (gpu.precision, gpu.concurrency) == ("fp16", 2)
-    assert np.abs(gpu.classify(photos(16)) - plainly(model, photos(16))).max() < NOISE
+    assert np.abs(gpu.classify(photos(16)) - reference(model, photos(16))).max() < NOISE
 
 
 @needs_cuda
-def test_two_threads_on_a_gpu_get_their_own_answers(model: tuple[Path, Manifest]) -> None:
+def test_each_thread_gets_its_own_answers_from_a_gpu(model: tuple[Path, Manifest]) -> None:
     assert in_two_threads(TorchEngine(*model, choose_device("cuda"), 8), 300) == []
 
 
 @needs_cuda
-def test_memory_on_a_gpu_does_not_grow(model: tuple[Path, Manifest]) -> None:
+def test_gpu_memory_does_not_grow(model: tuple[Path, Manifest]) -> None:
     engine = TorchEngine(*model, choose_device("cuda"), 8)
     for count in range(1, 9):
         engine.classify(photos(count))
@@ -192,7 +198,7 @@ def test_memory_on_a_gpu_does_not_grow(model: tuple[Path, Manifest]) -> None:
 
 
 @needs_cuda
-def test_a_gpu_whose_memory_is_taken_classifies_smaller_batches(model: tuple[Path, Manifest]) -> None:
+def test_a_gpu_that_is_short_of_memory_classifies_smaller_batches(model: tuple[Path, Manifest]) -> None:
     engine = TorchEngine(*model, choose_device("cuda"), 1024)
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
@@ -202,4 +208,4 @@ def test_a_gpu_whose_memory_is_taken_classifies_smaller_batches(model: tuple[Pat
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert engine._most < 1024
-    assert np.abs(found - np.tile(plainly(model, photos(8)), (128, 1))).max() < NOISE
+    assert np.abs(found - np.tile(reference(model, photos(8)), (128, 1))).max() < NOISE

@@ -1,7 +1,7 @@
 """Engines: uint8 pixels in, class probabilities out, whatever computes them.
 
-`open_engine` chooses one: OpenVINO on a CPU, torch on a GPU. An engine keeps its weights resident for the life of the
-process.
+`open_engine` chooses one: OpenVINO on a CPU, PyTorch on a GPU where it is installed. An engine keeps its weights
+resident for the life of the process.
 """
 
 import importlib.util
@@ -13,13 +13,13 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from sorter.classifier import outliers as neither
+from sorter.classifier import outliers
 from sorter.classifier.manifest import Manifest
 from sorter.classifier.outliers import OutlierDetector
 from sorter.errors import ConfigurationError, ModelError
 
-# What the drivers of NVIDIA's and AMD's GPUs put there. Asking torch would take seconds.
-_GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+GPU_DEVICE_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""What the drivers of NVIDIA and AMD GPUs, and of GPUs under WSL, create. Asking PyTorch would take seconds."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -29,9 +29,9 @@ class Engine(Protocol):
 
     Attributes:
         name: `openvino` or `torch`.
-        device: where it computes, `cpu`, `cuda:0`, `mps`.
-        precision: of the weights and activations, `int8`, `bf16`, `fp16`, `fp32`.
-        concurrency: how many threads may be in `classify` at a time, for the most photos a second.
+        device: `cpu`, `cuda:0` or `mps`.
+        precision: of the weights and activations: `int8`, `bf16`, `fp16` or `fp32`.
+        concurrency: how many threads should call `classify` at the same time for the best throughput.
     """
 
     name: str
@@ -46,22 +46,22 @@ class Engine(Protocol):
             pixels: uint8 (N, S, S, 3), RGB.
 
         Returns:
-            float32 (N, C), probabilities that add up to 1, in the order of the manifest's classes.
+            float32 (N, C), probabilities that sum to 1, in the order of the manifest's classes.
         """
         ...
 
     def classify_with_distance(
         self, pixels: npt.NDArray[np.uint8]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Classify a batch, and say how far each photo is from what the model was fitted on.
+        """Classify a batch, and measure how far each photo is from the training photos.
 
-        Only of an engine that was opened with `catch_neither`.
+        Only for an engine that was opened with `catch_neither`.
 
         Args:
             pixels: uint8 (N, S, S, 3), RGB.
 
         Returns:
-            As `classify`, and distances as `sorter.neither` has them, float32 (N,).
+            The probabilities, as from `classify`, and the distances of `outliers.OutlierDetector`, float32 (N,).
         """
         ...
 
@@ -76,41 +76,41 @@ def open_engine(
     *,
     catch_neither: bool = False,
 ) -> Engine:
-    """Load a model's weights onto a device and let it answer once.
+    """Load a model's weights onto a device and have it answer once.
 
     Args:
         folder: the model folder.
-        manifest: what `manifest.read` made of it.
+        manifest: the folder's manifest, from `manifest.read`.
         engine: `auto`, `openvino` or `torch`.
         device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`.
-        batch_size: the largest batch that will be asked for.
-        min_confidence: what is less sure will not be sorted.
-        catch_neither: be able to `classify_with_distance`; the manifest says what is neither.
+        batch_size: the largest batch that will be classified.
+        min_confidence: photos below it will not be sorted.
+        catch_neither: also load the outlier detector, for `classify_with_distance`.
 
     Raises:
-        ModelError: the weights cannot be used, or their answers are no probabilities.
-        ConfigurationError: there is no such device, or the engine does not run there.
+        ModelError: the weights cannot be used, or the answers are not probabilities.
+        ConfigurationError: the device does not exist, or the engine cannot run on it or is not installed.
     """
-    distance = neither.read(folder, manifest) if catch_neither else None
-    opened = _open(folder, manifest, engine, device, batch_size, min_confidence, distance)
+    detector = outliers.read(folder, manifest) if catch_neither else None
+    opened = _open(folder, manifest, engine, device, batch_size, min_confidence, detector)
     grey = np.full((1, manifest.input.size, manifest.input.size, 3), 128, np.uint8)
     try:
         answer = opened.classify(grey)
-    except RuntimeError as error:  # a picture too small for the architecture, a device without memory
-        said = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
+    except RuntimeError as error:  # an input too small for the architecture, a device out of memory
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
         raise ModelError(
-            f"the model in {folder} cannot answer on {opened.device} ({said}): use another --device, or export it again"
+            f"the model in {folder} cannot run on {opened.device} ({reason}): use another --device, or export it again"
         ) from None
     if answer.shape != (1, len(manifest.classes)) or not np.isfinite(answer).all():
-        raise ModelError(f"the model in {folder} answers with something else than probabilities: export it again")
+        raise ModelError(f"the model in {folder} does not answer with probabilities: export it again")
     return opened
 
 
 def unused_gpu() -> str | None:
-    """A sentence for a machine whose GPU is idle because PyTorch is missing; None elsewhere."""
+    """A hint for a machine whose GPU stays idle because PyTorch is not installed; None on any other machine."""
     if _has_torch() or not _may_have_gpu():
         return None
-    return "this machine may have a GPU that sorter can use with PyTorch: pip install '.[gpu]'"
+    return "this machine seems to have a GPU, which sorter uses only with PyTorch: pip install 'catdog-sorter[gpu]'"
 
 
 def _has_torch() -> bool:
@@ -118,7 +118,7 @@ def _has_torch() -> bool:
 
 
 def _may_have_gpu() -> bool:
-    return sys.platform == "darwin" or any(map(os.path.exists, _GPU_DEVICES))
+    return sys.platform == "darwin" or any(map(os.path.exists, GPU_DEVICE_NODES))
 
 
 def _open(
@@ -128,30 +128,44 @@ def _open(
     device: str,
     batch_size: int,
     min_confidence: float,
-    distance: OutlierDetector | None,
+    detector: OutlierDetector | None,
 ) -> Engine:
-    # Each is imported only where it runs: a sort with OpenVINO does without the seconds that importing torch takes.
-    if engine == "openvino" and device not in ("auto", "cpu"):
-        raise ConfigurationError(f"--engine openvino runs on the processor: leave out --device {device}")
-    on_cpu = device == "cpu" or (device == "auto" and not _may_have_gpu())
+    # Each engine is imported only where it runs: importing torch takes seconds, and it may not be installed.
     from sorter.classifier import openvino_engine
 
     has_network = openvino_engine.network_files(manifest) is not None
+    if engine == "openvino" and device not in ("auto", "cpu"):
+        raise ConfigurationError(f"--engine openvino runs on the CPU only: drop --device {device}")
     if engine == "openvino" and not has_network:
         raise ConfigurationError(
-            f"the model in {folder} has no network for OpenVINO: make one with trainer export, or use --engine torch"
+            f"the model in {folder} has no OpenVINO network: make one with trainer export, or use --engine torch"
         )
-    without_torch = device == "auto" and not _has_torch()
-    if engine == "openvino" or (engine == "auto" and has_network and (on_cpu or without_torch)):
-        return openvino_engine.OpenVinoEngine(folder, manifest, min_confidence, distance)
+    if has_network and _prefers_openvino(engine, device):
+        return openvino_engine.OpenVinoEngine(folder, manifest, min_confidence, detector)
     if not _has_torch():
-        wanted = f"--device {device}" if engine == "auto" and has_network else "--engine torch"
-        if not has_network:
-            wanted = f"the model in {folder}, which has no network for OpenVINO,"
-        raise ConfigurationError(f"{wanted} needs PyTorch: install sorter with it, pip install '.[gpu]'")
+        raise ConfigurationError(_torch_is_missing(folder, engine, device, has_network=has_network))
     from sorter.classifier.torch_engine import TorchEngine, choose_device
 
     chosen = choose_device(device)
-    if engine == "auto" and chosen.type == "cpu" and has_network:  # a driver, but no GPU that torch can use
-        return openvino_engine.OpenVinoEngine(folder, manifest, min_confidence, distance)
-    return TorchEngine(folder, manifest, chosen, batch_size, distance)
+    if has_network and engine == "auto" and chosen.type == "cpu":  # a driver, but no GPU that PyTorch can use
+        return openvino_engine.OpenVinoEngine(folder, manifest, min_confidence, detector)
+    return TorchEngine(folder, manifest, chosen, batch_size, detector)
+
+
+def _prefers_openvino(engine: str, device: str) -> bool:
+    """Whether a model that has an OpenVINO network runs on it."""
+    if engine != "auto":
+        return engine == "openvino"
+    return device == "cpu" or (device == "auto" and not (_may_have_gpu() and _has_torch()))
+
+
+def _torch_is_missing(folder: Path, engine: str, device: str, *, has_network: bool) -> str:
+    install = "pip install 'catdog-sorter[gpu]'"
+    if not has_network:
+        return (
+            f"the model in {folder} has no OpenVINO network, and PyTorch is not installed to run it: {install}, or "
+            "use a model that has one"
+        )
+    flags = {"--engine torch": engine == "torch", f"--device {device}": device not in ("auto", "cpu")}
+    wanted = " ".join(flag for flag, given in flags.items() if given)
+    return f"{wanted} needs PyTorch, which is not installed: {install}, or drop {wanted} to run on the CPU"
