@@ -35,8 +35,8 @@ from sorter.settings import Settings
 if TYPE_CHECKING:
     from sorter.classifier.engine import Engine
     from sorter.pipeline.pipeline import Pipeline
+    from sorter.service.loop import Service
     from sorter.service.metrics import Metrics
-    from sorter.service.service import Service
 
 # An undo that recovers from a crash holds the lock for a moment.
 _PATIENCE_SECONDS = 2.0
