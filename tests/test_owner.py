@@ -246,10 +246,10 @@ def prove(machine: type[Machine], examples: int, steps: int) -> Counter[str]:
     return machine.figures
 
 
-def test_whatever_the_owner_does_meanwhile_nothing_is_lost_or_doubled(machine: type[Machine]) -> None:
-    figures = prove(machine, 60, 12)
-    assert figures["kills"] > 20
-    assert figures["interruptions"] > 20
+@pytest.mark.parametrize("examples", [12, pytest.param(60, marks=pytest.mark.long)])
+def test_whatever_the_owner_does_meanwhile_nothing_is_lost_or_doubled(machine: type[Machine], examples: int) -> None:
+    figures = prove(machine, examples, 12)
+    assert min(figures["kills"], figures["interruptions"]) > examples / 3
 
 
 @pytest.mark.torture

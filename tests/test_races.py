@@ -207,6 +207,7 @@ def race_for_one(folders: tuple[Path, Path], way: str, seconds: float, tries: in
     return figures
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["file", "folder"])
 def test_a_photo_swapped_for_a_link_never_leads_out_of_the_inbox(folders: tuple[Path, Path], way: str) -> None:
     figures = race_for_one(folders, way, 5, 200)
@@ -257,6 +258,9 @@ def sort_while_replaced(folders: tuple[Path, Path], manifest: Manifest, seconds:
     return figures
 
 
+@pytest.mark.parametrize(
+    "folders", ["one file system", pytest.param("two file systems", marks=pytest.mark.long)], indirect=True
+)
 def test_a_replaced_photo_is_never_moved_on_the_old_ones_verdict(
     folders: tuple[Path, Path], manifest: Manifest
 ) -> None:

@@ -146,6 +146,7 @@ def test_a_dry_run_leaves_it(tmp_path: Path, manifest: Manifest) -> None:
     assert (counters.photos, counters.sidecars, counters.skipped) == (1, 0, 0)
 
 
+@pytest.mark.long
 def test_a_film_that_arrives_long_after_its_photo_follows_in_the_daemon(tmp_path: Path, start: Start) -> None:
     inbox = tmp_path / "in"
     make_tree(inbox, {"early.aae": b"came before its photo"})
@@ -171,6 +172,7 @@ def test_a_film_that_arrives_long_after_its_photo_follows_in_the_daemon(tmp_path
     assert len({os.path.dirname(name) for name in found if "img_0007" in name}) == 1
 
 
+@pytest.mark.long
 def test_a_tree_of_a_phone_is_sorted_and_undone_to_what_it_was(tmp_path: Path) -> None:
     inbox = tmp_path / "in"
     for number in range(1, 21):
@@ -183,6 +185,7 @@ def test_a_tree_of_a_phone_is_sorted_and_undone_to_what_it_was(tmp_path: Path) -
     assert "Restored 20 photos and 40 sidecars" in output
 
 
+@pytest.mark.long
 def test_one_photo_goes_back_with_what_follows_it_as_that_is_now(tmp_path: Path) -> None:
     inbox = tmp_path / "in"
     make_tree(inbox, {**of_a_phone(1, RED), **of_a_phone(2, RED)})
@@ -195,6 +198,7 @@ def test_one_photo_goes_back_with_what_follows_it_as_that_is_now(tmp_path: Path)
     assert len(list(inbox.glob("*/IMG_0002.*"))) == 3
 
 
+@pytest.mark.long
 def test_it_stays_with_a_photo_that_cannot_go_back(tmp_path: Path) -> None:
     inbox = tmp_path / "in"
     make_tree(inbox, of_a_phone(1, RED))
@@ -240,6 +244,7 @@ def test_a_name_that_is_too_long_in_the_new_place_is_left_and_holds_up_nothing(
     assert (outcome.kind, outcome.detail) == ("left", "cannot be moved: File name too long")
 
 
+@pytest.mark.long
 def test_a_stop_parts_no_photo_from_its_sidecars(tmp_path: Path, start: Start) -> None:
     inbox = make_tree(tmp_path / "in", {f"{n}.jpg": photo(n) for n in range(200)})
     make_tree(inbox, {f"{n}.xmp": b"%d" % n for n in range(200)})

@@ -51,6 +51,7 @@ def attack_all(parents: tuple[Path, Path], attacks: list[tuple[sweep.Point, str]
     return [line for report in reports for line in report]
 
 
+@pytest.mark.long
 def test_a_sample_of_kills_and_errors_loses_nothing(parents: tuple[Path, Path]) -> None:
     points = points_of(parents)
     moves = [p for p in points if p.call.startswith(("rename", "link", "unlink", "mkdir"))]
@@ -104,6 +105,7 @@ def test_no_kill_and_no_error_at_any_call_loses_anything(
     proved(f"{fault.partition('=')[2]} at each of {len(points)} calls that change a file, {_where(parents)}: zero lost")
 
 
+@pytest.mark.long
 def test_what_is_durable_comes_in_the_right_order(parents: tuple[Path, Path]) -> None:
     """A kill cannot show what a power cut takes: the order of the syncs is read from the trace."""
     place = sweep.Place(*parents)

@@ -51,6 +51,7 @@ def described(root: Path) -> dict[str, tuple[Any, ...]]:
     return found
 
 
+@pytest.mark.long
 def test_a_tree_of_a_thousand_files_is_sorted_and_undone_to_what_it_was(tmp_path: Path) -> None:
     inbox = tmp_path / "in"
     folders = ("", "holiday/", "holiday/sea/", "a folder/", os.fsdecode(b"caf\xe9/"))
@@ -70,6 +71,7 @@ def test_a_tree_of_a_thousand_files_is_sorted_and_undone_to_what_it_was(tmp_path
     assert undo(inbox, "--last", code=2) == ""
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a second file system")
 def test_photos_come_back_from_another_file_system(tmp_path: Path) -> None:
     inbox, output = make_tree(tmp_path / "in", photos(5)), Path("/dev/shm") / f"sorter-{os.getpid()}"
@@ -86,6 +88,7 @@ def test_photos_come_back_from_another_file_system(tmp_path: Path) -> None:
     assert {name: entry[:3] for name, entry in described(inbox).items()} == before
 
 
+@pytest.mark.long
 def test_what_cannot_go_back_is_said_and_the_rest_goes(tmp_path: Path) -> None:
     inbox = make_tree(tmp_path / "in", photos(6))
     sort(inbox)
@@ -113,6 +116,7 @@ def test_what_cannot_go_back_is_said_and_the_rest_goes(tmp_path: Path) -> None:
     assert {"4.jpg", "5.jpg"} <= set(read_tree(inbox))
 
 
+@pytest.mark.long
 def test_a_dry_run_says_the_same_and_changes_nothing(tmp_path: Path) -> None:
     inbox = make_tree(tmp_path / "in", photos(3))
     sort(inbox)
@@ -131,6 +135,7 @@ def test_a_dry_run_says_the_same_and_changes_nothing(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in inbox.rglob("*")} == before
 
 
+@pytest.mark.long
 def test_one_photo_by_where_it_is_or_was_and_a_whole_folder(tmp_path: Path) -> None:
     inbox = make_tree(tmp_path / "in", photos(8))
     sort(inbox)
@@ -144,6 +149,7 @@ def test_one_photo_by_where_it_is_or_was_and_a_whole_folder(tmp_path: Path) -> N
     undo(inbox, placed["2.jpg"], code=3)  # it is back already
 
 
+@pytest.mark.long
 def test_by_run_and_by_time(tmp_path: Path) -> None:
     inbox = make_tree(tmp_path / "in", photos(2))
     sort(inbox)
@@ -172,6 +178,7 @@ def test_two_photos_of_one_name_each_get_their_own_back(tmp_path: Path) -> None:
     assert described(inbox) == before
 
 
+@pytest.mark.long
 def test_undo_is_itself_in_the_history_and_what_it_put_back_is_left_alone(tmp_path: Path) -> None:
     inbox = make_tree(tmp_path / "in", photos(3))
     sort(inbox)
@@ -194,6 +201,7 @@ def test_undo_is_itself_in_the_history_and_what_it_put_back_is_left_alone(tmp_pa
     assert set(read_tree(inbox)) == set(photos(3))
 
 
+@pytest.mark.long
 def test_it_works_beside_a_daemon_which_leaves_alone_what_was_put_back(tmp_path: Path, start: Start) -> None:
     inbox = make_tree(tmp_path / "in", photos(5))
     daemon = start("run", "--inbox", inbox, "--settle-seconds", "0.1", "--rescan-seconds", "0.3")
@@ -212,7 +220,7 @@ def test_it_works_beside_a_daemon_which_leaves_alone_what_was_put_back(tmp_path:
     assert len(daemon.events("photo.sorted")) == 8
 
 
-@pytest.mark.parametrize("moment", [1, 2, 5])
+@pytest.mark.parametrize("moment", [2, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 5))])
 def test_a_killed_undo_leaves_each_photo_once_and_the_next_start_clears_up(moment: int, tmp_path: Path) -> None:
     inbox = make_tree(tmp_path / "in", photos(20))
     sort(inbox)
@@ -240,6 +248,7 @@ def test_a_killed_undo_leaves_each_photo_once_and_the_next_start_clears_up(momen
     assert set(read_tree(inbox)) == set(photos(20))
 
 
+@pytest.mark.long
 def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
     inbox = make_tree(tmp_path / "in", photos(2))
     sort(inbox)

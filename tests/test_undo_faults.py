@@ -20,6 +20,8 @@ from sorter.cli.main import main
 
 Start = Callable[..., Running]
 
+pytestmark = pytest.mark.long
+
 
 def killed(method: str, moment: int, *arguments: str | Path) -> None:
     """Run a command that is killed after the `moment`th call of a method of the mover or the history."""
