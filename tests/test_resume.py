@@ -105,11 +105,12 @@ def test_a_killed_fit_resumes_and_ends_with_the_same_numbers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
-    epochs, weights = fit_without_packaging(fit(dataset, tmp_path / "uninterrupted"), monkeypatch, capsys)
-    kill_within_an_epoch(fit(dataset, tmp_path / "killed"), tmp_path / "killed", environment)
-    remaining, resumed_weights = fit_without_packaging(
-        fit(dataset, tmp_path / "killed", "--resume"), monkeypatch, capsys
-    )
+    small = ("--arch", "shufflenet_v2_x1_0")  # its checkpoints are a tenth of a ResNet18's
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    epochs, weights = fit_without_packaging(fit(dataset, uninterrupted, *small), monkeypatch, capsys)
+    kill_within_an_epoch(fit(dataset, killed, *small), killed, environment)
+    resume = fit(dataset, killed, *small, "--resume")
+    remaining, resumed_weights = fit_without_packaging(resume, monkeypatch, capsys)
     assert 0 < len(remaining) < len(epochs)
     assert remaining == epochs[-len(remaining) :]
     assert all(torch.equal(resumed_weights[name], value) for name, value in weights.items())
