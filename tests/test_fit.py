@@ -222,10 +222,10 @@ def test_the_help_needs_no_pytorch(tmp_path: Path) -> None:
 
 
 def test_without_another_package_of_the_extra_a_fit_says_what_to_install(tmp_path: Path) -> None:
-    ((code, error),) = run_without("matplotlib", [COMMANDS["fit"]], tmp_path)
+    ((code, error),) = run_without("imagehash", [COMMANDS["fit"]], tmp_path)
     assert (code, error.splitlines()[-1]) == (
         2,
-        "trainer: the Python package matplotlib is not installed: run pip install '.[train]'",
+        "trainer: the Python package imagehash is not installed: run pip install '.[train]'",
     )
 
 
@@ -371,12 +371,18 @@ def test_a_checkpoint_is_not_resumed_with_other_photos(
     assert "other options, weights or photos" in capsys.readouterr().err
 
 
+def test_a_folder_is_not_exported_without_its_dataset(
+    fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "--model", str(fitted.model), "--output", str(tmp_path / "m")]) == 2
+    assert "--data" in capsys.readouterr().err
+
+
+@pytest.mark.long
 def test_an_export_rebuilds_the_folder_with_an_8_bit_network(
     fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     export = ["export", "--model", str(fitted.model), "--output", str(tmp_path / "m")]
-    assert main(export) == 2
-    assert "--data" in capsys.readouterr().err
     assert main([*export, "--data", str(fitted.data)]) == 0
     assert "agrees with the 32-bit one on" in capsys.readouterr().out
     before, after = manifest_module.read(fitted.model), manifest_module.read(tmp_path / "m")

@@ -183,7 +183,7 @@ def _add_predict(commands: Any) -> None:
     predict = commands.add_parser(
         "predict",
         help="write the Kaggle competition's submission.csv",
-        description="Classify unlabelled photos and write id,label rows; label is the second class's (dog) probability.",
+        description="Classify photos and write id,label rows; label is the second class's probability (dog).",
         formatter_class=_formatter,
     )
     predict.add_argument("--data", type=Path, required=True, metavar="DIR", help="photos named 1.jpg, 2.jpg …")
