@@ -12,14 +12,13 @@ from conftest import make_tree
 from PIL import Image
 
 from sorter.errors import ConfigurationError
-from trainer.data import inspection, layouts
-from trainer.data import split as data
+from trainer.data import inspection, layouts, split
 from trainer.data.layouts import Sample
 from trainer.data.split import Dataset
 
 
 def picture(seed: int, *, brightness: float = 1.0, quality: int = 95) -> bytes:
-    """A picture of its own look for each seed; the other arguments make near copies."""
+    """A different picture for each seed; the other arguments make near copies."""
     noise = np.random.default_rng(seed).integers(0, 255, (6, 6, 3)).astype(np.uint8)
     image = Image.fromarray(noise).resize((90, 90), Image.Resampling.BICUBIC).point(lambda v: v * brightness)
     buffer = io.BytesIO()
@@ -28,7 +27,7 @@ def picture(seed: int, *, brightness: float = 1.0, quality: int = 95) -> bytes:
 
 
 def cats_and_dogs(pattern: str, count: int = 20, first: int = 0) -> dict[str, bytes]:
-    """Files `pattern.format(kind="cat", n=0)` and so on, each another picture."""
+    """Files `pattern.format(kind="cat", n=0)` and so on, each a different picture."""
     return {
         pattern.format(kind=kind, n=n, Kind=kind.capitalize()): picture(1000 * side + n + first)
         for side, kind in enumerate(("cat", "dog"))
@@ -39,7 +38,7 @@ def cats_and_dogs(pattern: str, count: int = 20, first: int = 0) -> dict[str, by
 def load(root: Path, cache: Path, calibration: tuple[Sample, ...] = (), seed: int = 0) -> Dataset:
     found = layouts.find(root, cache)
     inspected = inspection.inspect_all([s.path for s in found.samples], cache, 1, lambda results, _count: results)
-    return data.divide(found, inspected, calibration, seed)
+    return split.divide(found, inspected, calibration, seed)
 
 
 def labels(dataset: Dataset) -> set[str]:
@@ -50,13 +49,13 @@ def all_samples(dataset: Dataset) -> list[Sample]:
     return [*dataset.training, *dataset.validation, *dataset.calibration, *dataset.test]
 
 
-def named_right(dataset: Dataset) -> bool:
-    """The label of each photo is the one in its name or folder."""
+def labels_match_names(dataset: Dataset) -> bool:
+    """Whether the label of each photo is in its name or folder."""
     words = [c.label for c in dataset.classes]
     return all(words[s.label] in str(s.path.relative_to(s.path.parents[1])).lower() for s in all_samples(dataset))
 
 
-def test_kaggles_cat_and_dog_is_recognised(tmp_path: Path) -> None:
+def test_kaggles_cat_and_dog_layout_is_recognised(tmp_path: Path) -> None:
     make_tree(tmp_path / "d", cats_and_dogs("training_set/training_set/{kind}s/{kind}.{n}.jpg"))
     make_tree(tmp_path / "d", cats_and_dogs("test_set/test_set/{kind}s/{kind}.{n}.jpg", 5, first=500))
     make_tree(tmp_path / "d", {"training_set/training_set/cats/_DS_Store": b"x"})
@@ -64,10 +63,10 @@ def test_kaggles_cat_and_dog_is_recognised(tmp_path: Path) -> None:
     assert dataset.layout == "cat-and-dog"
     assert labels(dataset) == {"cats", "dogs"}
     assert (len(dataset.test), len(all_samples(dataset))) == (10, 50)
-    assert named_right(dataset)
+    assert labels_match_names(dataset)
 
 
-def test_a_zip_of_it_is_unpacked_once_and_gives_the_same_parts(tmp_path: Path) -> None:
+def test_a_zip_is_unpacked_once_and_gives_the_same_parts_as_its_folder(tmp_path: Path) -> None:
     files = cats_and_dogs("training_set/training_set/{kind}s/{kind}.{n}.jpg")
     make_tree(tmp_path / "d", files)
     with zipfile.ZipFile(tmp_path / "cat-and-dog.zip", "w") as archive:
@@ -95,10 +94,10 @@ def test_the_competitions_flat_layout_is_recognised_packed_or_not(packed: bool, 
     assert dataset.layout == "dogs-vs-cats"
     assert labels(dataset) == {"cats", "dogs"}
     assert len(all_samples(dataset)) == 40
-    assert named_right(dataset)
+    assert labels_match_names(dataset)
 
 
-def test_microsofts_pet_images_are_recognised_and_its_broken_files_listed(tmp_path: Path) -> None:
+def test_microsofts_pet_images_are_recognised_and_their_broken_files_listed(tmp_path: Path) -> None:
     make_tree(tmp_path / "d/PetImages", cats_and_dogs("{Kind}/{n}.jpg"))
     make_tree(tmp_path / "d/PetImages", {"Cat/666.jpg": b"", "Dog/11702.jpg": picture(3)[:90], "Cat/Thumbs.db": b"x"})
     make_tree(tmp_path / "d", {"readme[1].txt": b"hello"})
@@ -111,7 +110,7 @@ def test_microsofts_pet_images_are_recognised_and_its_broken_files_listed(tmp_pa
     }
 
 
-def test_an_image_folder_of_any_classes_keeps_their_names(tmp_path: Path) -> None:
+def test_an_image_folder_of_other_classes_keeps_their_names(tmp_path: Path) -> None:
     for part, count in (("train", 20), ("val", 4), ("test", 5)):
         for index, name in enumerate(("ant", "bee", "wasp")):
             first = {"train": 0, "val": 100, "test": 200}[part] + 1000 * index
@@ -132,7 +131,7 @@ def test_parts_are_disjoint_stratified_and_the_same_for_the_same_seed(tmp_path: 
         assert [sum(s.label == label for s in part) for label in (0, 1)] == [5, 5]
 
 
-def test_copies_of_test_photos_are_taken_out_of_training_and_listed(tmp_path: Path) -> None:
+def test_copies_of_test_photos_are_left_out_of_training_and_listed(tmp_path: Path) -> None:
     make_tree(tmp_path / "d", cats_and_dogs("train/{kind}s/{n}.jpg"))
     make_tree(tmp_path / "d", cats_and_dogs("test/{kind}s/{n}.jpg", 5, first=500))
     make_tree(tmp_path / "d", {"train/cats/copy.jpg": picture(500)})
@@ -145,14 +144,14 @@ def test_copies_of_test_photos_are_taken_out_of_training_and_listed(tmp_path: Pa
     assert not {"copy.jpg", "near.jpg"} & {s.path.name for s in all_samples(dataset)}
 
 
-def test_a_content_under_two_labels_is_refused(tmp_path: Path) -> None:
+def test_many_photos_under_two_labels_are_refused(tmp_path: Path) -> None:
     make_tree(tmp_path / "d", cats_and_dogs("{kind}s/{n}.jpg"))
     make_tree(tmp_path / "d", {"cats/same.jpg": picture(9), "dogs/same.jpg": picture(9)})
     with pytest.raises(ConfigurationError, match="under two labels"):
         load(tmp_path / "d", tmp_path / "c")
 
 
-def test_one_such_pair_among_very_many_is_left_out_and_listed(tmp_path: Path) -> None:
+def test_one_photo_under_two_labels_among_many_is_left_out_and_listed(tmp_path: Path) -> None:
     make_tree(tmp_path / "d", cats_and_dogs("{kind}s/{n}.jpg", 110))
     make_tree(tmp_path / "d", {"cats/same.jpg": picture(9999), "dogs/same.jpg": picture(9999)})
     dataset = load(tmp_path / "d", tmp_path / "c")
@@ -163,13 +162,13 @@ def test_one_such_pair_among_very_many_is_left_out_and_listed(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        ({}, "no layout"),
-        ({"notes.txt": b"x"}, "no layout"),
+        ({}, "no known layout"),
+        ({"notes.txt": b"x"}, "no known layout"),
         ({"cats/a.jpg": picture(1)}, "one class only"),
         ({"cats/a.jpg": b"", "dogs/b.jpg": b""}, "no readable photo"),
     ],
 )
-def test_a_dataset_that_cannot_be_learnt_from_is_refused(
+def test_a_dataset_that_cannot_be_used_is_refused_with_a_sentence(
     files: dict[str, bytes], sentence: str, tmp_path: Path
 ) -> None:
     (tmp_path / "d").mkdir()
@@ -178,7 +177,7 @@ def test_a_dataset_that_cannot_be_learnt_from_is_refused(
         load(tmp_path / "d", tmp_path / "c")
 
 
-def test_a_missing_folder_and_a_broken_zip_are_said_in_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_folder_and_a_broken_zip_are_refused_with_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="--data"):
         layouts.find(tmp_path / "missing", tmp_path / "c")
     (tmp_path / "broken.zip").write_bytes(b"PK no zip")
@@ -205,7 +204,7 @@ def test_a_file_is_inspected_once_until_it_changes(tmp_path: Path) -> None:
     assert counts == [2, 1]
 
 
-def test_a_calibration_photo_that_a_test_photo_repeats_is_left_out(tmp_path: Path) -> None:
+def test_copies_of_test_photos_are_left_out_of_calibration(tmp_path: Path) -> None:
     root = make_tree(tmp_path / "d", cats_and_dogs("train/{kind}s/{n}.jpg"))
     make_tree(root, cats_and_dogs("test/{kind}s/{n}.jpg", count=4, first=100))
     index = {"cats": 0, "dogs": 1}
@@ -214,7 +213,7 @@ def test_a_calibration_photo_that_a_test_photo_repeats_is_left_out(tmp_path: Pat
         load(root, tmp_path / "c", calibration=tuple(photos))
 
 
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+def test_a_class_may_be_named_train(tmp_path: Path) -> None:
     root = make_tree(tmp_path / "d", {f"train/{n}.jpg": picture(n) for n in range(20)})
     make_tree(root, {f"plane/{n}.jpg": picture(100 + n) for n in range(20)})
     assert [c.folder for c in load(root, tmp_path / "c").classes] == ["plane", "train"]

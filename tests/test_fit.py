@@ -1,7 +1,9 @@
 """From a dataset to a model folder that sorts."""
 
+import contextlib
 import csv
 import importlib
+import io
 import json
 import os
 import re
@@ -28,17 +30,24 @@ from sorter.classifier.engine import open_engine
 from sorter.errors import ConfigurationError
 from sorter.inbox.scan import Inbox
 from sorter.settings import Settings
+from trainer import arguments
 from trainer.cli import main
-from trainer.fitting import sources, weights
+from trainer.fitting import recipes, sources, weights
 
-pytestmark = pytest.mark.filterwarnings("default")  # torch and NNCF warn of themselves
+pytestmark = pytest.mark.filterwarnings("default")  # torch and NNCF warn about themselves
+
+SMALL = ("--arch", "resnet18", "--image-size", "32", "--lr", "0.01")
 
 
 def red_and_green(root: Path, count: int, first: int = 0) -> Path:
-    """Red cats and green dogs, so many of each: any network can tell them apart."""
+    """`count` red cats and `count` green dogs, which any network can tell apart."""
     for folder, color, seed in (("cats", RED, first), ("dogs", GREEN, first + 1000)):
         make_tree(root, {f"{folder}/{n}.jpg": tinted(color, seed + n) for n in range(count)})
     return root
+
+
+def new_photos(inbox: Path) -> Path:
+    return make_tree(inbox, {"red.jpg": tinted(RED, 7777), "green.jpg": tinted(GREEN, 8888)})
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +63,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def fit_model(dataset: Path, output: Path, *options: str) -> int:
-    given = ["fit", "--data", str(dataset), "--output", str(output), "--weights", "none", "--num-workers", "0"]
-    recipe = [] if "--recipe" in options else ["--recipe", "head"]
-    return main([*given, *recipe, *options])
+    return main(["fit", "--data", str(dataset), "--output", str(output), "--weights", "none", "--num-workers", "0",
+                 *options])  # fmt: skip
 
 
 def sort(model: Path, inbox: Path) -> dict[str, bytes]:
@@ -76,45 +84,81 @@ def sort(model: Path, inbox: Path) -> dict[str, bytes]:
     return read_tree(inbox)
 
 
-SMALL = ("resnet18", "squeezenet1_1", "mnasnet1_0")
+class Fitted:
+    """A model that was fitted once for many tests, and everything that the fit wrote."""
+
+    def __init__(self, root: Path) -> None:
+        self.data, self.model, self.events = root / "data", root / "colours", root / "events"
+        red_and_green(self.data, 60)
+        (self.data / "cats/dangling.jpg").symlink_to("nowhere.jpg")
+        (self.data / "cats" / os.fsdecode(b"caf\xe9\n.jpg")).write_bytes(b"no photo")
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = fit_model(self.data, self.model, *SMALL, "--tensorboard", str(self.events))
+        assert code == 0, err.getvalue()
+        self.out = out.getvalue()
+        self.log = [json.loads(line) for line in err.getvalue().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "architecture", [a if a in SMALL else pytest.param(a, marks=pytest.mark.long) for a in network.ARCHITECTURES]
-)
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
+    return Fitted(tmp_path_factory.mktemp("fitted"))
+
+
+def test_a_fitted_model_sorts_new_photos(fitted: Fitted, tmp_path: Path) -> None:
+    assert set(sort(fitted.model, new_photos(tmp_path))) == {"cats/red.jpg", "dogs/green.jpg"}
+
+
+def test_a_fit_prints_and_writes_how_good_the_model_is(fitted: Fitted) -> None:
+    assert "12 of 12 test photos right" in fitted.out
+    assert "log-loss" in fitted.out
+    written = manifest_module.read(fitted.model)
+    assert [e.role for e in written.evaluations] == ["calibration", "test"]
+    assert written.evaluations[1].accuracy_interval_95 == (0.7575, 1.0)
+    assert written.int8 is not None
+    assert (fitted.model / "openvino.xml").exists() == (written.int8.agreement >= 0.99)
+    with (fitted.model / "metrics.csv").open() as rows:
+        assert len(list(csv.DictReader(rows))) == sum(line["event"] == "epoch" for line in fitted.log) > 0
+    with (fitted.model / "predictions.csv").open() as rows:
+        assert len(list(csv.DictReader(rows))) == 12
+    card = (fitted.model / "README.md").read_text()
+    assert "Classifies photos as cat or dog." in card
+    assert ("The 8-bit network is used" in card) == (fitted.model / "openvino.xml").exists()
+
+
+def test_the_report_is_one_file_that_needs_no_other(fitted: Fitted) -> None:
+    report = (fitted.model / "report.html").read_text()
+    assert re.findall(r'(?:src|href)="(?!data:|#)', report) == []
+    assert "Confusion" in report
+
+
+def test_unreadable_files_are_left_out_and_listed_whatever_their_names(fitted: Fitted) -> None:
+    notes = [line["text"] for line in fitted.log if line["event"] == "note"]
+    assert notes[0].startswith("layout classes: ")
+    assert sum("unreadable" in note for note in notes) == 2
+    report = (fitted.model / "report.html").read_text()
+    assert "dangling.jpg" in report
+    assert "caf\\udce9" in report
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", network.ARCHITECTURES)
 def test_every_architecture_fits_exports_and_sorts(architecture: str, dataset: Path, tmp_path: Path) -> None:
     size = "80" if architecture == "inception_v3" else "64"
     options = ("--arch", architecture, "--image-size", size, "--epochs", "2")
     assert fit_model(dataset, tmp_path / "model", *options) == 0
-    inbox = make_tree(tmp_path / "in", {"red.jpg": tinted(RED, 7777), "green.jpg": tinted(GREEN, 8888)})
-    assert {Path(name).name for name in sort(tmp_path / "model", inbox)} == {"red.jpg", "green.jpg"}
+    assert {Path(name).name for name in sort(tmp_path / "model", new_photos(tmp_path / "in"))} == {
+        "red.jpg",
+        "green.jpg",
+    }
 
 
-def test_a_fitted_model_tells_red_from_green_and_its_folder_says_how_well(
-    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model = tmp_path / "colours"
-    assert fit_model(dataset, model, "--arch", "resnet18", "--image-size", "32", "--lr", "0.01") == 0
-    said = capsys.readouterr()
-    assert "12 of 12 test photos right" in said.out
-    epochs = [json.loads(line) for line in said.err.splitlines() if '"epoch"' in line]
-    inbox = make_tree(tmp_path / "in", {"red.jpg": tinted(RED, 7777), "green.jpg": tinted(GREEN, 8888)})
-    assert set(sort(model, inbox)) == {"cats/red.jpg", "dogs/green.jpg"}
-    written = manifest_module.read(model)
-    assert [e.role for e in written.evaluations] == ["calibration", "test"]
-    assert written.int8 is not None
-    assert (model / "openvino.xml").exists() == (written.int8.agreement >= 0.99)
-    with (model / "metrics.csv").open() as rows:
-        assert len(list(csv.DictReader(rows))) == len(epochs) > 0
-    with (model / "predictions.csv").open() as rows:
-        assert len(list(csv.DictReader(rows))) == 12
-    report = (model / "report.html").read_text()
-    assert re.findall(r'(?:src|href)="(?!data:|#)', report) == [], "the report is one file"
-    assert "Confusion" in report
-    assert "{int8}" not in (model / "README.md").read_text()
+def test_the_command_line_knows_every_architecture_and_recipe() -> None:
+    assert arguments.ARCHITECTURES == network.ARCHITECTURES
+    assert set(arguments.RECIPES) == set(recipes.RECIPES)
 
 
-def test_a_file_of_weights_fits_whatever_its_head(tmp_path: Path) -> None:
+def test_weights_from_a_file_fit_any_head(tmp_path: Path) -> None:
     donor = network.build("resnet18", (), 1000)
     torch.save(donor.state_dict(), tmp_path / "resnet18.pth")
     built = weights.start("resnet18", str(tmp_path / "resnet18.pth"), (270, 90), 2)
@@ -123,7 +167,7 @@ def test_a_file_of_weights_fits_whatever_its_head(tmp_path: Path) -> None:
     assert weights.start("resnet18", str(tmp_path / "w.safetensors"), (), 2)
 
 
-def test_weights_that_cannot_be_used_are_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_unusable_weights_are_refused_with_a_sentence(tmp_path: Path) -> None:
     torch.save(network.build("resnet18", (), 2).state_dict(), tmp_path / "18.pth")
     with pytest.raises(ConfigurationError, match="does not fit resnet34"):
         weights.start("resnet34", str(tmp_path / "18.pth"), (), 2)
@@ -134,16 +178,55 @@ def test_weights_that_cannot_be_used_are_refused_in_a_sentence(tmp_path: Path) -
         weights.start("resnet18", str(tmp_path / "missing.pth"), (), 2)
 
 
-def test_without_the_extra_the_trainer_says_what_to_install(tmp_path: Path, dataset: Path) -> None:
+COMMANDS = {
+    "fit": ["fit", "--data", "data", "--output", "model"],
+    "evaluate": ["evaluate", "--data", "data"],
+    "predict": ["predict", "--data", "data", "--output", "submission.csv"],
+    "export": ["export", "--model", "model", "--output", "copy", "--data", "data"],
+    "export onnx": ["export", "--model", "model", "--output", "model.onnx", "--format", "onnx"],
+}
+
+
+def run_without(module: str, commands: list[list[str]], folder: Path) -> list[tuple[int, str]]:
+    """The exit code and standard error of each command, in one process that cannot import a module."""
     script = (
-        "import sys; sys.modules['matplotlib'] = None\n"
+        f"import contextlib, io, json, sys; sys.modules[{module!r}] = None\n"
         "from trainer.cli import main\n"
-        f"sys.exit(main(['fit', '--data', {str(dataset)!r}, '--output', {str(tmp_path / 'm')!r}]))"
+        "for command in json.loads(sys.argv[1]):\n"
+        "    error = io.StringIO()\n"
+        "    with contextlib.redirect_stderr(error):\n"
+        "        code = main(command)\n"
+        "    print(json.dumps([code, error.getvalue()]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "catdog-sorter[train]" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+    )
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
+
+
+def test_without_pytorch_every_command_says_what_to_install(tmp_path: Path) -> None:
+    for name, (code, error) in zip(COMMANDS, run_without("torch", list(COMMANDS.values()), tmp_path), strict=True):
+        assert code == 2, name
+        assert error == "trainer: the Python package torch is not installed: run pip install '.[train]'\n", name
+
+
+def test_the_help_needs_no_pytorch(tmp_path: Path) -> None:
+    script = "import sys; sys.modules['torch'] = None; from trainer.cli import main; main(['fit', '--help'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert "--recipe {head,finetune,notebook}" in done.stdout
+
+
+def test_without_another_package_of_the_extra_a_fit_says_what_to_install(tmp_path: Path) -> None:
+    ((code, error),) = run_without("imagehash", [COMMANDS["fit"]], tmp_path)
+    assert (code, error.splitlines()[-1]) == (
+        2,
+        "trainer: the Python package imagehash is not installed: run pip install '.[train]'",
+    )
 
 
 def test_predictions_for_the_competition_are_clipped_and_in_order(tmp_path: Path) -> None:
@@ -155,11 +238,37 @@ def test_predictions_for_the_competition_are_clipped_and_in_order(tmp_path: Path
     assert all(0.005 <= float(row["label"]) <= 0.995 for row in table)
 
 
+def test_a_submission_leaves_out_unreadable_photos_and_needs_distinct_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_tree(tmp_path / "test1", {"1.jpg": plain(RED), "2.jpg": b"no photo"})
+    command = ["predict", "--data", str(tmp_path / "test1"), "--output", str(tmp_path / "s.csv")]
+    assert main(command) == 3
+    assert "2.jpg" in capsys.readouterr().err
+    make_tree(tmp_path / "test1/more", {"1.jpg": plain(RED)})
+    before = (tmp_path / "s.csv").read_bytes()
+    assert main(command) == 2
+    assert "two photos with the same number" in capsys.readouterr().err
+    assert (tmp_path / "s.csv").read_bytes() == before
+    for wrong in ("0.9", "nan", "-1"):
+        with pytest.raises(SystemExit):
+            main([*command, f"--clip={wrong}"])
+
+
 def as_zip(folder: Path, path: Path) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in sorted(read_tree(folder).items()):
             archive.writestr(f"{folder.name}/{name}", content)
     return path
+
+
+def cat_and_dog(dataset: Path, root: Path) -> Path:
+    """The same photos in the layout of Kaggle's tongpython/cat-and-dog."""
+    for folder in ("cats", "dogs"):
+        photos = {path.name: path.read_bytes() for path in sorted((dataset / folder).iterdir())}
+        for part, names in (("training_set", sorted(photos)[:45]), ("test_set", sorted(photos)[45:])):
+            make_tree(root / part / part / folder, {name: photos[name] for name in names})
+    return root
 
 
 def competition(dataset: Path, root: Path) -> Path:
@@ -174,7 +283,7 @@ def competition(dataset: Path, root: Path) -> Path:
 
 
 def pet_images(dataset: Path, root: Path) -> Path:
-    """The same photos in Microsoft's layout, with the kinds of files that are broken there."""
+    """The same photos in Microsoft's layout, with the kinds of broken files that it has."""
     for label in ("cat", "dog"):
         folder = {path.name: path.read_bytes() for path in sorted((dataset / f"{label}s").iterdir())}
         make_tree(root / "PetImages" / label.capitalize(), {**folder, "Thumbs.db": b"\xd0\xcf\x11\xe0", "666.jpg": b""})
@@ -182,39 +291,41 @@ def pet_images(dataset: Path, root: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize(
-    ("layout", "unreadable"), [("zip", 0), ("dogs-vs-cats", 0), ("pet-images", 4), ("cat-and-dog", 0)]
-)
-def test_each_layout_leads_to_a_model_that_tells_red_from_green(
-    layout: str, unreadable: int, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def zipped(dataset: Path, root: Path) -> Path:
+    root.mkdir()
+    return as_zip(dataset, root / "classes.zip")
+
+
+LAYOUTS = {
+    "classes": (zipped, 0),
+    "dogs-vs-cats": (competition, 0),
+    "pet-images": (pet_images, 4),
+    "cat-and-dog": (cat_and_dog, 0),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_gives_a_model_that_sorts(
+    layout: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = tmp_path / "given"
-    if layout == "zip":
-        data = as_zip(dataset, tmp_path / "classes.zip")
-    elif layout == "cat-and-dog":
-        for folder in ("cats", "dogs"):
-            photos = {path.name: path.read_bytes() for path in sorted((dataset / folder).iterdir())}
-            for part, names in (("training_set", sorted(photos)[:45]), ("test_set", sorted(photos)[45:])):
-                make_tree(root / part / part / folder, {name: photos[name] for name in names})
-        data = root
-    else:
-        data = {"dogs-vs-cats": competition, "pet-images": pet_images}[layout](dataset, root)
+    make, unreadable = LAYOUTS[layout]
     model = tmp_path / "model"
-    assert fit_model(data, model, "--arch", "resnet18", "--image-size", "32", "--lr", "0.01") == 0
+    assert fit_model(make(dataset, tmp_path / "given"), model, *SMALL) == 0
     said = capsys.readouterr()
     notes = [json.loads(line)["text"] for line in said.err.splitlines() if '"note"' in line]
-    assert notes[0].startswith(f"layout {'classes' if layout == 'zip' else layout}")
+    assert notes[0].startswith(f"layout {layout}")
     assert sum("unreadable" in note for note in notes) == unreadable
     assert "log-loss" in said.out
-    inbox = make_tree(tmp_path / "in", {"red.jpg": tinted(RED, 7777), "green.jpg": tinted(GREEN, 8888)})
-    assert set(sort(model, inbox)) == {"cats/red.jpg", "dogs/green.jpg"}
+    assert set(sort(model, new_photos(tmp_path / "in"))) == {"cats/red.jpg", "dogs/green.jpg"}
 
 
-def test_the_notebook_s_recipe_keeps_the_backbone_and_judges_as_it_did(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.long
+def test_the_notebook_recipe_keeps_the_backbone_and_crops_the_center(dataset: Path, tmp_path: Path) -> None:
     donor = network.build("resnet18", (), 1000)
     (tmp_path / "w.safetensors").write_bytes(network.half(donor.state_dict()))
-    given = ("--arch", "resnet18", "--image-size", "56", "--recipe", "notebook", "--epochs", "2")
-    assert fit_model(dataset, tmp_path / "model", *given, "--weights", str(tmp_path / "w.safetensors")) == 0
+    options = ("--arch", "resnet18", "--image-size", "56", "--recipe", "notebook", "--epochs", "2")
+    assert fit_model(dataset, tmp_path / "model", *options, "--weights", str(tmp_path / "w.safetensors")) == 0
     manifest = manifest_module.read(tmp_path / "model")
     assert (manifest.input.crop, manifest.input.size, manifest.input.resize) == ("center", 56, 64)
     fitted = network.load(tmp_path / "model", manifest).state_dict()
@@ -222,44 +333,69 @@ def test_the_notebook_s_recipe_keeps_the_backbone_and_judges_as_it_did(dataset: 
     assert all(torch.equal(fitted[name].half(), value) for name, value in kept.items() if "num_batches" not in name)
 
 
-def test_a_run_that_did_not_end_is_not_written_over(
+def test_an_unfinished_run_is_not_overwritten(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_tree(tmp_path, {"model/checkpoint.pt": b"hours of work"})
-    assert fit_model(dataset, tmp_path / "model", "--arch", "resnet18") == 2
+    assert fit_model(dataset, tmp_path / "model", *SMALL) == 2
     assert "--resume" in capsys.readouterr().err
     assert (tmp_path / "model/checkpoint.pt").read_bytes() == b"hours of work"
-    assert fit_model(dataset, tmp_path / "model", "--arch", "resnet18", "--resume") == 2
-    assert "cannot be read" in capsys.readouterr().err.splitlines()[-1]
+    assert fit_model(dataset, tmp_path / "model", *SMALL, "--resume") == 2
+    assert "cannot read the checkpoint" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.fixture(scope="module")
-def fitted(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of colours, and TensorBoard's files beside it."""
-    root = tmp_path_factory.mktemp("fitted")
-    given = ("--arch", "resnet18", "--image-size", "32", "--lr", "0.01", "--tensorboard", str(root / "events"))
-    assert fit_model(dataset, root / "model", *given) == 0
-    return root
-
-
-def test_an_export_writes_the_folder_anew_with_an_8_bit_network(
-    fitted: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_folder_that_is_not_empty_is_not_written_into(
+    dataset: Path, fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["export", "--model", str(fitted / "model"), "--output", str(tmp_path / "m")]) == 2
+    make_tree(tmp_path / "project", {"README.md": b"mine"})
+    assert fit_model(dataset, tmp_path / "project", *SMALL) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert read_tree(tmp_path / "project") == {"README.md": b"mine"}
+    assert fit_model(dataset, fitted.model, *SMALL, "--resume") == 2
+    assert "finished model" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_not_resumed_with_other_photos(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    options = ("--arch", "resnet18", "--image-size", "32", "--recipe", "finetune", "--epochs", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.PhotoSource, "training", stop)
+        assert fit_model(dataset, tmp_path / "model", *options) == 3
+    assert "--resume" in capsys.readouterr().err
+    other = red_and_green(tmp_path / "other", 60, first=5000)
+    assert fit_model(other, tmp_path / "model", *options, "--resume") == 2
+    assert "other options, weights or photos" in capsys.readouterr().err
+
+
+def test_a_folder_is_not_exported_without_its_dataset(
+    fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "--model", str(fitted.model), "--output", str(tmp_path / "m")]) == 2
     assert "--data" in capsys.readouterr().err
-    given = ["--data", str(dataset), "--output", str(tmp_path / "m")]
-    assert main(["export", "--model", str(fitted / "model"), *given]) == 0
+
+
+@pytest.mark.long
+def test_an_export_rebuilds_the_folder_with_an_8_bit_network(
+    fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export = ["export", "--model", str(fitted.model), "--output", str(tmp_path / "m")]
+    assert main([*export, "--data", str(fitted.data)]) == 0
     assert "agrees with the 32-bit one on" in capsys.readouterr().out
-    before, after = manifest_module.read(fitted / "model"), manifest_module.read(tmp_path / "m")
+    before, after = manifest_module.read(fitted.model), manifest_module.read(tmp_path / "m")
     assert after.int8 == before.int8
     assert after.files["weights.safetensors"] == before.files["weights.safetensors"]
 
 
-def test_an_onnx_file_says_what_the_model_says(
-    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.long
+def test_an_onnx_file_gives_the_model_s_answers(
+    fitted: Fitted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "model.onnx"
-    assert main(["export", "--model", str(fitted / "model"), "--format", "onnx", "--output", str(path)]) == 0
+    assert main(["export", "--model", str(fitted.model), "--format", "onnx", "--output", str(path)]) == 0
     assert float(capsys.readouterr().out.split()[-1]) < 1e-4
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.onnx"]
     compiled = openvino.Core().compile_model(path, "CPU")
@@ -268,13 +404,13 @@ def test_an_onnx_file_says_what_the_model_says(
         assert compiled(red)[0].argmax(1).tolist() == [0] * count
 
 
-def test_evaluate_takes_any_layout_and_gives_json_and_a_table(
-    fitted: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_evaluate_takes_any_layout_and_writes_json_and_a_table(
+    fitted: Fitted, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pets = pet_images(dataset, tmp_path / "pets")
     for data in (as_zip(dataset, tmp_path / "d.zip"), pets, dataset):
-        given = ["evaluate", "--model", str(fitted / "model"), "--data", str(data), "--json"]
-        assert main([*given, "--csv", str(tmp_path / "answers.csv")]) == 0
+        command = ["evaluate", "--model", str(fitted.model), "--data", str(data), "--json"]
+        assert main([*command, "--csv", str(tmp_path / "answers.csv")]) == 0
         said = capsys.readouterr()
         result = json.loads(said.out)
         assert result["photos"] == 120
@@ -285,27 +421,28 @@ def test_evaluate_takes_any_layout_and_gives_json_and_a_table(
             assert len(list(csv.DictReader(rows))) == 120
 
 
-def test_tensorboard_reads_what_each_epoch_measured(fitted: Path) -> None:
+def test_tensorboard_shows_what_each_epoch_measured(fitted: Fitted) -> None:
     accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(fitted / "events"))
+    events = accumulator.EventAccumulator(str(fitted.events))
     events.Reload()
-    with (fitted / "model" / "metrics.csv").open() as rows:
+    with (fitted.model / "metrics.csv").open() as rows:
         expected = [float(row["validation_loss"]) for row in csv.DictReader(rows)]
     assert [event.value for event in events.Scalars("validation/loss")] == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_browser_shows_the_report(fitted: Path, tmp_path: Path) -> None:
+@pytest.mark.long
+def test_a_browser_shows_the_report(fitted: Fitted, tmp_path: Path) -> None:
     browser = next((b for name in ("chromium", "chromium-browser", "google-chrome") if (b := shutil.which(name))), None)
     if browser is None:
         pytest.skip("needs Chromium")
     flags = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path / 'profile'}")
-    page = (fitted / "model" / "report.html").as_uri()
+    page = (fitted.model / "report.html").as_uri()
     shown = subprocess.run(
         [browser, *flags, "--virtual-time-budget=5000", "--dump-dom", page], capture_output=True, text=True, check=False
     ).stdout
     assert shown.count("<svg") == 3
     assert shown.count("data:image/jpeg;base64,") >= 12
-    assert "12 of 12 test photos right" in shown
+    assert "12 of 12 test photos are classified correctly" in shown
     picture = tmp_path / "shot.png"
     subprocess.run(
         [browser, *flags, "--window-size=1100,3000", f"--screenshot={picture}", page], capture_output=True, check=True
@@ -314,57 +451,3 @@ def test_a_browser_shows_the_report(fitted: Path, tmp_path: Path) -> None:
         colours = shot.convert("RGB").getcolors(1 << 24)
     assert colours is not None
     assert len(colours) > 100, "more than an empty page"
-
-
-def test_a_folder_with_anything_in_it_is_not_written_into(
-    dataset: Path, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_tree(tmp_path / "project", {"README.md": b"mine"})
-    assert fit_model(dataset, tmp_path / "project", "--arch", "resnet18") == 2
-    assert "not empty" in capsys.readouterr().err
-    assert read_tree(tmp_path / "project") == {"README.md": b"mine"}
-    assert fit_model(dataset, fitted / "model", "--arch", "resnet18", "--resume") == 2
-    assert "finished model" in capsys.readouterr().err
-
-
-def test_other_photos_are_not_gone_on_with(
-    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    given = ("--arch", "resnet18", "--image-size", "32", "--recipe", "default", "--epochs", "1")
-    with monkeypatch.context() as patch:
-        patch.setattr(sources.PhotoSource, "training", stop)
-        assert fit_model(dataset, tmp_path / "model", *given) == 3
-    assert "--resume" in capsys.readouterr().err
-    other = red_and_green(tmp_path / "other", 60, first=5000)
-    assert fit_model(other, tmp_path / "model", *given, "--resume") == 2
-    assert "other options, weights or photos" in capsys.readouterr().err
-
-
-def test_what_is_no_photo_is_left_out_whatever_its_name(dataset: Path, tmp_path: Path) -> None:
-    shutil.copytree(dataset, tmp_path / "data")
-    (tmp_path / "data/cats/nowhere.jpg").symlink_to("gone.jpg")
-    (tmp_path / "data/cats" / os.fsdecode(b"caf\xe9\n.jpg")).write_bytes(b"no photo")
-    assert fit_model(tmp_path / "data", tmp_path / "model", "--arch", "resnet18", "--image-size", "32") == 0
-    report = (tmp_path / "model/report.html").read_text()
-    assert "nowhere.jpg" in report
-    assert "caf\\udce9" in report
-
-
-def test_a_submission_is_about_two_classes_and_complete(
-    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    make_tree(tmp_path / "test1", {"1.jpg": plain(RED), "2.jpg": b"no photo"})
-    given = ["predict", "--data", str(tmp_path / "test1"), "--output", str(tmp_path / "s.csv")]
-    assert main(given) == 3
-    assert "2.jpg" in capsys.readouterr().err
-    make_tree(tmp_path / "test1/more", {"1.jpg": plain(RED)})
-    before = (tmp_path / "s.csv").read_bytes()
-    assert main(given) == 2
-    assert "two photos of one number" in capsys.readouterr().err
-    assert (tmp_path / "s.csv").read_bytes() == before
-    for wrong in ("0.9", "nan", "-1"):
-        with pytest.raises(SystemExit):
-            main([*given, f"--clip={wrong}"])

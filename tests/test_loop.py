@@ -1,6 +1,7 @@
-"""One stage of fitting, on networks that take milliseconds."""
+"""One stage of a fit, on networks that take milliseconds."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,22 @@ from torch import nn
 from sorter.decoding.images import Preprocessing
 from sorter.errors import ConfigurationError
 from trainer.data.layouts import Sample
-from trainer.fitting import checkpoint, loop, recipes
-from trainer.fitting.loop import Epoch, Hooks, Machine
+from trainer.fitting import checkpoint, loop, schedule
+from trainer.fitting.loop import Hooks, Machine, Plan
 from trainer.fitting.parallel import Group
 from trainer.fitting.recipes import RECIPES, Stage
 from trainer.fitting.sources import Batch, FeatureSource, PhotoSource
+from trainer.progress import Epoch, StepProgress
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Networks as small as these are slower on several threads, and far slower on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 HEAD = replace(RECIPES["head"].stages[0], epochs=5, batch_size=32)
 
@@ -37,12 +49,19 @@ def head(seed: int = 0) -> nn.Module:
 
 
 def run(
-    network: nn.Module, source: Any, stage: Stage = HEAD, *, frozen_statistics: bool = False, **options: Any
+    network: nn.Module,
+    source: Any,
+    stage: Stage = HEAD,
+    *,
+    frozen_statistics: bool = False,
+    budget_seconds: float = math.inf,
+    keep: Callable[[dict[str, Any]], None] = lambda saved: None,
+    saved: dict[str, Any] | None = None,
 ) -> list[Epoch]:
     epochs: list[Epoch] = []
-    hooks = Hooks(epochs.append, on_checkpoint=options.pop("keep", lambda state: None))
-    machine = Machine(torch.device("cpu"))
-    loop.fit_stage(network, source, stage, 0, 3, machine, hooks, frozen_statistics=frozen_statistics, **options)
+    plan = Plan(stage, 0, 3, frozen_statistics, budget_seconds)
+    machine, hooks = Machine(torch.device("cpu")), Hooks(epochs.append, on_checkpoint=keep)
+    loop.fit_stage(network, source, plan, machine, hooks, saved)
     return epochs
 
 
@@ -55,18 +74,18 @@ def test_the_same_seed_gives_the_same_losses_to_the_last_digit() -> None:
     assert losses(run(head(), features(1))) != losses(run(head(), features(2)))
 
 
-def test_it_learns() -> None:
+def test_a_stage_lowers_the_validation_loss() -> None:
     epochs = run(head(), features(), replace(HEAD, epochs=20, lr=0.01))
     assert epochs[-1].validation_accuracy > 0.9
     assert epochs[-1].validation_loss < epochs[0].validation_loss
 
 
 class StoppedError(Exception):
-    """Stands for a kill."""
+    """In place of a kill."""
 
 
 class StopsAt(FeatureSource):
-    """Stops in the middle of an epoch."""
+    """Raises in the middle of an epoch."""
 
     stop_at = (3, 4)
 
@@ -77,25 +96,26 @@ class StopsAt(FeatureSource):
             yield batch
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_within_an_epoch_ends_with_the_same_numbers(
+def test_a_stage_resumed_within_an_epoch_ends_with_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    whole = head()
-    expected = run(whole, features())
+    uninterrupted = head()
+    expected = run(uninterrupted, features())
     stopping = features()
     stopping.__class__ = StopsAt
     path = tmp_path / checkpoint.NAME
     with pytest.raises(StoppedError):
-        run(head(), stopping, keep=lambda state: checkpoint.write(path, "options", state))
-    state = checkpoint.read(path, "options")
-    assert (state["position"]["epoch"], state["position"]["step"]) == (3, 4)
-    other = head(seed=77)  # everything comes from the checkpoint
-    assert losses(run(other, features(), state=state)) == losses(expected)[2:]
-    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), other.state_dict().values(), strict=True))
+        run(head(), stopping, keep=lambda saved: checkpoint.write(path, "options", saved))
+    saved = checkpoint.read(path, "options")
+    assert (saved["position"]["epoch"], saved["position"]["step"]) == (3, 4)
+    resumed = head(seed=77)  # everything comes from the checkpoint
+    assert losses(run(resumed, features(), saved=saved)) == losses(expected)[2:]
+    weights, expected_weights = resumed.state_dict(), uninterrupted.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in expected_weights.items())
 
 
-def test_a_stage_that_only_makes_it_worse_changes_nothing() -> None:
+def test_a_stage_that_never_improves_changes_nothing() -> None:
     network = head()
     run(network, features(), replace(HEAD, epochs=20, lr=0.01))
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -103,11 +123,11 @@ def test_a_stage_that_only_makes_it_worse_changes_nothing() -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-def test_patience_ends_a_stage_early() -> None:
+def test_a_stage_without_improvement_ends_after_its_patience() -> None:
     assert len(run(head(), features(), replace(HEAD, epochs=50, lr=1e-12, average=False, patience=3))) < 10
 
 
-def test_a_budget_shortens_the_schedule_and_the_rate_still_falls_to_zero() -> None:
+def test_a_time_budget_shortens_the_schedule_and_the_rate_still_falls_to_zero() -> None:
     slow = features()
     plain_training = slow.training
 
@@ -117,20 +137,20 @@ def test_a_budget_shortens_the_schedule_and_the_rate_still_falls_to_zero() -> No
             yield batch
 
     slow.training = training  # type: ignore[method-assign]
-    epochs = run(head(), slow, replace(HEAD, epochs=100000, patience=None), budget_seconds=3)
+    epochs = run(head(), slow, replace(HEAD, epochs=100000, patience=None), budget_seconds=1)
     assert 0 < len(epochs) < 100000
     assert epochs[-1].lr < HEAD.lr / 20
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_running_averages_stay_where_they_are_frozen(frozen: bool) -> None:
+def test_frozen_running_averages_do_not_move(frozen: bool) -> None:
     network = head()
     before = network[1].running_mean.clone()  # type: ignore[index]
     run(network, features(), frozen_statistics=frozen)
     assert torch.equal(network[1].running_mean, before) == frozen  # type: ignore[index]
 
 
-def test_what_requires_no_gradient_stays_to_the_last_bit_and_so_do_its_averages() -> None:
+def test_frozen_layers_and_their_running_averages_stay_the_same_to_the_last_bit() -> None:
     network = head()
     for parameter in network[:3].parameters():  # type: ignore[index]
         parameter.requires_grad_(False)
@@ -141,9 +161,9 @@ def test_what_requires_no_gradient_stays_to_the_last_bit_and_so_do_its_averages(
     assert not torch.equal(after["3.weight"], before["3.weight"])
 
 
-def test_rates_grow_from_the_first_layer_to_the_head_and_biases_do_not_decay() -> None:
+def test_learning_rates_grow_from_the_first_layer_to_the_head_and_biases_do_not_decay() -> None:
     network = nn.Sequential(*(nn.Linear(4, 4) for _ in range(8)))
-    optimizer = loop._optimizer(network, replace(HEAD, lowest_rate=0.1, weight_decay=0.05))
+    optimizer = schedule.optimizer_of(network, replace(HEAD, lowest_rate=0.1, weight_decay=0.05))
     share = {id(p): group["share"] for group in optimizer.param_groups for p in group["params"]}
     shares = [share[id(layer.weight)] for layer in network]
     assert shares == sorted(shares)
@@ -153,8 +173,12 @@ def test_rates_grow_from_the_first_layer_to_the_head_and_biases_do_not_decay() -
     assert (decay[id(network[0].weight)], decay[id(network[0].bias)]) == (0.05, 0.0)
 
 
-def test_the_schedule_warms_up_and_falls_to_zero() -> None:
-    shares = [loop._share_of_lr(step / 100, HEAD) for step in range(101)]
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    optimizer = schedule.optimizer_of(nn.Linear(4, 4), HEAD)
+    shares = []
+    for step in range(101):
+        schedule.set_rates(optimizer, HEAD, step / 100)
+        shares.append(optimizer.param_groups[-1]["lr"] / HEAD.lr)
     top = shares.index(max(shares))
     assert shares[top] == pytest.approx(1.0)
     assert top == 10
@@ -163,7 +187,7 @@ def test_the_schedule_warms_up_and_falls_to_zero() -> None:
     assert shares[-1] == pytest.approx(0.0)
 
 
-def test_the_notebook_is_the_published_baseline() -> None:
+def test_the_notebook_recipe_is_the_published_baseline() -> None:
     recipe = RECIPES["notebook"]
     (stage,) = recipe.stages
     assert (stage.trains, stage.optimizer, stage.lr, stage.batch_size, stage.epochs) == ("head", "adam", 3e-3, 100, 10)
@@ -179,15 +203,15 @@ def photos(tmp_path: Path, count: int = 10) -> list[Sample]:
 
 
 def source(samples: list[Sample], group: Group, batch_size: int = 4, workers: int = 0) -> PhotoSource:
-    augmentation = recipes.RECIPES["default"].augmentation
+    augmentation = RECIPES["finetune"].augmentation
     preprocessing = Preprocessing(16)
     return PhotoSource(samples, samples, preprocessing, augmentation, batch_size, 5, workers, group, pinned=False)
 
 
-def test_photos_are_varied_anew_in_each_epoch_and_the_same_when_gone_back_to(tmp_path: Path) -> None:
+def test_photos_are_augmented_afresh_in_each_epoch_and_the_same_after_a_resume(tmp_path: Path) -> None:
     samples = photos(tmp_path)
-    whole = source(samples, Group())
-    first, second = list(whole.training(1, 0)), list(whole.training(2, 0))
+    alone = source(samples, Group())
+    first, second = list(alone.training(1, 0)), list(alone.training(2, 0))
     assert [tuple(inputs.shape) for inputs, _ in first] == [(4, 16, 16, 3), (4, 16, 16, 3), (2, 16, 16, 3)]
     assert not torch.equal(first[0][0], second[0][0])
     torch.manual_seed(12345)
@@ -196,26 +220,35 @@ def test_photos_are_varied_anew_in_each_epoch_and_the_same_when_gone_back_to(tmp
     assert torch.initial_seed() == 12345
 
 
-def test_two_processes_share_each_batch_and_each_photo_is_judged_once(tmp_path: Path) -> None:
+def test_two_processes_share_each_batch_and_validate_each_photo_once(tmp_path: Path) -> None:
     samples = photos(tmp_path, 9)
     one = [labels for _, labels in source(samples, Group()).training(1, 0)]
     parts = [source(samples, Group(rank, 2)) for rank in (0, 1)]
     halves = [[labels for _, labels in part.training(1, 0)] for part in parts]
     assert [len(labels) for labels in one] == [4, 4]
     assert [[len(labels) for labels in half] for half in halves] == [[2, 2], [2, 2]]
-    for whole, left, right in zip(one, *halves, strict=False):
-        assert sorted(whole.tolist()) == sorted([*left.tolist(), *right.tolist()])
-    judged = [len(labels) for part in parts for _, labels in part.validation()]
-    assert sum(judged) == 9
+    for batch, left, right in zip(one, *halves, strict=False):
+        assert sorted(batch.tolist()) == sorted([*left.tolist(), *right.tolist()])
+    validated = [len(labels) for part in parts for _, labels in part.validation()]
+    assert sum(validated) == 9
 
 
-def test_a_checkpoint_of_other_options_or_no_checkpoint_at_all_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_or_one_of_other_options_is_refused_with_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / checkpoint.NAME
     checkpoint.write(path, "these", {"stage": 1})
     assert checkpoint.read(path, "these") == {"stage": 1}
     with pytest.raises(ConfigurationError, match="other options"):
         checkpoint.read(path, "those")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ConfigurationError, match="cannot be read"):
+    with pytest.raises(ConfigurationError, match="cannot read the checkpoint"):
         checkpoint.read(path, "these")
     assert [entry.name for entry in tmp_path.iterdir()] == [checkpoint.NAME], "nothing is left beside it"
+
+
+def test_each_step_reports_how_far_the_epoch_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_SECONDS_BETWEEN_REPORTS", 0.0)
+    steps: list[StepProgress] = []
+    plan = Plan(replace(HEAD, epochs=2, patience=None), 0, 3, frozen_statistics=False)
+    loop.fit_stage(head(), features(), plan, Machine(torch.device("cpu")), Hooks(on_step=steps.append))
+    assert [(s.epoch, s.step, s.steps) for s in steps] == [(e, n, 7) for e in (1, 2) for n in range(1, 8)]
+    assert all(s.images_per_second > 0 and s.seconds_left >= 0 and 0 <= s.accuracy <= 1 for s in steps)

@@ -1,1 +1,11 @@
-"""Makes the model folders that the sorter runs."""
+"""Makes the model folders that the sorter runs.
+
+In: labelled photos. Out: a model folder with a report. Each layer imports only those below it, and of the sorter only
+what decodes and classifies photos:
+
+    cli, build    commands; one fit from dataset to model folder
+    packaging     a fitted network to a measured model folder
+    fitting       photos to a fitted network
+    data          files on disk to labelled, divided photos
+    progress      what is shown while all this runs
+"""

@@ -1,7 +1,7 @@
-"""From a dataset to a model folder with its report, step by step.
+"""A dataset to a model folder with its report, step by step.
 
-In: the options of `trainer fit`. Out: a folder that `sorter run --model` takes, and in it `report.html`, `metrics.csv`
-and `predictions.csv`.
+In: the options of `trainer fit`. Out: a folder that `sorter run --model` takes, which also holds `report.html`,
+`metrics.csv` and `predictions.csv`.
 """
 
 import csv
@@ -14,42 +14,98 @@ from pathlib import Path
 from sorter.classifier.manifest import FORMAT_VERSION, MANIFEST, Class, Manifest
 from sorter.errors import ConfigurationError
 from sorter.files.replaced import unfinished
-from trainer.data import inspection, layouts
-from trainer.data import split as data
+from trainer.data import inspection, layouts, split
+from trainer.data.labelled import labelled_photos
 from trainer.data.layouts import Sample
 from trainer.data.split import Dataset
 from trainer.fitting import checkpoint, fit, parallel
-from trainer.fitting.features import Floats
-from trainer.fitting.loop import Epoch
 from trainer.fitting.options import Options
 from trainer.packaging import evaluate, package, report
-from trainer.progress import Reporter
+from trainer.packaging.metrics import Floats
+from trainer.progress import Epoch, Reporter
 
 
 def build(options: Options, reporter: Reporter) -> Manifest | None:
-    """Fit, calibrate, judge and export.
+    """Fit, calibrate, measure and package a model.
 
     Returns:
         The manifest as written; None in all but the first of several processes.
 
     Raises:
-        ConfigurationError: the data or the weights cannot be used.
+        ConfigurationError: the data, the weights or the output folder cannot be used.
     """
     started = time.monotonic()
-    left_over = options.output / checkpoint.NAME
-    if left_over.exists() and not options.resume:
-        raise ConfigurationError(f"{left_over} is of a run that did not end: go on with it, --resume, or take it away")
-    _check_output(options.output)
+    _check_output(options.output, resume=options.resume)
     with parallel.joined(options.device) as (group, device):
-        heard = reporter if group.is_first else Reporter()
+        own_reporter = reporter if group.is_first else Reporter()
         dataset = group.first_then_others(
-            lambda: load(options.data, options.calibration, options.seed, options.workers, options.cache, heard)
+            lambda: load(options.data, options.calibration, options.seed, options.workers, options.cache, own_reporter)
         )
-        fitted, epochs = fit.fit(options, dataset, device, group, heard)
+        fitted, epochs = fit.fit(options, dataset, device, group, own_reporter)
     if not group.is_first:
         return None
     reporter.close()
-    described = Manifest(
+    described = _described(options, dataset, len(epochs), round(time.monotonic() - started))
+    describe = partial(describe_part, options.data, options.calibration, dataset)
+    packed = package.write(options.output, fitted, described, dataset, describe, reporter)
+    _write_tables(options.output, epochs, dataset.test, packed.tested, dataset.classes)
+    before = packed.calibration_error_before
+    page = report.page(packed.manifest, dataset, epochs, packed.tested, calibration_error_before=before)
+    (options.output / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
+    (options.output / checkpoint.NAME).unlink(missing_ok=True)  # the model is complete
+    return packed.manifest
+
+
+def _check_output(folder: Path, *, resume: bool) -> None:
+    """Refuse a folder in which something would be overwritten: a checkpoint, a finished model, or other files."""
+    unfinished_run = folder / checkpoint.NAME
+    if unfinished_run.exists() and not resume:
+        raise ConfigurationError(
+            f"{unfinished_run} belongs to an unfinished run: continue it with --resume, or delete it"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise ConfigurationError(f"cannot write {folder} ({error.strerror}): give another --output") from None
+    if MANIFEST in names:
+        raise ConfigurationError(f"{folder} contains a finished model: give another --output, or delete the folder")
+    if names - {checkpoint.NAME, unfinished(unfinished_run).name}:
+        raise ConfigurationError(f"{folder} is not empty: give a new folder with --output")
+
+
+def load(source: Path, calibration: Path | None, seed: int, workers: int, cache: Path, reporter: Reporter) -> Dataset:
+    """Find, inspect and divide a dataset, and report what was left out of it.
+
+    Raises:
+        ConfigurationError: it cannot be used.
+    """
+    found = layouts.find(source, cache)
+    named = [] if calibration is None else labelled_photos(calibration, found.classes)
+    paths = [sample.path for sample in (*found.samples, *named)]
+    inspected = inspection.inspect_all(paths, cache, max(1, workers), reporter.tracker("inspecting photos"))
+    dataset = split.divide(found, inspected, named, seed)
+    reporter.say(split.describe(dataset))
+    for path, reason in dataset.unreadable:
+        reporter.say(f"left out, unreadable: {path} ({reason})")
+    for duplicate in dataset.duplicates:
+        reporter.say(f"left out, {duplicate.kind} copy of {duplicate.of}: {duplicate.path}")
+    for one, other in dataset.contradictions:
+        reporter.say(f"left out, same content under two labels: {one} and {other}")
+    return dataset
+
+
+def describe_part(data: Path, calibration: Path | None, dataset: Dataset, part: str) -> str:
+    """Describe the photos of a part to the manifest's reader."""
+    if part == "calibration" and calibration is not None:
+        photos = len(dataset.calibration)
+        return f"{calibration.name}, {photos} photos, on which the temperature and thresholds were chosen"
+    return f"the {part} part of {data.name} ({dataset.layout})"
+
+
+def _described(options: Options, dataset: Dataset, epochs: int, seconds: int) -> Manifest:
+    """The manifest of a fitted network, before anything has been measured."""
+    return Manifest(
         format_version=FORMAT_VERSION,
         name=options.output.name,
         architecture=options.architecture,
@@ -59,64 +115,15 @@ def build(options: Options, reporter: Reporter) -> Manifest | None:
         temperature=1.0,
         training={
             "command": options.command,
-            "data": f"{options.data.name}, {data.describe(dataset)}",
+            "data": f"{options.data.name}, {split.describe(dataset)}",
             "weights": Path(options.weights).name,
             "recipe": options.recipe.name,
-            "epochs": len(epochs),
+            "epochs": epochs,
             "seed": options.seed,
-            "seconds": round(time.monotonic() - started),
+            "seconds": seconds,
         },
         files={},
     )
-    named = partial(name_of, options.data, options.calibration, dataset)
-    packed = package.write(options.output, fitted, described, dataset, named, reporter)
-    _write_tables(options.output, epochs, dataset.test, packed.tested, dataset.classes)
-    before = packed.calibration_error_before
-    page = report.page(packed.manifest, dataset, epochs, packed.tested, calibration_error_before=before)
-    (options.output / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
-    left_over.unlink(missing_ok=True)  # it is ours, and what it led to is complete
-    return packed.manifest
-
-
-def _check_output(folder: Path) -> None:
-    """Refuse what would be written over: a finished model, or whatever else lies in the folder."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        inside = {path.name for path in folder.iterdir()}
-    except OSError as error:
-        raise ConfigurationError(f"{folder} cannot be written ({error.strerror}): name another --output") from None
-    if MANIFEST in inside:
-        raise ConfigurationError(f"{folder} has a finished model: name another --output, or take it away")
-    if inside - {checkpoint.NAME, unfinished(folder / checkpoint.NAME).name}:
-        raise ConfigurationError(f"{folder} is not empty: name a new folder with --output")
-
-
-def load(source: Path, calibration: Path | None, seed: int, workers: int, cache: Path, reporter: Reporter) -> Dataset:
-    """Find, inspect and divide a dataset, and say what was left out of it.
-
-    Raises:
-        ConfigurationError: it cannot be used.
-    """
-    found = layouts.find(source, cache)
-    named = [] if calibration is None else evaluate.labelled_photos(calibration, found.classes)
-    paths = [sample.path for sample in (*found.samples, *named)]
-    inspected = inspection.inspect_all(paths, cache, max(1, workers), reporter.tracker("inspecting"))
-    dataset = data.divide(found, inspected, named, seed)
-    reporter.say(data.describe(dataset))
-    for path, reason in dataset.unreadable:
-        reporter.say(f"left out, unreadable: {path} ({reason})")
-    for duplicate in dataset.duplicates:
-        reporter.say(f"left out of training, {duplicate.kind} copy of {duplicate.of}: {duplicate.path}")
-    for one, other in dataset.contradictions:
-        reporter.say(f"left out, one content under two labels: {one} and {other}")
-    return dataset
-
-
-def name_of(data: Path, calibration: Path | None, dataset: Dataset, part: str) -> str:
-    """What the figures of a part are said to be of, for the reader of a manifest."""
-    if part == "calibration" and calibration is not None:
-        return f"{calibration.name}, {len(dataset.calibration)} photos; temperature and thresholds come from them"
-    return f"the {part} part of {data.name} ({dataset.layout})"
 
 
 def _write_tables(

@@ -1,25 +1,59 @@
-"""What `trainer` says while it works: bars and lines on a terminal, one JSON object a line otherwise, TensorBoard."""
+"""What the trainer shows while it works: bars and lines on a terminal, else one JSON object a line; TensorBoard."""
 
 import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, track
 
-from trainer.fitting import loop
-
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Tracker = Callable[[Iterable[Any], int], Iterable[Any]]
+"""Given items and their number, passes the items on; for a progress bar."""
+
+
+@dataclass(frozen=True, slots=True)
+class Epoch:
+    """What one epoch measured.
+
+    Attributes:
+        stage: what the stage trains, `head` or `everything`.
+        epoch: counted from 1 in each stage.
+        lr: the learning rate of the head after the epoch's last step.
+        training_loss: mean, in natural units; accuracies are from 0 to 1.
+    """
+
+    stage: str
+    epoch: int
+    lr: float
+    training_loss: float
+    training_accuracy: float
+    validation_loss: float
+    validation_accuracy: float
+    images_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepProgress:
+    """How far an epoch is; loss, accuracy and speed are of its steps so far."""
+
+    stage: str
+    epoch: int
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    images_per_second: float
+    seconds_left: float
 
 
 class Reporter:
-    """Is told what happens, and says nothing.
+    """Receives everything there is to show, and shows nothing itself except to TensorBoard.
 
     Args:
         events: folder for TensorBoard's event files; None writes none.
@@ -34,13 +68,13 @@ class Reporter:
             self._events = tensorboard.SummaryWriter(str(events))
 
     def say(self, text: str) -> None:
-        """Say one sentence."""
+        """Show one sentence."""
 
-    def progress(self, progress: loop.Progress) -> None:
-        """Show where a stage is."""
+    def step(self, progress: StepProgress) -> None:
+        """Show how far the epoch is."""
 
-    def epoch(self, epoch: loop.Epoch) -> None:
-        """Say what an epoch measured."""
+    def epoch(self, epoch: Epoch) -> None:
+        """Show what an epoch measured."""
         self._epochs += 1
         if self._events is not None:
             for name, value in asdict(epoch).items():
@@ -48,20 +82,20 @@ class Reporter:
                     self._events.add_scalar(name.replace("_", "/", 1), value, self._epochs)
             self._events.flush()
 
-    def track(self, items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
-        """Show progress over items."""
+    def track(self, items: Iterable[Any], total: int, title: str) -> Iterable[Any]:
+        """Pass the items on and show how many are done."""
         return items
 
-    def tracker(self, what: str) -> Tracker:
-        """`track` with its title."""
-        return lambda items, total: self.track(items, total, what)
+    def tracker(self, title: str) -> Tracker:
+        """`track` with a fixed title."""
+        return lambda items, total: self.track(items, total, title)
 
     def close(self) -> None:
-        """Take bars away."""
+        """Remove what moves on the screen."""
 
 
 class TerminalReporter(Reporter):
-    """For a person."""
+    """Bars and lines for a person."""
 
     def __init__(self, console: Console, events: Path | None) -> None:
         super().__init__(events)
@@ -69,11 +103,11 @@ class TerminalReporter(Reporter):
         self._bar: Progress | None = None
 
     def say(self, text: str) -> None:
-        """See `Reporter.say`."""
+        """Print the sentence; brackets in a path are no markup."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def progress(self, progress: loop.Progress) -> None:
-        """See `Reporter.progress`."""
+    def step(self, progress: StepProgress) -> None:
+        """Move the bar."""
         if self._bar is None:
             columns = (TextColumn("{task.description}"), BarColumn(12), TextColumn("{task.fields[figures]}"))
             self._bar = Progress(*columns, console=self._console, transient=True)
@@ -92,43 +126,47 @@ class TerminalReporter(Reporter):
             figures=figures,
         )
 
-    def epoch(self, epoch: loop.Epoch) -> None:
-        """See `Reporter.epoch`."""
+    def epoch(self, epoch: Epoch) -> None:
+        """Replace the bar by a line that stays."""
         super().epoch(epoch)
         self.close()
         self._console.print(
             f"{epoch.stage}, epoch {epoch.epoch:<2}  "
             f"loss {epoch.training_loss:.4f}  accuracy {epoch.training_accuracy:.4f}  "
-            f"validation {epoch.validation_loss:.4f}  {epoch.validation_accuracy:.4f}  "
+            f"validation loss {epoch.validation_loss:.4f}  accuracy {epoch.validation_accuracy:.4f}  "
             f"{epoch.images_per_second:.0f} images/s",
             highlight=False,
         )
 
-    def track(self, items: Iterable[Any], total: int, what: str) -> Iterable[Any]:
-        """See `Reporter.track`."""
-        return track(items, what, total=total, console=self._console, transient=True)
+    def track(self, items: Iterable[Any], total: int, title: str) -> Iterable[Any]:
+        """Show a bar until the items are used up."""
+        return track(items, title, total=total, console=self._console, transient=True)
 
     def close(self) -> None:
-        """See `Reporter.close`."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 class LineReporter(Reporter):
-    """For a program."""
+    """JSON lines for a program."""
 
     def say(self, text: str) -> None:
-        """See `Reporter.say`."""
+        """Write a `note`."""
         print(json.dumps({"event": "note", "text": text}), file=sys.stderr, flush=True)
 
-    def epoch(self, epoch: loop.Epoch) -> None:
-        """See `Reporter.epoch`."""
+    def epoch(self, epoch: Epoch) -> None:
+        """Write an `epoch`."""
         super().epoch(epoch)
         print(json.dumps({"event": "epoch", **asdict(epoch)}), file=sys.stderr, flush=True)
 
 
 def open_reporter(events: Path | None) -> Reporter:
-    """The one that fits standard error."""
+    """The reporter for standard error as it is.
+
+    Args:
+        events: folder for TensorBoard's event files; None writes none.
+    """
     console = Console(stderr=True)
     return TerminalReporter(console, events) if console.is_terminal else LineReporter(events)

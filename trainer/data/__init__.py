@@ -1,1 +1,5 @@
-"""From a dataset on disk to disjoint parts of labelled photos. Imports nothing else of the trainer but `files`."""
+"""Files on disk to labelled photos in disjoint parts.
+
+In: a folder, zip or CSV. Out: a `Dataset`, or a list of `Sample`s. Imports the sorter's decoder, and nothing of the
+trainer.
+"""

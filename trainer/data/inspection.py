@@ -1,6 +1,6 @@
-"""Every file of a dataset, decoded once: does it decode, what is its content, what does it look like.
+"""Every file of a dataset, decoded once: whether it decodes, its digest, and its perceptual hash.
 
-In: paths. Out: an `Inspection` for each, cached by path, size and modification time, so that a second look at a dataset
+In: paths. Out: an `Inspection` for each, cached by path, size and modification time, so that inspecting a dataset again
 takes a second.
 """
 
@@ -19,17 +19,17 @@ from sorter.errors import PhotoError
 from sorter.files.replaced import replaced
 
 _CHUNK = 64
-_PASSING = "cannot be read now: "
+_TRANSIENT = "cannot be read now: "
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What one file is.
+    """What one file contains.
 
     Attributes:
-        reason: why it cannot be used, None if it can.
+        reason: why it cannot be used; None if it can.
         digest: SHA-256 of its bytes, hexadecimal.
-        perceptual_hash: 64 bits of `imagehash.phash`, hexadecimal; near photos differ in few of them.
+        perceptual_hash: 64 bits of `imagehash.phash`, hexadecimal; similar photos differ in few of them.
     """
 
     reason: str | None
@@ -46,19 +46,19 @@ def inspect(path: Path) -> Inspection:
             picture = decode(file.fileno(), Preprocessing(64), Limits())
     except PhotoError as error:
         return Inspection(str(error), digest, "0")
-    except (MemoryError, OSError) as error:  # of the machine, not of the photo: not for the cache
-        return Inspection(f"{_PASSING}{error}", digest, "0")
+    except (MemoryError, OSError) as error:  # the machine's fault and not the photo's: not cached
+        return Inspection(f"{_TRANSIENT}{error}", digest, "0")
     return Inspection(None, digest, str(imagehash.phash(picture)))
 
 
 def inspect_all(
     paths: Sequence[Path], cache: Path, workers: int, track: Callable[[Iterable[Inspection], int], Iterable[Inspection]]
 ) -> dict[Path, Inspection]:
-    """Inspect files in parallel, those that the cache does not know.
+    """Inspect files in parallel, except for those that the cache knows.
 
     Args:
         paths: the files.
-        cache: the folder that keeps what was found.
+        cache: folder of the results.
         workers: processes.
         track: given the results as they come and their number, passes them on; for a progress bar.
     """
@@ -71,15 +71,15 @@ def inspect_all(
             results = track(pool.map(inspect, new, chunksize=_CHUNK), len(new))
             for path, result in zip(new, results, strict=True):
                 known[keys[path]] = result
-        lasting = {key: one for key, one in known.items() if not (one.reason or "").startswith(_PASSING)}
-        _write(store, lasting)
+        cacheable = {key: one for key, one in known.items() if not (one.reason or "").startswith(_TRANSIENT)}
+        _write(store, cacheable)
     return {path: known[keys[path]] for path in paths}
 
 
 def _key(path: Path) -> str:
     try:
         status = path.stat()
-    except OSError:  # a link that leads nowhere: inspecting it says so
+    except OSError:  # a dangling link: inspecting it gives the reason
         return f"{os.fsencode(path.absolute()).hex()}:"
     return f"{os.fsencode(path.absolute()).hex()}:{status.st_size}:{status.st_mtime_ns}"
 
@@ -88,7 +88,7 @@ def _read(store: Path) -> dict[str, Inspection]:
     try:
         table = json.loads(store.read_text(encoding="utf-8"))
         return {key: Inspection(**value) for key, value in table.items()}
-    except (OSError, ValueError, TypeError):  # not there yet, or not ours: it is only a cache
+    except (OSError, ValueError, TypeError):  # not there yet, or damaged: it is only a cache
         return {}
 
 

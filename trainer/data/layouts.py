@@ -1,11 +1,11 @@
-"""Datasets on disk: which photo has which label, and which part of the dataset it lies in.
+"""Datasets on disk: the label of each photo, and the part of the dataset that it belongs to.
 
 In: a folder or a zip. Out: what was found, before any photo is opened.
 
-Recognised layouts, first match wins:
+The layouts, of which the first that matches is taken:
 
     cat-and-dog     training_set/training_set/{cats,dogs}/cat.1.jpg, test_set/…    Kaggle's tongpython/cat-and-dog
-    dogs-vs-cats    train/cat.0.jpg and train/dog.0.jpg flat, or still in train.zip    Kaggle's c/dogs-vs-cats
+    dogs-vs-cats    train/cat.0.jpg and train/dog.0.jpg flat, or packed in train.zip    Kaggle's c/dogs-vs-cats
     image-folder    {train,val,test}/class/…    torchvision's ImageFolder
     pet-images      PetImages/{Cat,Dog}/…    Microsoft's
     classes         class/…    an ImageFolder without parts
@@ -43,7 +43,7 @@ _JUNK = ("__MACOSX",)
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A photo, the index of its class, and the part that its layout puts it in."""
+    """A photo, the index of its class, and its part of the dataset."""
 
     path: Path
     label: int
@@ -52,7 +52,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What lies in a dataset, before any photo was opened."""
+    """The photos of a dataset, before any is opened."""
 
     layout: str
     classes: tuple[Class, ...]
@@ -67,19 +67,19 @@ def find(data: Path, cache: Path) -> Found:
         cache: where zips are unpacked, once.
 
     Raises:
-        ConfigurationError: no layout fits, or there is but one class.
+        ConfigurationError: no layout matches, or there is only one class.
     """
     if not data.exists():
-        raise ConfigurationError(f"there is no {data}: name the dataset's folder or zip with --data")
+        raise ConfigurationError(f"{data} does not exist: give the dataset's folder or zip with --data")
     root = _inner(unpack(data, cache) if data.is_file() else data)
     found = _flat(root, cache) or _split(root) or _classes(root)
     if found is None:
         raise ConfigurationError(
-            f"{data} has no layout that is known: it needs a folder for each class, train/ and test/ with such "
-            "folders, or train/ with cat.0.jpg and dog.0.jpg"
+            f"{data} has no known layout: it needs a folder for each class, or train/ and test/ with such folders, "
+            "or train/ with cat.0.jpg and dog.0.jpg"
         )
     if len(found.classes) < 2 or len({sample.label for sample in found.samples}) < 2:
-        raise ConfigurationError(f"{data} has photos of one class only: a classifier needs two or more")
+        raise ConfigurationError(f"{data} has photos of one class only: add photos of at least one other class")
     return found
 
 
@@ -87,7 +87,7 @@ def unpack(archive: Path, cache: Path) -> Path:
     """Unpack a zip into the cache, once for each version of it.
 
     Raises:
-        ConfigurationError: it is no zip, or is damaged.
+        ConfigurationError: it is not a zip, or is damaged.
     """
     status = archive.stat()
     target = cache / "unpacked" / f"{archive.stem}-{status.st_size}-{status.st_mtime_ns}"
@@ -97,17 +97,17 @@ def unpack(archive: Path, cache: Path) -> Path:
     try:
         with zipfile.ZipFile(archive) as file:
             file.extractall(beside)
-        beside.mkdir(parents=True, exist_ok=True)  # of an empty zip
-    except (zipfile.BadZipFile, OSError, RuntimeError) as error:  # RuntimeError: it wants a password
+        beside.mkdir(parents=True, exist_ok=True)  # for an empty zip
+    except (zipfile.BadZipFile, OSError, RuntimeError) as error:  # RuntimeError: it needs a password
         raise ConfigurationError(
-            f"{archive} cannot be unpacked ({error}): make room in {cache}, or download it again"
+            f"cannot unpack {archive} ({error}): free some space in {cache}, or download it again"
         ) from None
     beside.rename(target)
     return target
 
 
 def _inner(root: Path) -> Path:
-    """Go down while a folder holds one folder and nothing else of interest."""
+    """Go down while a folder contains one folder and nothing else of interest."""
     while True:
         inside = [entry for entry in root.iterdir() if entry.name not in _JUNK and not entry.name.startswith(".")]
         folders = [entry for entry in inside if entry.is_dir()]
@@ -118,7 +118,7 @@ def _inner(root: Path) -> Path:
 
 
 def _flat(root: Path, cache: Path) -> Found | None:
-    """The competition's layout: labels in the names of the files."""
+    """The competition's layout: labels in the file names."""
     packed, folder = root / "train.zip", root / "train"
     if packed.is_file() and not folder.is_dir():
         folder = _inner(unpack(packed, cache))
@@ -134,15 +134,13 @@ def _flat(root: Path, cache: Path) -> Found | None:
 
 
 def _split(root: Path) -> Found | None:
-    """Folders for the parts, and in them folders for the classes."""
+    """A folder for each part, and in it a folder for each class."""
     folders = {entry: _SPLIT_NAMES.get(entry.name.lower()) for entry in sorted(root.iterdir()) if entry.is_dir()}
-    # Kaggle's set has each part's folder twice, one in the other.
-    doubled = {entry: entry / entry.name for entry in folders}
-    parts = {inner if (inner := doubled[e]).is_dir() else e: part for e, part in folders.items() if part is not None}
+    parts = {_undoubled(folder): part for folder, part in folders.items() if part is not None}
     if "training" not in parts.values():
         return None
     names = sorted({entry.name for folder in parts for entry in folder.iterdir() if entry.is_dir()})
-    if not names:  # a class that is called train
+    if not names:  # a class named train
         return None
     classes = _named(names)
     samples = [s for folder, part in parts.items() for s in _in_class_folders(folder, classes, part)]
@@ -150,8 +148,14 @@ def _split(root: Path) -> Found | None:
     return Found(layout, classes, tuple(samples))
 
 
+def _undoubled(folder: Path) -> Path:
+    """Kaggle's set has training_set/training_set/ and test_set/test_set/."""
+    inner = folder / folder.name
+    return inner if inner.is_dir() else folder
+
+
 def _classes(root: Path) -> Found | None:
-    """Folders for the classes."""
+    """A folder for each class."""
     names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and any(_photos(entry)))
     if not names:
         return None
@@ -161,7 +165,7 @@ def _classes(root: Path) -> Found | None:
 
 
 def _named(names: Sequence[str]) -> tuple[Class, ...]:
-    """Cats and dogs by whatever name are always `cats/` and `dogs/`; other classes keep their folders' names."""
+    """Cats and dogs, however spelled, become `cats/` and `dogs/`; other classes keep their folders' names."""
     if {name.lower().rstrip("s") for name in names} == {"cat", "dog"}:
         return CATS_AND_DOGS
     return tuple(Class(label=name, folder=name) for name in names)

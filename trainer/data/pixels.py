@@ -1,4 +1,4 @@
-"""One photo of a dataset to the pixels that the network sees, through the sorter's own decoder."""
+"""One photo to the pixels that the network sees, through the sorter's own decoder."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def read(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """Decode a photo, uint8 (S, S, 3).
 
     Raises:
-        PhotoError: the file is no photo, or broken.
+        PhotoError: the file is not a photo, or is damaged.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
@@ -21,7 +21,7 @@ def read(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
 
 
 def decoded(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    """Decode a photo that should decode, uint8 (S, S, 3).
+    """Decode a photo that was inspected before, uint8 (S, S, 3).
 
     Raises:
         ConfigurationError: it cannot be decoded.
@@ -29,4 +29,4 @@ def decoded(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     try:
         return read(path, preprocessing)
     except (PhotoError, OSError) as error:
-        raise ConfigurationError(f"{path} cannot be decoded ({error}): take it out of the data") from None
+        raise ConfigurationError(f"cannot decode {path} ({error}): remove it from the dataset") from None

@@ -1,6 +1,6 @@
-"""A dataset as it is fitted on: photos that all decode, and none of test or calibration in any other part.
+"""A dataset in four parts: photos that all decode, and no test or calibration photo in any other part.
 
-In: what was found on disk and what each file's inspection said. Out: a `Dataset`, and what was left out of it.
+In: what was found on disk, and each file's inspection. Out: a `Dataset`, and what was left out of it.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from trainer.data.layouts import Found, Part, Sample
 
 VALIDATION_SHARE, CALIBRATION_SHARE, TEST_SHARE = 0.1, 0.1, 0.1
 NEAR_DUPLICATE_BITS = 4
-"""Perceptual hashes of 64 bits that differ in at most so many are taken for the same photo."""
+"""Photos whose 64-bit perceptual hashes differ in at most this many bits count as the same photo."""
 
 MAX_CONTRADICTORY_SHARE = 0.01
-"""More photos than this under two labels are no oversight: the dataset is refused."""
+"""If more photos than this appear under two labels, it is no oversight and the dataset is refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Duplicate:
-    """A photo that was left out because one that was held out shows the same."""
+    """A photo that was left out, and the held-out photo `of` which it is a copy."""
 
     path: Path
     of: Path
@@ -38,12 +38,12 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Photos that decode, in four parts; no photo of test or calibration is in another, not even a near copy.
+    """Photos that decode, in four parts; no test or calibration photo is in another part, not even a near copy.
 
     Attributes:
-        unreadable: what was left out, with the reason.
-        duplicates: training photos that were left out.
-        contradictions: pairs of one content under two labels; both were left out.
+        unreadable: files that were left out, each with the reason.
+        duplicates: copies that were left out.
+        contradictions: pairs with the same content under two labels; both were left out.
         fingerprint: SHA-256 of every photo's content, label and part.
     """
 
@@ -65,40 +65,28 @@ def divide(found: Found, inspected: dict[Path, Inspection], calibration: Sequenc
     Parts that the layout lacks are drawn from the training part, stratified by class.
 
     Args:
-        found: the layout.
-        inspected: what each file's inspection said.
-        calibration: photos named for calibration; none to draw them.
+        found: the dataset's photos.
+        inspected: each file's inspection.
+        calibration: photos given for calibration; none to draw them.
         seed: of the draw; the same seed and files give the same parts.
 
     Raises:
-        ConfigurationError: too many contents have two labels, or nothing of a class is left.
+        ConfigurationError: too many photos appear under two labels, or a part has no photo of some class.
     """
+    unreadable = [
+        (sample.path, reason)
+        for sample in (*found.samples, *calibration)
+        if (reason := inspected[sample.path].reason) is not None
+    ]
     readable = [sample for sample in found.samples if inspected[sample.path].reason is None]
-    unreadable = [(s.path, str(inspected[s.path].reason)) for s in found.samples if inspected[s.path].reason]
-    readable, contradictions = _without_contradictions(readable, inspected, found.classes)
-    unreadable += [(s.path, str(inspected[s.path].reason)) for s in calibration if inspected[s.path].reason]
-    named = [sample for sample in calibration if inspected[sample.path].reason is None]
-    parts: dict[Part, list[Sample]] = {"training": [], "validation": [], "calibration": named, "test": []}
+    readable, contradictions = _without_contradictions(readable, inspected)
+    parts: dict[Part, list[Sample]] = {"training": [], "validation": [], "calibration": [], "test": []}
     for sample in readable:
         parts[sample.part].append(sample)
-    draw = random.Random(seed)  # noqa: S311
-    shares: list[tuple[Part, float]] = [("test", TEST_SHARE), ("validation", VALIDATION_SHARE)]
-    shares.append(("calibration", CALIBRATION_SHARE))
-    whole = len(parts["training"])
-    for part, share in shares:
-        if not parts[part]:
-            parts[part], parts["training"] = _draw(parts["training"], share * whole, draw, part)
-    parts["calibration"], copies = _without_copies(parts["calibration"], parts["test"], inspected)
-    held_out = [sample for part in ("test", "calibration") for sample in parts[part]]
-    parts["training"], duplicates = _without_copies(parts["training"], held_out, inspected)
-    parts["validation"], more = _without_copies(parts["validation"], held_out, inspected)
-    for part, samples in parts.items():
-        for index, one in enumerate(found.classes):
-            if not any(sample.label == index for sample in samples):
-                raise ConfigurationError(
-                    f"the {part} part has no readable photo of {one.label}: the dataset is too small, or its files are "
-                    "broken"
-                )
+    parts["calibration"] = [sample for sample in calibration if inspected[sample.path].reason is None]
+    _draw_missing(parts, seed)
+    duplicates = _leave_out_copies(parts, inspected)
+    _check_every_class(parts, found.classes)
     return Dataset(
         found.layout,
         found.classes,
@@ -107,16 +95,49 @@ def divide(found: Found, inspected: dict[Path, Inspection], calibration: Sequenc
         calibration=tuple(parts["calibration"]),
         test=tuple(parts["test"]),
         unreadable=tuple(unreadable),
-        duplicates=tuple(copies + duplicates + more),
+        duplicates=tuple(duplicates),
         contradictions=tuple(contradictions),
         fingerprint=_fingerprint(parts, inspected),
     )
 
 
+def _draw_missing(parts: dict[Part, list[Sample]], seed: int) -> None:
+    """Draw the parts that are empty from the training part."""
+    draw = random.Random(seed)  # noqa: S311
+    photos = len(parts["training"])
+    shares: dict[Part, float] = {
+        "test": TEST_SHARE,
+        "validation": VALIDATION_SHARE,
+        "calibration": CALIBRATION_SHARE,
+    }
+    for part, share in shares.items():
+        if not parts[part]:
+            parts[part], parts["training"] = _draw(parts["training"], share * photos, draw, part)
+
+
+def _leave_out_copies(parts: dict[Part, list[Sample]], inspected: dict[Path, Inspection]) -> list[Duplicate]:
+    """Remove test photos' copies from every other part, and calibration photos' copies from what is fitted on."""
+    parts["calibration"], copies = _without_copies(parts["calibration"], parts["test"], inspected)
+    held_out = [*parts["test"], *parts["calibration"]]
+    for part in ("training", "validation"):
+        parts[part], found = _without_copies(parts[part], held_out, inspected)
+        copies += found
+    return copies
+
+
+def _check_every_class(parts: dict[Part, list[Sample]], classes: Sequence[Class]) -> None:
+    for part, samples in parts.items():
+        for index, one in enumerate(classes):
+            if not any(sample.label == index for sample in samples):
+                raise ConfigurationError(
+                    f"the {part} part has no readable photo of {one.label}: add photos, or replace damaged ones"
+                )
+
+
 def _draw(
     samples: Sequence[Sample], count: float, draw: random.Random, part: Part
 ) -> tuple[list[Sample], list[Sample]]:
-    """Take about `count` samples, the same share of each class; return them and the rest."""
+    """Draw about `count` samples, the same share of each class; return them and the rest."""
     taken: list[Sample] = []
     for label in sorted({sample.label for sample in samples}):
         of_label = [sample for sample in samples if sample.label == label]
@@ -130,9 +151,9 @@ def _draw(
 
 
 def _without_contradictions(
-    samples: Sequence[Sample], inspected: dict[Path, Inspection], classes: Sequence[Class]
+    samples: Sequence[Sample], inspected: dict[Path, Inspection]
 ) -> tuple[list[Sample], list[tuple[Path, Path]]]:
-    """Leave out photos whose very content also stands under another label; Kaggle's own set has such a pair.
+    """Leave out photos whose exact content also appears under another label; Kaggle's set has one such pair.
 
     Raises:
         ConfigurationError: there are too many for an oversight.
@@ -150,7 +171,8 @@ def _without_contradictions(
     if len(contradictory) > MAX_CONTRADICTORY_SHARE * len(samples):
         one, other = pairs[0]
         raise ConfigurationError(
-            f"{len(contradictory)} photos stand under two labels, {one} and {other} for example: take the wrong out"
+            f"{len(contradictory)} photos appear under two labels (for example {one} and {other}): "
+            "remove the wrong copies"
         )
     left_out = {sample.path for sample in contradictory}
     return [sample for sample in samples if sample.path not in left_out], pairs
@@ -159,7 +181,7 @@ def _without_contradictions(
 def _without_copies(
     samples: Sequence[Sample], held_out: Sequence[Sample], inspected: dict[Path, Inspection]
 ) -> tuple[list[Sample], list[Duplicate]]:
-    """Leave out what shows the same as a held-out photo."""
+    """Leave out photos that show the same as a held-out photo."""
     by_digest = {inspected[sample.path].digest: sample.path for sample in held_out}
     hashes = _hashes(held_out, inspected)
     kept, duplicates = [], []
@@ -168,7 +190,7 @@ def _without_copies(
         if exact is not None:
             duplicates.append(Duplicate(sample.path, exact, "exact"))
             continue
-        distances = _ones(hashes ^ own)
+        distances = _bits_set(hashes ^ own)
         if len(distances) and distances.min() <= NEAR_DUPLICATE_BITS:
             duplicates.append(Duplicate(sample.path, held_out[int(distances.argmin())].path, "near"))
             continue
@@ -180,10 +202,10 @@ def _hashes(samples: Sequence[Sample], inspected: dict[Path, Inspection]) -> npt
     return np.array([int(inspected[sample.path].perceptual_hash, 16) for sample in samples], np.uint64)
 
 
-def _ones(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
-    """How many bits are set in each value, (N,) -> (N,)."""
-    ones: npt.NDArray[np.intp] = np.unpackbits(values.view(np.uint8).reshape(-1, 8), axis=1).sum(1, dtype=np.intp)
-    return ones
+def _bits_set(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
+    """The number of bits set in each value, (N,) -> (N,)."""
+    bits: npt.NDArray[np.intp] = np.unpackbits(values.view(np.uint8).reshape(-1, 8), axis=1).sum(1, dtype=np.intp)
+    return bits
 
 
 def _fingerprint(parts: dict[Part, list[Sample]], inspected: dict[Path, Inspection]) -> str:
@@ -195,7 +217,7 @@ def _fingerprint(parts: dict[Part, list[Sample]], inspected: dict[Path, Inspecti
 
 
 def describe(dataset: Dataset) -> str:
-    """A dataset in one line for a person."""
+    """Describe a dataset in one line."""
     counts = {
         "training": dataset.training,
         "validation": dataset.validation,

@@ -1,6 +1,6 @@
-"""Photos to a network's answers, once, through the fastest engine there is: OpenVINO on a CPU, torch on a GPU.
+"""Photos to a network's outputs, through the fastest engine of the machine: OpenVINO on a CPU, torch on a GPU.
 
-In: a torch network and photos. Out: what comes out of it, float32 (N, W), W the features' width or the classes.
+In: a torch network and photos. Out: float32 (N, W), where W is the width of the features or the number of classes.
 """
 
 import queue
@@ -26,16 +26,14 @@ Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Item = TypeVar("Item")
 Runner = Callable[[Iterable[Pixels]], list[Floats]]
-"""From batches uint8 (N, S, S, 3) to answers float32 (N, W)."""
+"""Batches uint8 (N, S, S, 3) to outputs float32 (N, W)."""
 
 
 def convert(network: nn.Module, mean: Sequence[float], std: Sequence[float], size: int) -> openvino.Model:
-    """A torch network as an OpenVINO model from uint8 (N, S, S, 3), with normalisation in the graph."""
+    """Convert a torch network to an OpenVINO model from uint8 (N, S, S, 3), with normalisation in the graph."""
     example = torch.zeros((2, size, size, 3), dtype=torch.uint8)
-    any_number = {0: torch.export.Dim("photos", max=4096)}
-    program = torch.export.export(
-        Classifier(network.eval(), mean, std).eval(), (example,), dynamic_shapes=(any_number,)
-    )
+    any_batch = {0: torch.export.Dim("photos", max=4096)}
+    program = torch.export.export(Classifier(network.eval(), mean, std).eval(), (example,), dynamic_shapes=(any_batch,))
     model = openvino.convert_model(program)
     model.inputs[0].get_tensor().set_names({"pixels"})
     model.outputs[0].get_tensor().set_names({"logits"})
@@ -52,8 +50,8 @@ def runner(network: nn.Module, mean: Sequence[float], std: Sequence[float], size
 def on_openvino(model: openvino.Model) -> Runner:
     """Several batches at a time, each on some of the cores.
 
-    Threads that wait for a request each, and no `AsyncInferQueue`: its callbacks run Python in OpenVINO's own threads,
-    and a network that is taken down while one of them still wants the interpreter hangs.
+    Each thread waits for one request. `AsyncInferQueue` would run Python callbacks in OpenVINO's own threads, and hangs
+    if the network is destroyed while one of them waits for the interpreter.
     """
     compiled = openvino.Core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT"})
     count = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
@@ -77,7 +75,7 @@ def on_openvino(model: openvino.Model) -> Runner:
 
 
 def on_torch(network: nn.Module, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Runner:
-    """One batch after the other, in half precision on a GPU."""
+    """One batch after another, in half precision on a GPU."""
     classifier = Classifier(network.eval(), mean, std).eval().to(device).to(memory_format=torch.channels_last)
 
     def run(batches: Iterable[Pixels]) -> list[Floats]:
@@ -89,7 +87,7 @@ def on_torch(network: nn.Module, mean: Sequence[float], std: Sequence[float], de
 
 
 def batches(samples: Sequence[Sample], preprocessing: Preprocessing) -> Iterator[Pixels]:
-    """Decode photos in parallel, uint8 (up to 32, S, S, 3) at a time, with few decoded ahead."""
+    """Decode photos in parallel, uint8 (up to 32, S, S, 3) at a time, only a few batches ahead."""
 
     def batch(start: int) -> Pixels:
         return np.stack([decoded(sample.path, preprocessing) for sample in samples[start : start + _BATCH]])
@@ -101,7 +99,7 @@ def batches(samples: Sequence[Sample], preprocessing: Preprocessing) -> Iterator
 def _ahead(
     pool: ThreadPoolExecutor, action: Callable[[Item], Pixels | Floats], items: Iterable[Item], count: int
 ) -> Iterator[Any]:
-    """`pool.map`, but with only `count` items taken ahead of what was given out."""
+    """`pool.map` that takes at most `count` items more than it has yielded, so that memory stays bounded."""
     waiting: deque[Future[Pixels | Floats]] = deque()
     for item in items:
         waiting.append(pool.submit(action, item))
@@ -122,10 +120,10 @@ def answers(
     """Run every photo through a network.
 
     Args:
-        run: how.
+        run: the network.
         samples: the photos.
-        preprocessing: what the network wants.
-        mirrored: run the mirror image of each instead.
+        preprocessing: the network's.
+        mirrored: run the mirror image of each photo instead.
         track: given the batches and their number, passes them on; for a progress bar.
 
     Returns:

@@ -1,12 +1,12 @@
-"""From a dataset to a fitted network, in the stages that the recipe says.
+"""A dataset to a fitted network, in the stages of a recipe.
 
-In: options and a dataset. Out: the network, and what each epoch measured. A checkpoint in the output folder lets a run
-that was killed go on with `--resume`.
+In: options and a dataset. Out: the network, and what each epoch measured. A checkpoint in the output folder lets a
+killed run be resumed with `--resume`.
 """
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from sorter.classifier.torch_engine import choose_device, multiplies_bf16
 from sorter.processors import available_cpus
 from trainer.data.layouts import Sample, labels_of
 from trainer.data.split import Dataset
-from trainer.fitting import checkpoint, features, loop, weights
-from trainer.fitting.loop import Epoch, Hooks, Machine
+from trainer.fitting import checkpoint, features, weights
+from trainer.fitting.loop import Hooks, Machine, Plan, fit_stage
 from trainer.fitting.options import Options
 from trainer.fitting.parallel import Group
 from trainer.fitting.recipes import Stage
 from trainer.fitting.sources import FeatureSource, PhotoSource
-from trainer.progress import Reporter
+from trainer.progress import Epoch, Reporter
 
 
 def fit(
@@ -35,11 +35,11 @@ def fit(
     """Fit a network.
 
     Args:
-        options: what was asked for.
-        dataset: its training and validation parts.
-        device: of this process.
+        options: of `trainer fit`.
+        dataset: its training and validation parts are used.
+        device: this process's.
         group: the processes that fit it together.
-        reporter: is told what happens.
+        reporter: shows progress.
 
     Returns:
         The network, in evaluation mode on the CPU, from normalised float (N, 3, S, S) to logits (N, C); and its epochs.
@@ -52,39 +52,15 @@ def fit(
     saved = _saved(options, identity, reporter)
     torch.manual_seed(options.seed)
     classes = len(dataset.classes)
-    whole = group.first_then_others(
+    model = group.first_then_others(
         lambda: weights.start(options.architecture, options.weights, options.head_hidden, classes)
     ).eval()
     if saved["network"] is not None:
-        whole.load_state_dict(saved["network"])
-    epochs = [Epoch(**entry) for entry in saved["epochs"]]
-
-    def keep(stage: int, position: dict[str, Any] | None) -> None:
-        """Within a stage its position has everything; between two of them the network is all there is."""
-        state = {
-            "stage": stage,
-            "position": position,
-            "network": whole.state_dict() if position is None else None,
-            "epochs": [asdict(epoch) for epoch in epochs],
-        }
-        checkpoint.write(options.output / checkpoint.NAME, identity, state)
-
-    def tell(epoch: Epoch) -> None:
-        epochs.append(epoch)
-        if group.is_first:
-            reporter.epoch(epoch)
-
-    run = _Run(options, dataset, machine, reporter)
+        model.load_state_dict(saved["network"])
+    stages = _Stages(options, dataset, machine, reporter, model, identity, [Epoch(**e) for e in saved["epochs"]])
     for number in range(saved["stage"], len(options.recipe.stages)):
-        stage = options.recipe.stages[number]
-        if stage.inputs == "photos":
-            hooks = Hooks(tell, reporter.progress, lambda position, number=number: keep(number, position))  # type: ignore[misc]
-            run.fit_on_photos(whole, stage, number, hooks, saved["position"] if number == saved["stage"] else None)
-        elif group.is_first:
-            run.fit_on_features(whole, stage, number, Hooks(tell, reporter.progress))
-        if group.is_first:
-            keep(number + 1, None)
-    return whole.eval(), epochs
+        stages.fit(number, saved["position"] if number == saved["stage"] else None)
+    return model.eval(), stages.epochs
 
 
 def _machine(device: str, group: Group, *, compiled: bool) -> Machine:
@@ -99,93 +75,126 @@ def _machine(device: str, group: Group, *, compiled: bool) -> Machine:
 
 
 def _identity(options: Options, dataset: Dataset) -> str:
-    """What has to be the same for a checkpoint to be gone on from."""
-    what = {
+    """What must match for a checkpoint to be resumable."""
+    weights_file = Path(options.weights)
+    parts = {
         "data": dataset.fingerprint,
         "architecture": options.architecture,
-        "weights": digest_of(Path(options.weights)) if Path(options.weights).is_file() else options.weights,
+        "weights": digest_of(weights_file) if weights_file.is_file() else options.weights,
         "head": options.head_hidden,
         "input": options.input.model_dump(),
         "stages": [asdict(stage) for stage in options.recipe.stages],
         "seed": options.seed,
     }
-    return json.dumps(what)
+    return json.dumps(parts)
 
 
 def _saved(options: Options, identity: str, reporter: Reporter) -> dict[str, Any]:
-    """The checkpoint to go on from, or a beginning."""
+    """The checkpoint to resume from, or the state of a run that has not begun."""
     path = options.output / checkpoint.NAME
     if path.exists():
-        state = checkpoint.read(path, identity)
-        reporter.say(f"going on from {path}, {len(state['epochs'])} epochs done")
-        return state
+        saved = checkpoint.read(path, identity)
+        reporter.say(f"resuming from {path} ({len(saved['epochs'])} epochs done)")
+        return saved
     if options.resume:
-        reporter.say(f"there is no {path} yet: starting from the beginning")
+        reporter.say(f"there is no checkpoint {path} yet: starting from the beginning")
     return {"stage": 0, "position": None, "network": None, "epochs": []}
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What every stage of one run has in common."""
+class _Stages:
+    """The stages of one fit, each of which changes the model in place."""
 
-    options: Options
-    dataset: Dataset
-    machine: Machine
-    reporter: Reporter
-
-    def fit_on_photos(
-        self, whole: nn.Module, stage: Stage, number: int, hooks: Hooks, position: dict[str, Any] | None
+    def __init__(
+        self,
+        options: Options,
+        dataset: Dataset,
+        machine: Machine,
+        reporter: Reporter,
+        model: nn.Module,
+        identity: str,
+        epochs: list[Epoch],
     ) -> None:
-        """Fit the head alone or everything; photos are varied anew in each epoch."""
-        options, seen = self.options, self.options.input
+        self._options, self._dataset, self._machine, self._reporter = options, dataset, machine, reporter
+        self._model, self._identity, self.epochs = model, identity, epochs
+
+    def fit(self, number: int, position: dict[str, Any] | None) -> None:
+        """Fit one stage; `position` is where a checkpoint was within it."""
+        stage, is_first = self._options.recipe.stages[number], self._machine.group.is_first
+        if stage.inputs == "photos":
+            self._fit_on_photos(stage, number, position)
+        elif is_first:  # the others get its head from the first step on photos
+            self._fit_on_features(stage, number)
+        if is_first:
+            self._write_checkpoint(number + 1, None)
+
+    def _fit_on_photos(self, stage: Stage, number: int, position: dict[str, Any] | None) -> None:
+        """Fit the head or everything on photos that are augmented afresh in each epoch."""
+        options, described = self._options, self._options.input
         head = network.head_name(options.architecture) + "."
-        for name, parameter in whole.named_parameters():
+        for name, parameter in self._model.named_parameters():
             parameter.requires_grad_(stage.trains == "everything" or name.startswith(head))
         source = PhotoSource(
-            self.dataset.training,
-            self.dataset.validation,
-            seen.preprocessing,
+            self._dataset.training,
+            self._dataset.validation,
+            described.preprocessing,
             options.recipe.augmentation,
             stage.batch_size,
             options.seed,
-            options.workers // self.machine.group.size,
-            self.machine.group,
-            pinned=self.machine.device.type == "cuda",
+            options.workers // self._machine.group.size,
+            self._machine.group,
+            pinned=self._machine.device.type == "cuda",
         )
-        loop.fit_stage(
-            network.Classifier(whole, seen.mean, seen.std),
-            source,
-            stage,
-            number,
-            options.seed,
-            self.machine,
-            hooks,
-            frozen_statistics=options.weights != "none",
-            budget_seconds=math.inf if options.budget_minutes is None else options.budget_minutes * 60,
-            state=position,
-        )
+        budget = math.inf if options.budget_minutes is None else options.budget_minutes * 60
+        is_pretrained = options.weights != "none"
+        plan = Plan(stage, number, options.seed, frozen_statistics=is_pretrained, budget_seconds=budget)
+        hooks = self._hooks(on_checkpoint=lambda saved: self._write_checkpoint(number, saved))
+        classifier = network.Classifier(self._model, described.mean, described.std)
+        fit_stage(classifier, source, plan, self._machine, hooks, position)
 
-    def fit_on_features(self, whole: nn.Module, stage: Stage, number: int, hooks: Hooks) -> None:
-        """Features once, then the head; it takes seconds, so there is no checkpoint within."""
-        options, seen = self.options, self.options.input
+    def _fit_on_features(self, stage: Stage, number: int) -> None:
+        """Compute features once, then fit the head, which takes seconds; so there is no checkpoint within."""
+        options, described = self._options, self._options.input
         place = network.head_layers_name(options.architecture)
-        head = whole.get_submodule(place)
-        network.replace(whole, place, nn.Identity())
-        run = features.runner(whole, seen.mean, seen.std, seen.size, self.machine.device)
+        head = self._model.get_submodule(place)
+        network.replace(self._model, place, nn.Identity())
+        run = features.runner(self._model, described.mean, described.std, described.size, self._machine.device)
 
-        def of(samples: tuple[Sample, ...], what: str, *, mirrored: bool = False) -> features.Floats:
-            track = self.reporter.tracker(what)
-            return features.answers(run, samples, seen.preprocessing, mirrored=mirrored, track=track)
+        def features_of(samples: tuple[Sample, ...], title: str, *, mirrored: bool = False) -> features.Floats:
+            track = self._reporter.tracker(title)
+            return features.answers(run, samples, described.preprocessing, mirrored=mirrored, track=track)
 
-        training = self.dataset.training
+        training, validation = self._dataset.training, self._dataset.validation
         source = FeatureSource(
-            np.stack([of(training, "features"), of(training, "features, mirrored", mirrored=True)]),
+            np.stack(
+                [
+                    features_of(training, "features"),
+                    features_of(training, "features of mirror images", mirrored=True),
+                ]
+            ),
             labels_of(training),
-            of(self.dataset.validation, "features for validation"),
-            labels_of(self.dataset.validation),
+            features_of(validation, "features for validation"),
+            labels_of(validation),
             stage.batch_size,
             options.seed,
         )
-        at_home = Machine(torch.device("cpu"))
-        loop.fit_stage(head, source, stage, number, options.seed, at_home, hooks, frozen_statistics=False)
-        network.replace(whole.cpu(), place, head)
+        plan = Plan(stage, number, options.seed, frozen_statistics=False)
+        fit_stage(head, source, plan, Machine(torch.device("cpu")), self._hooks())
+        network.replace(self._model.cpu(), place, head)
+
+    def _hooks(self, on_checkpoint: Any = lambda saved: None) -> Hooks:
+        return Hooks(self._add_epoch, self._reporter.step, on_checkpoint)
+
+    def _add_epoch(self, epoch: Epoch) -> None:
+        self.epochs.append(epoch)
+        if self._machine.group.is_first:
+            self._reporter.epoch(epoch)
+
+    def _write_checkpoint(self, number: int, position: dict[str, Any] | None) -> None:
+        """Write where the fit is. Within a stage its position holds the network; between two, nothing else counts."""
+        state = {
+            "stage": number,
+            "position": position,
+            "network": self._model.state_dict() if position is None else None,
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+        }
+        checkpoint.write(self._options.output / checkpoint.NAME, self._identity, state)

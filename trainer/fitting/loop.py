@@ -1,70 +1,42 @@
-"""Fitting a network for one stage: a training script that reads from top to bottom.
+"""One stage of a fit, from its first step, or from a checkpoint, to its best weights.
 
-In: a network, batches, a stage. Out: the network with the least log-loss on the validation part (or after the last
-epoch, as the stage says), and what each epoch measured.
+In: a network, batches, a stage. Out: the network with the lowest log-loss on the validation part (or after the last
+epoch, where the stage has no patience), and what each epoch measured.
 
-Everything that comes next follows from the seed, the epoch and the step, so a run that was killed goes on from its
-checkpoint and ends with the same numbers.
+Everything that comes next follows from the seed, the epoch and the step, so a killed run resumes from its checkpoint
+and ends with the same numbers.
 """
 
-import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from trainer.fitting.parallel import Group
 from trainer.fitting.recipes import Stage
+from trainer.fitting.schedule import set_rates
 from trainer.fitting.sources import Source, mixed
+from trainer.fitting.state import StageState
+from trainer.progress import Epoch, StepProgress
 
 CHECKPOINT_SECONDS = 180.0
-_SECONDS_BETWEEN_FIGURES = 0.25
-_RATES = 8
-"""Into so many groups the layers' learning rates are rounded."""
-
-
-@dataclass(frozen=True, slots=True)
-class Epoch:
-    """What one epoch measured; losses in natural units, accuracies from 0 to 1; `stage` is what it trains."""
-
-    stage: str
-    epoch: int
-    lr: float
-    training_loss: float
-    training_accuracy: float
-    validation_loss: float
-    validation_accuracy: float
-    images_per_second: float
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a stage is, for a person to look at; figures of the current epoch so far."""
-
-    stage: str
-    epoch: int
-    step: int
-    steps: int
-    loss: float
-    accuracy: float
-    images_per_second: float
-    seconds_left: float
+_SECONDS_BETWEEN_REPORTS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What fits.
+    """Where a network is fitted.
 
     Attributes:
-        device: where the network lives.
+        device: the network's.
         precision: what autocast computes in; None computes in fp32.
-        compile: let `torch.compile` make kernels first.
+        compile: compile kernels with `torch.compile` first.
+        group: the processes that fit it together.
     """
 
     device: torch.device
@@ -72,170 +44,191 @@ class Machine:
     compile: bool = False
     group: Group = field(default_factory=Group)
 
+    def autocast(self) -> torch.autocast:
+        """A context that computes in `precision`."""
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How one stage of a recipe is fitted.
+
+    Attributes:
+        number: the stage's index in its recipe; different stages get different random numbers.
+        seed: on a CPU, the same seed gives the same losses to the last digit.
+        frozen_statistics: keep the batch norms' running averages, which a pretrained backbone has from more photos.
+        budget_seconds: the schedule is shortened to end within this time.
+    """
+
+    stage: Stage
+    number: int
+    seed: int
+    frozen_statistics: bool
+    budget_seconds: float = math.inf
+
 
 @dataclass(slots=True)
 class Hooks:
-    """What a fitting tells the outside."""
+    """What is called as a stage goes on; `on_checkpoint` gets what `fit_stage` takes as `saved`."""
 
     on_epoch: Callable[[Epoch], None] = lambda epoch: None
-    on_progress: Callable[[Progress], None] = lambda progress: None
-    on_checkpoint: Callable[[dict[str, Any]], None] = lambda state: None
-
-
-@dataclass(slots=True)
-class _Position:
-    """Where in a stage a fitting is, as plain numbers."""
-
-    epoch: int = 1
-    step: int = 0
-    seconds: float = 0.0
-    best_loss: float = math.inf
-    best_epoch: int = 0
-    is_over: bool = False
+    on_step: Callable[[StepProgress], None] = lambda progress: None
+    on_checkpoint: Callable[[dict[str, Any]], None] = lambda saved: None
 
 
 def fit_stage(
     network: nn.Module,
     source: Source,
-    stage: Stage,
-    number: int,
-    seed: int,
+    plan: Plan,
     machine: Machine,
     hooks: Hooks,
-    *,
-    frozen_statistics: bool,
-    budget_seconds: float = math.inf,
-    state: dict[str, Any] | None = None,
+    saved: dict[str, Any] | None = None,
 ) -> None:
-    """Fit a network for one stage.
+    """Fit a network for one stage, in place; it ends in evaluation mode on the CPU.
 
     Args:
-        network: from a source's inputs to logits (N, C). Parameters that require no gradient stay as they are.
+        network: from a source's inputs to logits (N, C). Parameters that require no gradient are not changed.
         source: its batches.
-        stage: how.
-        number: of the stage, for the seeds.
-        seed: two runs with the same one on a CPU give the same losses to the last digit.
+        plan: how.
         machine: where.
-        hooks: who is told.
-        frozen_statistics: keep the batch-norms' running averages, which a good start has from more photos than ours.
-        budget_seconds: the schedule is shortened to end in that time.
-        state: what a checkpoint had, to go on from.
-
-    The network is fitted in place and is in evaluation mode on the CPU afterwards.
+        hooks: called as the stage goes on.
+        saved: a checkpoint's content, to continue from.
     """
-    group, device = machine.group, machine.device
-    network.to(device).to(memory_format=torch.channels_last)
-    forward: Callable[[torch.Tensor], torch.Tensor] = group.wrap(network, device)
-    if machine.compile:
-        forward = torch.compile(forward)
-    optimizer = _optimizer(network, stage)
-    scaler = torch.amp.GradScaler(device.type, enabled=machine.precision == torch.float16)
-    # The average reaches back an epoch, however few steps that is.
-    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(math.exp(-1 / source.steps)), use_buffers=True)
-    judged = averaged.module if stage.average else network
-    at, totals = _Position(), torch.zeros(2, device=device)  # sums of loss and of right answers in this epoch
-    best = copy.deepcopy(judged.state_dict())
-    if state is not None:
-        network.load_state_dict(state["network"])
-        averaged.load_state_dict(state["averaged"])
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        best, at, totals = state["best"], _Position(**state["position"]), state["totals"].to(device)
-    elif stage.patience is not None:
-        at.best_loss, _ = _measure(judged, source, machine)  # a stage may not make it worse
-
-    def checkpoint() -> None:
-        if group.is_first:
-            tensors = {"network": network.state_dict(), "averaged": averaged.state_dict(), "best": best}
-            others = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "totals": totals}
-            hooks.on_checkpoint({**tensors, **others, "position": asdict(at)})
-
-    total_steps = stage.epochs * source.steps
-    last_checkpoint = last_said = epoch_started = tick = time.monotonic()
-    while not at.is_over:
-        _set_mode(network, frozen_statistics=frozen_statistics)
-        seen_before = seen = at.step * stage.batch_size
-        for inputs, labels in source.training(at.epoch, at.step):
-            size = min(stage.batch_size, source.photos - at.step * stage.batch_size)  # of all processes together
-            done = ((at.epoch - 1) * source.steps + at.step) / total_steps
-            if budget_seconds < math.inf:
-                done = group.agree(max(done, at.seconds / budget_seconds), device)
-            if done >= 1:
-                break
-            share = _share_of_lr(done, stage) if stage.anneal else 1.0
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = stage.lr * share * parameters["share"]
-            torch.manual_seed(mixed(seed, number, at.epoch, at.step, group.rank))  # for dropout
-
-            inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            with torch.autocast(device.type, machine.precision, enabled=machine.precision is not None):
-                hidden = functional.dropout(inputs, stage.dropout) if stage.dropout else inputs
-                logits = forward(hidden).float()  # (B, C)
-            loss = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=stage.label_smoothing)
-            optimizer.zero_grad()
-            # Gradients are averaged over processes; times their number it is the mean over the whole batch.
-            scaler.scale(loss * group.size / size).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            averaged.update_parameters(network)
-
-            right = (logits.detach().argmax(1) == labels).sum()
-            totals += group.add_up(torch.stack([loss.detach(), right.to(loss.dtype)]))
-            at.step, seen = at.step + 1, seen + size
-            at.seconds, tick = at.seconds + time.monotonic() - tick, time.monotonic()
-            if group.is_first and tick - last_said >= _SECONDS_BETWEEN_FIGURES:
-                last_said = tick
-                rate = (seen - seen_before) / max(1e-9, tick - epoch_started)
-                left = (1 - done) * min(total_steps * stage.batch_size / rate, budget_seconds)
-                loss_so_far, right_so_far = (totals / seen).tolist()
-                hooks.on_progress(
-                    Progress(stage.trains, at.epoch, at.step, source.steps, loss_so_far, right_so_far, rate, left)
-                )
-            if tick - last_checkpoint >= CHECKPOINT_SECONDS:
-                checkpoint()
-                last_checkpoint = time.monotonic()
-
-        photos_per_second = (seen - seen_before) / max(1e-9, time.monotonic() - epoch_started)
-        validation_loss, validation_accuracy = _measure(judged, source, machine)
-        training_loss, training_accuracy = (totals / max(1, seen)).tolist()
-        if validation_loss < at.best_loss or stage.patience is None:
-            best, at.best_loss, at.best_epoch = copy.deepcopy(judged.state_dict()), validation_loss, at.epoch
-        rate_now = float(optimizer.param_groups[-1]["lr"])
-        measured = (training_loss, training_accuracy, validation_loss, validation_accuracy, photos_per_second)
-        hooks.on_epoch(Epoch(stage.trains, at.epoch, rate_now, *measured))
-        is_stale = stage.patience is not None and at.epoch - at.best_epoch >= stage.patience
-        at.seconds, tick = at.seconds + time.monotonic() - tick, time.monotonic()
-        is_late = budget_seconds < math.inf and group.agree(at.seconds / budget_seconds, device) >= 1
-        at.is_over = is_stale or is_late or at.epoch == stage.epochs
-        at.epoch, at.step = at.epoch + 1, 0
-        totals.zero_()
-        checkpoint()
-        last_checkpoint = epoch_started = tick = time.monotonic()
-    network.load_state_dict(best)
+    network.to(machine.device).to(memory_format=torch.channels_last)
+    fit = _StageFit(network, source, plan, machine, hooks)
+    fit.start(saved)
+    while not fit.state.position.is_over:
+        training = fit.train_epoch()
+        validation = validate(fit.state.validated, source, machine)
+        fit.finish_epoch(training, validation)
+    network.load_state_dict(fit.state.best)
     network.eval().cpu()
 
 
-def _optimizer(network: nn.Module, stage: Stage) -> torch.optim.Optimizer:
-    """Rates that grow from the first layer to the head, and no decay of biases and norms."""
-    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
-    for place, parameter in enumerate(trained):
-        depth = round((_RATES - 1) * place / max(1, len(trained) - 1))
-        groups.setdefault((depth, parameter.ndim > 1), []).append(parameter)
-    options = [
-        {
-            "params": parameters,
-            "share": stage.lowest_rate ** (1 - depth / (_RATES - 1)),
-            "weight_decay": stage.weight_decay if decays else 0.0,
-        }
-        for (depth, decays), parameters in groups.items()
-    ]
-    kind = torch.optim.AdamW if stage.optimizer == "adamw" else torch.optim.Adam
-    return kind(options, lr=stage.lr, fused=trained[0].device.type != "mps")
+class Measured(NamedTuple):
+    """Mean log-loss in natural units, and accuracy from 0 to 1."""
+
+    loss: float
+    accuracy: float
 
 
-def _set_mode(network: nn.Module, *, frozen_statistics: bool) -> None:
-    """Training mode; running averages that should stay are not touched by it."""
+class _StageFit:
+    """The parts of `fit_stage`, around the state that they change."""
+
+    def __init__(self, network: nn.Module, source: Source, plan: Plan, machine: Machine, hooks: Hooks) -> None:
+        self._source, self._plan, self._stage = source, plan, plan.stage
+        self._machine, self._group, self._hooks = machine, machine.group, hooks
+        self._forward: Callable[[torch.Tensor], torch.Tensor] = machine.group.wrap(network, machine.device)
+        if machine.compile:
+            self._forward = torch.compile(self._forward)
+        scaled = machine.precision == torch.float16
+        self.state = StageState(network, plan.stage, source.steps, machine.device, scaled=scaled)
+        self._started = self._last_checkpoint = self._last_report = self._images_per_second = 0.0
+
+    def start(self, saved: dict[str, Any] | None) -> None:
+        """Continue from a checkpoint, or measure what the stage has to improve on."""
+        if saved is not None:
+            self.state.load(saved)
+        elif self._stage.patience is not None:
+            self.state.position.best_loss, _ = validate(self.state.validated, self._source, self._machine)
+        now = time.monotonic()
+        self._started = now - self.state.position.seconds
+        self._last_checkpoint = self._last_report = now
+
+    def train_epoch(self) -> Measured:
+        """Take the epoch's remaining steps, or as many as the time budget allows."""
+        position = self.state.position
+        set_training_mode(self.state.network, frozen_statistics=self._plan.frozen_statistics)
+        started, photos_before, self._images_per_second = time.monotonic(), self._photos_seen(), 0.0
+        for inputs, labels in self._source.training(position.epoch, position.step):
+            done = self._share_done()
+            if done >= 1:
+                break
+            set_rates(self.state.optimizer, self._stage, done)
+            self._step(inputs, labels)
+            position.step += 1
+            elapsed = max(1e-9, time.monotonic() - started)
+            self._images_per_second = (self._photos_seen() - photos_before) / elapsed
+            self._report_step(done)
+            if time.monotonic() - self._last_checkpoint >= CHECKPOINT_SECONDS:
+                self._checkpoint()
+        return self._measured_in_training()
+
+    def finish_epoch(self, training: Measured, validation: Measured) -> None:
+        """Keep the weights if they are the best, report, decide whether to go on, and write a checkpoint."""
+        stage, position = self._stage, self.state.position
+        if validation.loss < position.best_loss or stage.patience is None:
+            self.state.keep_best(validation.loss)
+        rate = float(self.state.optimizer.param_groups[-1]["lr"])
+        self._hooks.on_epoch(Epoch(stage.trains, position.epoch, rate, *training, *validation, self._images_per_second))
+        is_stale = stage.patience is not None and position.epoch - position.best_epoch >= stage.patience
+        position.is_over = is_stale or self._budget_used() >= 1 or position.epoch == stage.epochs
+        self.state.next_epoch()
+        self._checkpoint()
+
+    def _step(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+        """One step of the optimizer on this process's part of a batch."""
+        stage, state, device = self._stage, self.state, self._machine.device
+        epoch, step = state.position.epoch, state.position.step
+        torch.manual_seed(mixed(self._plan.seed, self._plan.number, epoch, step, self._group.rank))  # for dropout
+
+        inputs, labels = inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with self._machine.autocast():
+            kept = functional.dropout(inputs, stage.dropout) if stage.dropout else inputs
+            logits = self._forward(kept).float()  # (B, C)
+        loss = functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=stage.label_smoothing)
+        state.optimizer.zero_grad()
+        # Gradients are averaged over the processes; times their number it is the mean over the whole batch.
+        batch_size = min(stage.batch_size, self._source.photos - step * stage.batch_size)
+        state.scaler.scale(loss * self._group.size / batch_size).backward()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.averaged.update_parameters(state.network)
+
+        right = (logits.detach().argmax(1) == labels).sum()
+        state.totals += self._group.add_up(torch.stack([loss.detach(), right.to(loss.dtype)]))
+
+    def _photos_seen(self) -> int:
+        """Photos of this epoch so far, in all processes together."""
+        return min(self.state.position.step * self._stage.batch_size, self._source.photos)
+
+    def _measured_in_training(self) -> Measured:
+        loss, accuracy = (self.state.totals / max(1, self._photos_seen())).tolist()
+        return Measured(loss, accuracy)
+
+    def _share_done(self) -> float:
+        """Share of the stage that is done, by its steps or by its time budget, whichever is further."""
+        position, steps = self.state.position, self._source.steps
+        by_steps = ((position.epoch - 1) * steps + position.step) / (self._stage.epochs * steps)
+        return max(by_steps, self._budget_used())
+
+    def _budget_used(self) -> float:
+        """Share of the time budget that is used up, 0 without one."""
+        if self._plan.budget_seconds == math.inf:
+            return 0.0
+        used = (time.monotonic() - self._started) / self._plan.budget_seconds
+        # The first process decides: if one ended the epoch earlier, the others would wait for its gradients for ever.
+        return self._group.agree(used, self._machine.device)
+
+    def _report_step(self, done: float) -> None:
+        if not self._group.is_first or time.monotonic() - self._last_report < _SECONDS_BETWEEN_REPORTS:
+            return
+        self._last_report = time.monotonic()
+        stage, position, steps = self._stage, self.state.position, self._source.steps
+        seconds = stage.epochs * steps * stage.batch_size / self._images_per_second
+        seconds_left = (1 - done) * min(seconds, self._plan.budget_seconds)
+        figures = (*self._measured_in_training(), self._images_per_second, seconds_left)
+        self._hooks.on_step(StepProgress(stage.trains, position.epoch, position.step, steps, *figures))
+
+    def _checkpoint(self) -> None:
+        self.state.position.seconds = time.monotonic() - self._started
+        if self._group.is_first:
+            self._hooks.on_checkpoint(self.state.save())
+        self._last_checkpoint = time.monotonic()
+
+
+def set_training_mode(network: nn.Module, *, frozen_statistics: bool) -> None:
+    """Training mode, except for batch norms whose running averages must not move."""
     network.train()
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -243,23 +236,17 @@ def _set_mode(network: nn.Module, *, frozen_statistics: bool) -> None:
             module.train(not (is_frozen or frozen_statistics))
 
 
-def _share_of_lr(done: float, stage: Stage) -> float:
-    """Linear warm-up, then half a cosine to zero (Loshchilov and Hutter 2017, arXiv:1608.03983); `done` from 0 to 1."""
-    if done < stage.warmup_share:
-        return max(0.01, done / stage.warmup_share)
-    return 0.5 * (1 + math.cos(math.pi * (done - stage.warmup_share) / (1 - stage.warmup_share)))
-
-
 @torch.inference_mode()
-def _measure(network: nn.Module, source: Source, machine: Machine) -> tuple[float, float]:
-    """Log-loss and accuracy on the validation part, each photo once, over all processes."""
+def validate(network: nn.Module, source: Source, machine: Machine) -> Measured:
+    """Measure a network on the validation part, each photo once, over all processes."""
     network.eval()
+    # MPS has no float64.
     sums = torch.zeros(3, dtype=torch.float64 if machine.device.type != "mps" else torch.float32, device=machine.device)
     for inputs, labels in source.validation():
         inputs, labels = inputs.to(machine.device), labels.to(machine.device)
-        with torch.autocast(machine.device.type, machine.precision, enabled=machine.precision is not None):
-            logits = network(inputs).float()
+        with machine.autocast():
+            logits = network(inputs).float()  # (B, C)
         loss = functional.cross_entropy(logits, labels, reduction="sum")
         sums += torch.stack([loss, (logits.argmax(1) == labels).sum().to(loss.dtype), loss.new_tensor(len(labels))])
     loss_sum, right, photos = machine.group.add_up(sums).tolist()
-    return loss_sum / photos, right / photos
+    return Measured(loss_sum / photos, right / photos)

@@ -1,4 +1,4 @@
-"""What `trainer fit` was asked for."""
+"""The options of `trainer fit`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +15,18 @@ _CENTER_MARGIN = 256 / 224
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What `trainer fit` was asked for.
+    """The options of `trainer fit`.
 
     Attributes:
         weights: `imagenet`, `none`, or a file.
         head_hidden: widths of the head's hidden layers.
-        crop: how the network sees a photo; None as the recipe says.
+        image_size: side of the network's input, pixels.
+        crop: None for the recipe's.
         calibration: a folder or CSV of photos; None draws them from the training part.
-        workers: processes that inspect and vary photos.
-        budget_minutes: the schedule is shortened to end in that time; None for the whole.
-        cache: keeps what takes long and does not depend on the options.
+        workers: processes that inspect and augment photos.
+        budget_minutes: the schedule is shortened to end within this time; None for the full schedule.
+        cache: folder for results that depend on the photos alone.
+        command: the command line, for the manifest.
     """
 
     data: Path
@@ -47,7 +49,7 @@ class Options:
 
     @property
     def input(self) -> Input:
-        """How the network sees a photo."""
+        """How a photo becomes the network's input."""
         crop = self.crop or self.recipe.crop
         short_side = round(self.image_size * _CENTER_MARGIN) if crop == "center" else 0
         return Input(size=self.image_size, crop=crop, resize=short_side, mean=IMAGENET_MEAN, std=IMAGENET_STD)

@@ -1,6 +1,7 @@
-"""Several processes that fit one network: who I am, what we all have in common.
+"""Several processes that fit one network together.
 
-`torchrun` starts them and says so in the environment; without it there is one process, and nothing here does anything.
+`torchrun` starts them and describes them in the environment; without it there is one process, and all of this does
+nothing.
 """
 
 import os
@@ -14,7 +15,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-_PATIENCE = timedelta(hours=12)
+_TIMEOUT = timedelta(hours=12)
 """The others wait while the first process inspects files and fits the head."""
 
 Result = TypeVar("Result")
@@ -29,11 +30,11 @@ class Group:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that talks and writes."""
+        """Whether this is the process that reports and writes files."""
         return self.rank == 0
 
     def first_then_others(self, action: Callable[[], Result]) -> Result:
-        """Do something in the first process and then, with what it has cached, in the others."""
+        """Run an action in the first process and then, with what that has cached, in the others."""
         if not self.is_first:
             self._wait()
         result = action()
@@ -68,10 +69,10 @@ class Group:
 
 @contextmanager
 def joined(device: str) -> Iterator[tuple[Group, str]]:
-    """Join the processes that `torchrun` started, if it did; give the group and this process's device.
+    """Join the processes that `torchrun` started, if any; yield the group and this process's device.
 
     Args:
-        device: what was asked for; with several GPUs each process takes its own.
+        device: as given to `--device`; with several GPUs each process takes its own.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -81,7 +82,7 @@ def joined(device: str) -> Iterator[tuple[Group, str]]:
     if on_gpu:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=_TIMEOUT)
     try:
         yield Group(distributed.get_rank(), size), device
     finally:

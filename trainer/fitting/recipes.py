@@ -1,7 +1,7 @@
-"""Recipes: in which stages a network is fitted, and how photos are varied on the way.
+"""Recipes: the stages in which a network is fitted, and how photos are augmented.
 
-`head` fits a new head on features that are computed once. `default` goes on from there with the whole network.
-`notebook` is the published baseline for these photos, to compare with.
+`head` fits a new head on features that are computed once. `finetune` continues from there with all layers. `notebook`
+is the published baseline for these photos, for comparison.
 """
 
 import importlib
@@ -19,16 +19,16 @@ class Stage:
     """One stage of fitting.
 
     Attributes:
-        inputs: `features` of the frozen backbone, computed once, or `photos`, varied anew in each epoch.
+        inputs: `features` of the frozen backbone, computed once, or `photos`, augmented afresh in each epoch.
         trains: the head alone, or everything.
-        epochs: at most.
+        epochs: the most that are run.
         lr: the highest learning rate.
-        lowest_rate: the share of it that the network's first layer gets; it grows towards the head.
-        anneal: warm up and fall to zero as half a cosine; otherwise the rate is constant.
-        dropout: share of the features that are hidden from the head, drawn anew each time; for `features`.
-        average: judge, and in the end take, an exponential moving average of the weights.
-        patience: epochs without a better validation log-loss before the stage ends, which then gives its best epoch;
-            None runs all of them and gives the last.
+        lowest_rate: the share of `lr` that the first layer gets; it grows towards the head.
+        anneal: warm up, then fall to zero as half a cosine; otherwise the rate is constant.
+        dropout: share of the features that is dropped in each step; for `features`.
+        average: validate, and at the end keep, an exponential moving average of the weights.
+        patience: epochs without a better validation log-loss after which the stage ends and its best epoch is kept;
+            None runs all epochs and keeps the last.
     """
 
     inputs: Literal["features", "photos"]
@@ -48,12 +48,12 @@ class Stage:
 
 
 Augmentation = Callable[[int], nn.Module]
-"""From the side S to what turns a picture, uint8 (3, H, W), into a varied one, (3, S, S)."""
+"""Given the side S, makes a module from a picture, uint8 (3, H, W), to an augmented one, (3, S, S)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Its name, stages, the crop that the network is judged and used with, and how photos are varied for training."""
+    """Stages, the crop that the network is validated and used with, and how training photos are augmented."""
 
     name: str
     stages: tuple[Stage, ...]
@@ -62,31 +62,31 @@ class Recipe:
 
 
 _GREY = (124, 116, 104)
-"""ImageNet's mean colour, around pictures that were turned or shifted."""
+"""ImageNet's mean colour, which fills the corners of rotated and shifted pictures."""
 
 
 def _transforms() -> Any:
-    torchvision_models()  # declares what a torchvision of another build lacks
+    torchvision_models()  # declares the operators that a torchvision of another build lacks
     return importlib.import_module("torchvision.transforms.v2")
 
 
-def _vary(size: int) -> nn.Module:
-    """Scale and crop, mirror, and one of rotation, shear, shift or colour (TrivialAugment, arXiv:2103.10158)."""
+def _augment(size: int) -> nn.Module:
+    """Random crop and mirroring, then one of rotation, shear, shift or colour (TrivialAugment, arXiv:2103.10158)."""
     v2 = _transforms()
-    varied: nn.Module = v2.Compose(
+    augmentation: nn.Module = v2.Compose(
         [
             v2.RandomResizedCrop(size, scale=(0.35, 1.0), antialias=True),
             v2.RandomHorizontalFlip(),
             v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR, fill=_GREY),
         ]
     )
-    return varied
+    return augmentation
 
 
-def _vary_as_the_notebook(size: int) -> nn.Module:
+def _augment_as_the_notebook(size: int) -> nn.Module:
     v2 = _transforms()
-    varied: nn.Module = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
-    return varied
+    augmentation: nn.Module = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
+    return augmentation
 
 
 _HEAD = Stage(inputs="features", trains="head", epochs=30, batch_size=256, lr=1e-3, dropout=0.2, patience=8)
@@ -107,8 +107,8 @@ _NOTEBOOK = Stage(
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("default", (_HEAD, _EVERYTHING), "squash", _vary),
-        Recipe("head", (_HEAD,), "squash", _vary),
-        Recipe("notebook", (_NOTEBOOK,), "center", _vary_as_the_notebook),
+        Recipe("finetune", (_HEAD, _EVERYTHING), "squash", _augment),
+        Recipe("head", (_HEAD,), "squash", _augment),
+        Recipe("notebook", (_NOTEBOOK,), "center", _augment_as_the_notebook),
     )
 }

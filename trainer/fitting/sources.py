@@ -1,7 +1,7 @@
-"""What a stage is fitted on: features in memory, or photos that are decoded and varied anew in each epoch.
+"""The inputs of a stage: features in memory, or photos that are decoded and augmented afresh in each epoch.
 
-In: samples. Out: batches, the same for the same seed, epoch and step, however many processes make them; so that a run
-that was killed goes on with the batch it was at.
+In: samples. Out: batches, the same for the same seed, epoch and step, however many processes make them, so that a
+killed run resumes with the batch it was at.
 """
 
 import math
@@ -25,20 +25,25 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Source(Protocol):
-    """Batches for a stage; of each global batch, the part that is this process's."""
+    """Batches for a stage; of each global batch, this process's part.
+
+    Attributes:
+        photos: of the training part, in all processes together.
+        steps: of one epoch.
+    """
 
     photos: int
     steps: int
 
     def training(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        """The batches of an epoch, from some step on."""
+        """The batches of an epoch from a step on."""
 
     def validation(self) -> Iterator[Batch]:
         """This process's photos of the validation part, each once."""
 
 
 def mixed(*numbers: int) -> int:
-    """One seed out of several numbers; near numbers give far seeds."""
+    """One seed made of several numbers; similar numbers give unrelated seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint32)[0])
 
 
@@ -50,10 +55,10 @@ def _order(photos: int, batch_size: int, seed: int, epoch: int) -> tuple[torch.T
 
 
 class FeatureSource:
-    """Features of photos as they are and mirrored, by chance.
+    """Features in memory; each step draws at random whether a photo is mirrored.
 
     Args:
-        training: float32 (2, N, W), as they are and mirrored.
+        training: float32 (2, N, W), of the photos and of their mirror images.
         training_labels: (N,).
         validation: float32 (M, W).
         validation_labels: (M,).
@@ -74,25 +79,26 @@ class FeatureSource:
         self.photos, self.steps = len(training_labels), math.ceil(len(training_labels) / batch_size)
 
     def training(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        """See `Source.training`."""
+        """`Source.training`, in this process alone."""
         draw = torch.Generator().manual_seed(mixed(self._seed, epoch, 1))
         views = torch.randint(0, 2, (self.photos,), generator=draw)
         for rows in _order(self.photos, self._batch_size, self._seed, epoch)[first_step:]:
             yield self._features[views[rows], rows], self._labels[rows]
 
     def validation(self) -> Iterator[Batch]:
-        """See `Source.validation`."""
+        """`Source.validation`, as one batch."""
         yield self._held_out
 
 
 class PhotoSource:
-    """Photos through the sorter's decoder, then varied; validation photos as the sorter sees them.
+    """Photos through the sorter's decoder, then augmented; validation photos as the sorter sees them.
 
     Args:
         training, validation: the samples.
-        preprocessing: what the sorter does to a photo.
-        augmentation: how training photos are varied.
-        workers: processes that decode and vary; 0 does it in this one.
+        preprocessing: the sorter's.
+        augmentation: of training photos.
+        workers: processes that decode and augment; 0 does it in this one.
+        pinned: copy batches to pinned memory, for CUDA.
     """
 
     def __init__(
@@ -112,23 +118,23 @@ class PhotoSource:
         self._preprocessing = preprocessing
         self._plan = _Plan(len(training), batch_size, seed, group)
         self._loader = DataLoader(
-            _Varied(training, preprocessing.size, augmentation, seed),
+            _Augmented(training, preprocessing.size, augmentation, seed),
             batch_sampler=self._plan,
             num_workers=workers,
             pin_memory=pinned,
             persistent_workers=workers > 0,
-            # A fork of a process with OpenVINO's threads in it may hang.
+            # A fork of a process that has OpenVINO's threads may hang.
             multiprocessing_context="spawn" if workers else None,
         )
         self.photos, self.steps = len(training), len(self._plan)
 
     def training(self, epoch: int, first_step: int) -> Iterator[Batch]:
-        """See `Source.training`."""
+        """`Source.training`, decoded in the worker processes."""
         self._plan.epoch, self._plan.first_step = epoch, first_step
         yield from self._loader
 
     def validation(self) -> Iterator[Batch]:
-        """See `Source.validation`."""
+        """`Source.validation`, decoded in threads."""
         start = 0
         for pixels in batches(self._held_out, self._preprocessing):
             labels = [sample.label for sample in self._held_out[start : start + len(pixels)]]
@@ -137,36 +143,36 @@ class PhotoSource:
 
 
 class _Plan(Sampler[list[tuple[int, int]]]):
-    """Which photos each step takes, as (epoch, index): of each global batch every `group.size`-th."""
+    """The photos of each step as (epoch, index): of each global batch every `group.size`-th."""
 
     def __init__(self, photos: int, batch_size: int, seed: int, group: Group) -> None:
         self._photos, self._batch_size, self._seed, self._group = photos, batch_size, seed, group
         self.epoch, self.first_step = 1, 0
 
     def __len__(self) -> int:
-        # A rest too small to give each process two photos, which batch-norm needs, waits for another epoch.
-        whole, rest = divmod(self._photos, self._batch_size)
-        return whole + (rest >= 2 * self._group.size)
+        # Batch norm needs two photos in each process; a smaller last batch is skipped in this epoch.
+        full, rest = divmod(self._photos, self._batch_size)
+        return full + (rest >= 2 * self._group.size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for rows in _order(self._photos, self._batch_size, self._seed, self.epoch)[self.first_step : len(self)]:
             yield [(self.epoch, row) for row in rows.tolist()[self._group.rank :: self._group.size]]
 
 
-class _Varied(Dataset[tuple[torch.Tensor, int]]):
-    """Photos decoded and varied, uint8 (S, S, 3); the same for the same epoch and index."""
+class _Augmented(Dataset[tuple[torch.Tensor, int]]):
+    """Photos decoded and augmented, uint8 (S, S, 3); the same for the same epoch and index."""
 
     def __init__(self, samples: Sequence[Sample], size: int, augmentation: Augmentation, seed: int) -> None:
         self._samples, self._size, self._augmentation, self._seed = samples, size, augmentation, seed
-        self._vary: nn.Module | None = None
+        self._augment: nn.Module | None = None
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        if self._vary is None:  # made in the process that uses it
-            self._vary = self._augmentation(self._size)
+        if self._augment is None:  # made in the worker process
+            self._augment = self._augmentation(self._size)
         epoch, index = key
         # Twice the side leaves a crop something to cut from.
         picture = decoded(self._samples[index].path, Preprocessing(self._size, "none", 2 * self._size))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(mixed(self._seed, epoch, index))
-            varied: torch.Tensor = self._vary(torch.from_numpy(picture.copy()).permute(2, 0, 1))  # (3, S, S)
-        return varied.permute(1, 2, 0), self._samples[index].label
+            augmented: torch.Tensor = self._augment(torch.from_numpy(picture.copy()).permute(2, 0, 1))  # (3, S, S)
+        return augmented.permute(1, 2, 0), self._samples[index].label

@@ -1,4 +1,4 @@
-"""Backbones' weights: torchvision's own, a file's, or none."""
+"""Where a network starts from: torchvision's ImageNet weights, a file, or random numbers."""
 
 import urllib.error
 from pathlib import Path
@@ -13,23 +13,23 @@ from sorter.errors import ConfigurationError
 
 
 def start(architecture: str, weights: str, head_hidden: tuple[int, ...], classes: int) -> nn.Module:
-    """Build a network whose backbone has the weights that were asked for and whose head is new.
+    """Build a network with the given weights in its backbone and a new head.
 
     Args:
         architecture: one of `network.ARCHITECTURES`.
         weights: `imagenet`, `none`, or the path of a state dict in torchvision's names.
         head_hidden: widths of the head's hidden layers.
-        classes: how many.
+        classes: number of classes.
 
     Raises:
-        ConfigurationError: the weights cannot be had, or do not fit.
+        ConfigurationError: the weights cannot be read or downloaded, or do not fit.
     """
     built = network.build(architecture, head_hidden, classes)
     if weights == "none":
         return built
     state = _imagenet(architecture) if weights == "imagenet" else _read(Path(weights))
     head = network.head_name(architecture) + "."
-    # The 1,000 classes of ImageNet, and the auxiliary classifiers, which only training from nothing needs.
+    # Leaves out the 1,000 classes of ImageNet, and the auxiliary classifiers, which help only training from scratch.
     backbone = {k: v for k, v in state.items() if not k.startswith((head, "AuxLogits.", "aux1.", "aux2."))}
     try:
         missing, unexpected = built.load_state_dict(backbone, strict=False)
@@ -40,8 +40,8 @@ def start(architecture: str, weights: str, head_hidden: tuple[int, ...], classes
     missing = [key for key in missing if not key.startswith(head)]
     if missing or unexpected:
         raise ConfigurationError(
-            f"{weights} does not fit {architecture}: {len(missing)} tensors are missing and {len(unexpected)} unknown, "
-            f"{[*missing, *unexpected][0]} for example"
+            f"{weights} does not fit {architecture}: {len(missing)} tensors are missing and {len(unexpected)} are "
+            f"unknown (for example {[*missing, *unexpected][0]})"
         )
     return built
 
@@ -52,11 +52,13 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, safetensors.SafetensorError, RuntimeError, ValueError, EOFError) as error:
-        raise ConfigurationError(f"the weights {path} cannot be read ({error}): check --weights") from None
-    except Exception as error:  # pickle's own kinds, where a file holds more than tensors
-        raise ConfigurationError(f"{path} holds more than tensors, which is not loaded: {error}") from None
+        raise ConfigurationError(f"cannot read the weights {path} ({error}): check --weights") from None
+    except Exception as error:  # pickle's own kinds: the file holds more than tensors
+        raise ConfigurationError(
+            f"{path} holds more than tensors and is not loaded ({error}): save model.state_dict() instead"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ConfigurationError(f"{path} is no state dict: save model.state_dict() and name that file")
+        raise ConfigurationError(f"{path} is not a state dict: save model.state_dict() and give that file")
     return state
 
 
@@ -68,7 +70,7 @@ def _imagenet(architecture: str) -> dict[str, torch.Tensor]:
     except (urllib.error.URLError, OSError, RuntimeError) as error:
         file, folder = entry.url.rsplit("/", 1)[1], Path(torch.hub.get_dir()) / "checkpoints"
         raise ConfigurationError(
-            f"the ImageNet weights of {architecture} cannot be downloaded ({error}): fetch {file} from PyTorch's model "
-            f"zoo elsewhere and put it into {folder}, or name a file with --weights"
+            f"cannot download the ImageNet weights of {architecture} ({error}): fetch {file} from PyTorch's model zoo "
+            f"on another machine and put it into {folder}, or give a file with --weights"
         ) from None
     return state

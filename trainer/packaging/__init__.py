@@ -1,1 +1,5 @@
-"""From a fitted network to a measured model folder with its report. Imports `data` and `fitting`."""
+"""A fitted network to a model folder: quantised, calibrated, measured, with a report.
+
+In: a torch network and a `Dataset`. Out: a folder that `sorter run --model` takes. Imports `fitting`, `data` and
+`progress`.
+"""

@@ -1,11 +1,11 @@
-"""Whether a look at the photo made smaller is enough for most, and how sure it has to be.
+"""Chooses the cascade: a low-resolution pass over every photo, and the full-size pass only where it is not confident.
 
-In: the network that OpenVINO will run, and calibration photos. Out: what the manifest says of it, or None. Sizes and
-thresholds are judged by what they would cost and by the labels that they would change, never by which labels are right.
+In: the network that OpenVINO will run, and calibration photos. Out: the manifest's `first_look`, or None. Sizes and
+thresholds are compared by what they cost and by the labels that they change, never by which labels are right.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import openvino
@@ -14,100 +14,113 @@ from sorter.classifier.manifest import Coverage, FirstLook, Input
 from sorter.classifier.openvino_engine import smaller
 from trainer.data.layouts import Sample, labels_of
 from trainer.fitting import features
-from trainer.fitting.features import Floats
-from trainer.packaging import evaluate
+from trainer.packaging import metrics
+from trainer.packaging.metrics import Floats, Labels
 from trainer.progress import Reporter
 
-LEAST_PHOTOS = 300
-"""With no label changed among them, a 95 % upper bound of 1 % can be said."""
-MOST_CHANGED = 0.002
-LEAST_SURE = 0.9
-"""Whatever the photos say: what is less sure deserves to be looked at properly."""
-MOST_COST = 0.8
-"""In multiples of what the whole look costs; above it, two looks are not worth their trouble."""
+MIN_PHOTOS = 300
+"""If no label changes among this many photos, the share that changes has a 95 % upper bound of 1 %."""
+MAX_CHANGED = 0.002
+MIN_THRESHOLD = 0.9
+"""Whatever the photos say, a less confident photo gets the full-size pass."""
+MAX_COST = 0.8
+"""In multiples of the full-size pass; above it the cascade does not pay off."""
 _SIZES = (0.4, 0.8)
+"""The smallest and the largest size that are tried, in multiples of the full size."""
 _STEP = 16
 
 
 def choose(
-    model: openvino.Model,
-    whole: Floats,
-    samples: Sequence[Sample],
-    seen: Input,
-    reporter: Reporter,
+    model: openvino.Model, full: Floats, samples: Sequence[Sample], described: Input, reporter: Reporter
 ) -> FirstLook | None:
-    """Find the first look that costs least.
+    """Find the low-resolution pass that makes the cascade cheapest.
 
     Args:
-        model: the network, from uint8 (N, S, S, 3).
-        whole: its logits for the samples, (N, C).
+        model: the network, from uint8 (N, S, S, 3); it is not changed.
+        full: its logits for the samples at full size, (N, C).
         samples: calibration photos.
-        seen: how the network sees a photo.
-        reporter: is told how far it is.
+        described: the network's input.
+        reporter: shows progress.
 
     Returns:
-        None if there are too few photos to judge it, or if it would save too little.
+        None if there are too few photos to decide, or if no cascade pays off.
     """
-    if len(samples) < LEAST_PHOTOS:
+    if len(samples) < MIN_PHOTOS:
         return None
-    labels, expected = labels_of(samples), whole.argmax(1)
-    found: list[tuple[float, FirstLook]] = []
-    least, most = (math.ceil(share * seen.size / _STEP) * _STEP for share in _SIZES)
-    for size in range(least, most, _STEP):
+    smallest, largest = (math.ceil(share * described.size / _STEP) * _STEP for share in _SIZES)
+    sizes = range(smallest, largest, _STEP)
+    costs = [
+        ((low.size / described.size) ** 2 + 1 - low.enough, low)
+        for low in _candidates(model, sizes, full, samples, described, reporter)
+        if low.agreement >= 1 - MAX_CHANGED  # otherwise it is fully confident and wrong
+    ]
+    cost, cheapest = min(costs, default=(1.0, None), key=lambda entry: entry[0])
+    return cheapest if cost <= MAX_COST else None
+
+
+def _candidates(
+    model: openvino.Model,
+    sizes: Sequence[int],
+    full: Floats,
+    samples: Sequence[Sample],
+    described: Input,
+    reporter: Reporter,
+) -> Iterator[FirstLook]:
+    """A low-resolution pass at each size, with its own temperature and threshold."""
+    labels, expected = labels_of(samples), full.argmax(1)
+    for size in sizes:
         try:
-            run = features.on_openvino(smaller(model.clone(), seen.size, size))
+            run = features.on_openvino(smaller(model.clone(), described.size, size))
         except RuntimeError:  # a network that takes one size only
             continue
-        track = reporter.tracker(f"a first look at {size} px")
-        logits = features.answers(run, samples, seen.preprocessing, track=track)
-        temperature = evaluate.fit_temperature(logits, labels)
-        answers = evaluate.softmax(logits, temperature)
-        changed = answers.argmax(1) != expected
-        threshold = _threshold(answers.max(1), changed)
-        enough = answers.max(1) >= threshold
-        look = FirstLook(
+        track = reporter.tracker(f"low-resolution pass at {size} px")
+        logits = features.answers(run, samples, described.preprocessing, track=track)
+        temperature = metrics.fit_temperature(logits, labels)
+        probabilities = metrics.softmax(logits, temperature)
+        changed = probabilities.argmax(1) != expected
+        threshold = lowest_threshold(probabilities.max(1), changed)
+        is_enough = probabilities.max(1) >= threshold
+        yield FirstLook(
             size=size,
             temperature=temperature,
             threshold=threshold,
             photos=len(samples),
-            enough=round(float(enough.mean()), 4),
-            agreement=round(1 - float((changed & enough).mean()), 4),
+            enough=round(float(is_enough.mean()), 4),
+            agreement=round(1 - float((changed & is_enough).mean()), 4),
         )
-        if look.agreement < 1 - MOST_CHANGED:  # it is wholly sure, and says something else
-            continue
-        found.append(((size / seen.size) ** 2 + 1 - look.enough, look))
-    cost, cheapest = min(found, default=(1.0, None), key=lambda entry: entry[0])
-    return cheapest if cost <= MOST_COST else None
 
 
-def _threshold(confidence: Floats, changed: "np.typing.NDArray[np.bool_]") -> float:
-    """The lowest threshold at which few enough labels change."""
-    allowed = int(MOST_CHANGED * len(changed))
-    surest = np.sort(confidence[changed])[::-1]
-    if len(surest) <= allowed:
-        return LEAST_SURE
-    return min(1.0, max(LEAST_SURE, (math.floor(float(surest[allowed]) * 1e4 + 0.01) + 1) / 1e4))
-
-
-def risk_coverage(
-    answers: Floats, whole: Floats, labels: "np.typing.NDArray[np.intp]", look: FirstLook | None
-) -> tuple[Coverage, ...]:
-    """`evaluate.risk_coverage` for an engine that has no first look above that one's threshold.
+def lowest_threshold(confidence: Floats, changed: "np.typing.NDArray[np.bool_]") -> float:
+    """The lowest threshold at which few enough labels change.
 
     Args:
-        answers: probabilities (N, C) with the first look.
-        whole: those without it.
-        labels: the photos'.
-        look: the first look.
+        confidence: of the low-resolution pass, (N,).
+        changed: whether the full-size pass gives another label, (N,).
     """
-    table = evaluate.risk_coverage(answers, labels)
-    if look is None:
+    allowed = int(MAX_CHANGED * len(changed))
+    most_confident = np.sort(confidence[changed])[::-1]
+    if len(most_confident) <= allowed:
+        return MIN_THRESHOLD
+    return min(1.0, max(MIN_THRESHOLD, (math.floor(float(most_confident[allowed]) * 1e4 + 0.01) + 1) / 1e4))
+
+
+def risk_coverage(cascaded: Floats, full: Floats, labels: Labels, low: FirstLook | None) -> tuple[Coverage, ...]:
+    """`metrics.risk_coverage` of an engine that skips the low-resolution pass above its threshold.
+
+    Args:
+        cascaded: probabilities of the cascade, (N, C).
+        full: those of the full-size pass alone.
+        labels: of the photos.
+        low: the low-resolution pass; None if the model has no cascade.
+    """
+    table = metrics.risk_coverage(cascaded, labels)
+    if low is None:
         return table
-    low = {entry.error_rate: entry for entry in table if entry.threshold <= look.threshold}
-    high = {}
-    for entry in evaluate.risk_coverage(whole, labels):
-        threshold = max(entry.threshold, round(look.threshold + 1e-4, 4))
-        coverage = round(float((whole.max(1) >= threshold).mean()), 4)
-        high[entry.error_rate] = entry.model_copy(update={"threshold": threshold, "coverage": coverage})
-    both = high | low
+    within = {entry.error_rate: entry for entry in table if entry.threshold <= low.threshold}
+    above = {}
+    for entry in metrics.risk_coverage(full, labels):
+        threshold = max(entry.threshold, round(low.threshold + 1e-4, 4))
+        coverage = round(float((full.max(1) >= threshold).mean()), 4)
+        above[entry.error_rate] = entry.model_copy(update={"threshold": threshold, "coverage": coverage})
+    both = above | within
     return tuple(both[rate] for rate in sorted(both))

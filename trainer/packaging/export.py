@@ -1,9 +1,9 @@
-"""A model folder's files: fp16 weights, and the network for processors, with 8 bits. Or one ONNX file.
+"""A model folder's files: fp16 weights, and the 8-bit network for CPUs. Or one ONNX file.
 
 In: a fitted network and photos. Out: the files' content.
 
-The 8-bit network is calibrated on training photos and has to agree with the 32-bit one on the calibration part;
-otherwise one in 16 bits takes its place.
+The 8-bit network is quantised with training photos, and must agree with the 32-bit one on the calibration part;
+otherwise a 16-bit network replaces it.
 """
 
 import contextlib
@@ -26,19 +26,20 @@ from trainer.data.layouts import Sample
 from trainer.fitting.features import Floats, answers, batches, on_openvino
 
 INT8_PHOTOS = 300
-"""Training photos that the 8-bit ranges are taken from."""
-LEAST_AGREEMENT = 0.99
+"""Training photos that the ranges of the 8-bit values are taken from."""
+MIN_AGREEMENT = 0.99
+"""Share of the calibration photos to which both networks must give the same label."""
 
 
 @dataclass(frozen=True, slots=True)
 class Networks:
-    """What a model folder holds beside its manifest.
+    """The contents of a model folder beside its manifest.
 
     Attributes:
-        files: their content by name.
-        int8: what the 8-bit network measured.
+        files: content by name.
+        int8: how well the 8-bit network agrees.
         best: the network that OpenVINO will run, from uint8 (N, S, S, 3).
-        logits: its answers to the calibration photos, float32 (N, C).
+        logits: its logits for the calibration photos, float32 (N, C).
     """
 
     files: dict[str, bytes]
@@ -50,7 +51,7 @@ class Networks:
 def networks(
     fitted: nn.Module,
     converted: openvino.Model,
-    seen: Input,
+    described: Input,
     training: Sequence[Sample],
     calibration: Sequence[Sample],
     logits: Floats,
@@ -59,31 +60,33 @@ def networks(
 
     Args:
         fitted: from normalised float (N, 3, S, S) to logits (N, C).
-        converted: the same as `features.convert` made it.
-        seen: how it sees a photo.
+        converted: the same network, made by `features.convert`.
+        described: its input.
         training: photos for the ranges of the 8-bit network.
-        calibration: photos that judge it.
-        logits: the 32-bit network's answers to them, float32 (N, C).
+        calibration: photos to compare it on.
+        logits: the 32-bit network's logits for them, float32 (N, C).
     """
     weights = {WEIGHTS: network.half(fitted.state_dict())}
-    quantised = _quantise(converted, training, seen.preprocessing)
-    mine = answers(on_openvino(quantised), calibration, seen.preprocessing)
-    agreement = float((mine.argmax(1) == logits.argmax(1)).mean())
+    quantised = _quantise(converted, training, described.preprocessing)
+    int8_logits = answers(on_openvino(quantised), calibration, described.preprocessing)
+    agreement = float((int8_logits.argmax(1) == logits.argmax(1)).mean())
     int8 = Int8(photos=len(calibration), agreement=round(agreement, 4))
-    if agreement >= LEAST_AGREEMENT:
-        return Networks(weights | _saved(quantised, OPENVINO_INT8), int8, quantised, mine)
+    if agreement >= MIN_AGREEMENT:
+        return Networks(weights | _saved(quantised, OPENVINO_INT8), int8, quantised, int8_logits)
     return Networks(weights | _saved(converted, OPENVINO_FP16), int8, converted, logits)
 
 
 def _quantise(model: openvino.Model, training: Sequence[Sample], preprocessing: Preprocessing) -> openvino.Model:
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # nncf asks for CUDA's compiler
+    logging.getLogger("torch.utils.cpp_extension").setLevel(
+        logging.ERROR
+    )  # nncf looks for a CUDA compiler, and torch warns
     import nncf
 
     nncf.set_log_level(logging.ERROR)
     step = max(1, len(training) // INT8_PHOTOS)
     chosen = training[::step][:INT8_PHOTOS]
     pixels = [photo[None] for batch in batches(chosen, preprocessing) for photo in batch]
-    with contextlib.redirect_stdout(io.StringIO()):  # its bars would stand among the figures
+    with contextlib.redirect_stdout(io.StringIO()):  # its progress bars
         quantised: openvino.Model = nncf.quantize(
             model, nncf.Dataset(pixels), preset=nncf.QuantizationPreset.MIXED, subset_size=len(pixels)
         )
@@ -92,7 +95,7 @@ def _quantise(model: openvino.Model, training: Sequence[Sample], preprocessing: 
 
 def _saved(model: openvino.Model, names: tuple[str, str]) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        openvino.save_model(model, Path(folder) / names[0])  # compresses what is float to 16 bits
+        openvino.save_model(model, Path(folder) / names[0])  # compresses floats to 16 bits
         return {name: (Path(folder) / name).read_bytes() for name in names}
 
 
@@ -114,13 +117,13 @@ def export_onnx(path: Path, fitted: nn.Module, manifest: Manifest) -> float:
     """Write one ONNX file, from `pixels`, uint8 (N, S, S, 3), to `probabilities`, float32 (N, C).
 
     Returns:
-        The largest difference between torch's probabilities and the file's, on noise.
+        The largest difference between torch's probabilities and those of the file, on random pixels.
     """
-    whole = _Probabilities(fitted, manifest).eval()
+    network_to_export = _Probabilities(fitted, manifest).eval()
     side = manifest.input.size
     noise = torch.randint(0, 256, (4, side, side, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     program = torch.onnx.export(
-        whole,
+        network_to_export,
         (noise,),
         dynamo=True,
         input_names=["pixels"],
@@ -129,9 +132,9 @@ def export_onnx(path: Path, fitted: nn.Module, manifest: Manifest) -> float:
         verbose=False,
     )
     with torch.inference_mode():
-        wanted = whole(noise)
+        expected = network_to_export(noise)
     with replaced(path) as part:
         program.save(str(part), external_data=False)  # type: ignore[union-attr]
         compiled = openvino.Core().compile_model(part, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        got = compiled(noise.numpy())[0]
-    return float(abs(wanted.numpy() - got).max())
+        exported = compiled(noise.numpy())[0]
+    return float(abs(expected.numpy() - exported).max())

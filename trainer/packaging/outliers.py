@@ -1,7 +1,7 @@
-"""What tells photos that show none of the classes: fitted on training photos, its threshold set on calibration photos.
+"""Fits the outlier detector, which recognises photos that show none of the classes.
 
-In: the network that OpenVINO will run, and photos of the classes; photos of anything else are not needed. Out: the
-distance that the model folder keeps, and what the manifest says of it.
+In: the network that OpenVINO will run, training photos to fit the detector on, and calibration photos to set its
+threshold. It needs no photos of anything else. Out: the detector for the model folder, and the manifest's `neither`.
 """
 
 import math
@@ -20,57 +20,61 @@ from trainer.fitting.features import Floats
 from trainer.progress import Reporter
 
 TRAINING_PHOTOS = 2000
-"""That the distance is fitted on; more change nothing."""
-LEAST_PHOTOS = 100
-"""Calibration photos, so that one of them may be caught by mistake."""
+"""The most that the detector is fitted on; more change nothing."""
+MIN_PHOTOS = 100
+"""Calibration photos needed for the threshold, so that one of them may be caught by mistake."""
 CAUGHT = 0.01
 """Share of the calibration photos that is caught by mistake."""
 _SHRINKAGE = 0.01
-"""Added to the spread in each direction, in multiples of the mean spread: some hidden units never stir."""
+"""Added to the variance in each direction, in multiples of the mean variance: some hidden units are never active."""
 
 
-def choose(
-    model: openvino.Model, hidden_layers: int, training: Sequence[Sample], seen: Input, reporter: Reporter
+def fit_detector(
+    model: openvino.Model, hidden_layers: int, training: Sequence[Sample], described: Input, reporter: Reporter
 ) -> OutlierDetector | None:
-    """Fit the distance.
+    """Fit the detector on training photos.
 
     Args:
         model: the network, from uint8 (N, S, S, 3).
         hidden_layers: of its head.
         training: the photos that it was fitted on.
-        seen: how it sees a photo.
-        reporter: is told how far it is.
+        described: the network's input.
+        reporter: shows progress.
 
     Returns:
-        None if the head has no hidden layer, or says the same of every photo.
+        None if the head has no hidden layer, or if that layer gives every photo the same values.
     """
     if not hidden_layers:
         return None
-    upto = openvino.Model([hidden(model, hidden_layers)], model.get_parameters())
-    step = max(1, len(training) // TRAINING_PHOTOS)
-    some, track = training[::step][:TRAINING_PHOTOS], reporter.tracker("what the classes look like")
-    return fit(features.answers(features.on_openvino(upto), some, seen.preprocessing, track=track))
+    backbone = openvino.Model([hidden(model, hidden_layers)], model.get_parameters())
+    step, track = max(1, len(training) // TRAINING_PHOTOS), reporter.tracker("fitting the outlier detector")
+    photos = training[::step][:TRAINING_PHOTOS]
+    return detector_of(features.answers(features.on_openvino(backbone), photos, described.preprocessing, track=track))
 
 
-def fit(rows: Floats) -> OutlierDetector | None:
-    """The distance from the mean of some photos, given what the hidden layer makes of them, (N, H)."""
-    found = directions(rows).astype(np.float64)
-    mean = found.mean(0)
-    spread, axes = np.linalg.eigh(np.cov(found - mean, rowvar=False, bias=True))  # (H,), (H, H)
-    if spread.mean() < 1e-9:
+def detector_of(rows: Floats) -> OutlierDetector | None:
+    """A detector of what differs from the rows, the hidden layer's values for some photos, (N, H)."""
+    units = directions(rows).astype(np.float64)
+    mean = units.mean(0)
+    variances, axes = np.linalg.eigh(np.cov(units - mean, rowvar=False, bias=True))  # (H,), (H, H)
+    if variances.mean() < 1e-9:
         return None
-    whitening = axes / np.sqrt(spread.clip(0) + _SHRINKAGE * spread.mean())
+    whitening = axes / np.sqrt(variances.clip(0) + _SHRINKAGE * variances.mean())
     return OutlierDetector(mean.astype(np.float32), whitening.astype(np.float32))
 
 
-def distances(engine: Engine, samples: Sequence[Sample], seen: Input) -> Floats:
-    """Of photos that decode, through the engine that will run, float32 (N,)."""
-    found = [engine.classify_with_distance(pixels)[1] for pixels in features.batches(samples, seen.preprocessing)]
-    return np.concatenate(found)
+def distances(engine: Engine, samples: Sequence[Sample], described: Input) -> Floats:
+    """The distances of photos that decode, through the engine that will run, float32 (N,)."""
+    batches = features.batches(samples, described.preprocessing)
+    return np.concatenate([engine.classify_with_distance(pixels)[1] for pixels in batches])
 
 
 def describe(calibration: Floats) -> Neither:
-    """The lowest threshold at which few enough of the calibration photos, of these distances, are caught."""
+    """The manifest's entry, with the lowest threshold that catches few enough calibration photos.
+
+    Args:
+        calibration: the photos' distances, (N,).
+    """
     allowed = int(CAUGHT * len(calibration))
     farthest = float(np.sort(calibration)[::-1][allowed])
     threshold = math.ceil(farthest * 1e4) / 1e4

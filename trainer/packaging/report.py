@@ -1,6 +1,6 @@
-"""What a person looks at: `report.html`, one file with curves, tables and photos, and the model card.
+"""`report.html`, one file with curves, tables and photos; and the model card.
 
-In: a manifest, a dataset, what was measured. Out: HTML and Markdown as text.
+In: a manifest, a dataset, and its test part's probabilities. Out: HTML and Markdown as text.
 """
 
 import base64
@@ -21,9 +21,9 @@ from sorter.classifier.manifest import Manifest
 from sorter.decoding.images import Limits, Preprocessing, decode
 from trainer.data.layouts import Sample, labels_of
 from trainer.data.split import Dataset
-from trainer.fitting.features import Floats
-from trainer.fitting.loop import Epoch
-from trainer.packaging import evaluate
+from trainer.packaging import metrics
+from trainer.packaging.metrics import Floats, Labels
+from trainer.progress import Epoch
 
 GALLERY_PHOTOS = 24
 _THUMBNAIL = Preprocessing(150)
@@ -45,15 +45,15 @@ def page(
     """The report.
 
     Args:
-        manifest: as exported.
+        manifest: as written.
         dataset: its parts, and what was left out of it.
-        epochs: of the fitting.
-        tested: calibrated probabilities of the test part, (N, C).
+        epochs: of all stages.
+        tested: probabilities of the test part, (N, C).
         calibration_error_before: of the calibration part, without the temperature.
     """
     labels = labels_of(dataset.test)
-    wrong = list(evaluate.mistakes(tested, dataset.test))[:GALLERY_PHOTOS]
-    unsure = [int(i) for i in np.argsort(tested.max(1))[:GALLERY_PHOTOS]]
+    wrong = list(metrics.mistakes(tested, dataset.test))[:GALLERY_PHOTOS]
+    least_confident = [int(i) for i in np.argsort(tested.max(1))[:GALLERY_PHOTOS]]
     names = [c.label for c in manifest.classes]
     return _template("report.html").render(
         manifest=manifest,
@@ -63,10 +63,9 @@ def page(
         reliability=_svg(_reliability(tested, labels)),
         coverage=_svg(_coverage(tested, labels)),
         calibration_error_before=calibration_error_before,
-        mistakes=[_photo(sample, f"called {names[called]}, {p:.1%} sure") for sample, called, p in wrong],
-        unsure=[
-            _photo(dataset.test[i], f"called {names[int(tested[i].argmax())]}, {tested[i].max():.1%} sure")
-            for i in unsure
+        mistakes=[_photo(sample, names[called], confidence) for sample, called, confidence in wrong],
+        least_confident=[
+            _photo(dataset.test[i], names[int(tested[i].argmax())], tested[i].max()) for i in least_confident
         ],
     )
 
@@ -90,46 +89,50 @@ def _svg(figure: Figure) -> str:
 def _curves(epochs: Sequence[Epoch]) -> Figure:
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
     numbers = range(1, len(epochs) + 1)  # over all stages
-    for axes, what in ((left, "loss"), (right, "accuracy")):
-        axes.plot(numbers, [getattr(epoch, f"training_{what}") for epoch in epochs], label="training")
-        axes.plot(numbers, [getattr(epoch, f"validation_{what}") for epoch in epochs], label="validation")
+    for axes, figure_name in ((left, "loss"), (right, "accuracy")):
+        axes.plot(numbers, [getattr(epoch, f"training_{figure_name}") for epoch in epochs], label="training")
+        axes.plot(numbers, [getattr(epoch, f"validation_{figure_name}") for epoch in epochs], label="validation")
         axes.set_xlabel("epoch")
-        axes.set_title(what)
+        axes.set_title(figure_name)
         axes.legend()
     return figure
 
 
-def _reliability(answers: Floats, labels: "np.typing.NDArray[np.intp]") -> Figure:
-    """How often photos of some confidence are right; on the diagonal a model means what it says."""
+def _reliability(probabilities: Floats, labels: Labels) -> Figure:
+    """Accuracy by confidence; a calibrated model is on the diagonal."""
     figure, axes = plt.subplots(figsize=(4, 3.6))
-    confidence, right = answers.max(1), answers.argmax(1) == labels
-    edges = np.linspace(1 / answers.shape[1], 1, 11)
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    edges = np.linspace(1 / probabilities.shape[1], 1, 11)
     bins = np.clip(np.digitize(confidence, edges) - 1, 0, 9)
     points = [(confidence[bins == b].mean(), right[bins == b].mean()) for b in range(10) if (bins == b).any()]
     axes.plot([edges[0], 1], [edges[0], 1], color="grey", linestyle="--")
     axes.plot(*zip(*points, strict=True), marker="o")
     axes.set_xlabel("confidence")
-    axes.set_ylabel("share that is right")
+    axes.set_ylabel("accuracy")
     return figure
 
 
-def _coverage(answers: Floats, labels: "np.typing.NDArray[np.intp]") -> Figure:
-    """The error rate among the most confident photos, by how many of them are taken."""
+def _coverage(probabilities: Floats, labels: Labels) -> Figure:
+    """The error rate among the most confident photos, by the share of photos that are sorted."""
     figure, axes = plt.subplots(figsize=(4, 3.6))
-    order = np.argsort(-answers.max(1), kind="stable")
-    wrong = (answers.argmax(1) != labels)[order].cumsum()
+    order = np.argsort(-probabilities.max(1), kind="stable")
+    wrong = (probabilities.argmax(1) != labels)[order].cumsum()
     taken = np.arange(1, len(labels) + 1)
     axes.plot(taken / len(labels), wrong / taken)
-    axes.set_xlabel("share of the photos sorted")
-    axes.set_ylabel("error rate among them")
+    axes.set_xlabel("share of photos sorted")
+    axes.set_ylabel("error rate")
     return figure
 
 
-def _photo(sample: Sample, caption: str) -> dict[str, str]:
+def _photo(sample: Sample, called: str, confidence: float) -> dict[str, str]:
     with sample.path.open("rb") as file:
         picture: Image.Image = decode(file.fileno(), _THUMBNAIL, Limits())
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     encoded = base64.b64encode(buffer.getvalue()).decode()
     name = sample.path.name.encode(errors="backslashreplace").decode()
-    return {"name": name, "caption": caption, "source": f"data:image/jpeg;base64,{encoded}"}
+    return {
+        "name": name,
+        "caption": f"classified as {called}, confidence {confidence:.1%}",
+        "source": f"data:image/jpeg;base64,{encoded}",
+    }

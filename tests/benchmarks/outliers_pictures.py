@@ -1,10 +1,10 @@
-"""Pictures of neither cat nor dog: what installed packages ship, and generated ones, the same on each machine.
+"""Pictures of neither a cat nor a dog: from installed packages, and generated ones that are the same on each machine.
 
-Python packages: scikit-image, scikit-learn, matplotlib. Debian's: mate-backgrounds, plasma-workspace-wallpapers,
-opencv-doc, tuxpaint-stamps-default, installed, or unpacked with `dpkg -x` below a folder of their own.
+Python packages: scikit-image, scikit-learn, matplotlib. Debian packages: mate-backgrounds,
+plasma-workspace-wallpapers, opencv-doc, tuxpaint-stamps-default, either installed or unpacked with `dpkg -x`.
 
-In: where to look and a folder to draw in. Out: paths by group. Somebody looked at each
-photograph: none shows a cat or a dog.
+In: where to look, and a folder to draw in. Out: paths by group. Each photograph was checked by eye: none shows a cat or
+a dog.
 """
 
 import importlib.util
@@ -49,22 +49,22 @@ _OTHER_ANIMALS = (
 
 
 def gather(root: Path, scratch: Path) -> dict[str, list[Path]]:
-    """Find the photographs and draw the others.
+    """Find the photographs and draw the other pictures.
 
     Args:
-        root: where Debian's packages are unpacked, `/usr` or a copy of it.
-        scratch: folder that is drawn in.
+        root: where the Debian packages are unpacked, `/usr` or a copy of it.
+        scratch: folder to draw in.
 
     Returns:
-        Paths by group; what is not there is missing from them.
+        Paths by group; files that are not installed are left out.
     """
     shipped = [
-        *_those(_package("skimage") / "data", _SKIMAGE),
-        *_those(_package("sklearn") / "datasets" / "images", "china.jpg flower.jpg"),
-        *_those(_package("matplotlib") / "mpl-data" / "sample_data", "grace_hopper.jpg"),
+        *_existing(_package("skimage") / "data", _SKIMAGE),
+        *_existing(_package("sklearn") / "datasets" / "images", "china.jpg flower.jpg"),
+        *_existing(_package("matplotlib") / "mpl-data" / "sample_data", "grace_hopper.jpg"),
     ]
-    photographs = [path for folder, names in _PHOTOGRAPHS for path in _those(root / folder, names)]
-    animals = [path for folder, names in _OTHER_ANIMALS for path in _those(root / folder, names)]
+    photographs = [path for folder, names in _PHOTOGRAPHS for path in _existing(root / folder, names)]
+    animals = [path for folder, names in _OTHER_ANIMALS for path in _existing(root / folder, names)]
     return {
         "photographs": shipped + photographs,
         "photographs of other animals": animals + list(_stamps(root, "animals")),
@@ -78,7 +78,7 @@ def _package(name: str) -> Path:
     return Path("/nonexistent") if found is None or found.origin is None else Path(found.origin).parent
 
 
-def _those(folder: Path, names: str) -> list[Path]:
+def _existing(folder: Path, names: str) -> list[Path]:
     return [folder / name for name in names.split() if (folder / name).is_file()]
 
 
@@ -86,9 +86,6 @@ def _stamps(root: Path, kind: str) -> Iterator[Path]:
     for path in sorted((root / _STAMPS / kind).rglob("*.png")):
         if not {"cartoon", "cats", "dogs", "toys"} & set(path.parts):
             yield path
-
-
-# --- generated ---------------------------------------------------------------------------------------------------
 
 
 def _generated(folder: Path) -> Iterator[Path]:
@@ -213,8 +210,6 @@ def _plot(random: Random) -> Image.Image:
     return picture
 
 
-# --- screenshots -------------------------------------------------------------------------------------------------
-
 _STYLE = "body{font:16px sans-serif;margin:0}main{max-width:44em;margin:2em auto}td{border:1px solid #999;padding:6px}"
 _PARAGRAPH = "<p>" + " ".join(_WORDS * 5) + ".</p>"
 _PAGES = {
@@ -245,7 +240,7 @@ _PAGES = {
 
 
 def _screenshots(folder: Path) -> Iterator[Path]:
-    """Pages in Chromium, where there is one."""
+    """Pages in Chromium, if it is installed."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         return

@@ -1,0 +1,294 @@
+"""Photos that show neither a cat nor a dog: the detector, its threshold, the engines, and where the photos go."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from conftest import SHARED, make_tree, plain, small_manifest
+from pictures import encoded, smooth
+from PIL import Image, ImageDraw
+from pydantic import ValidationError
+
+from sorter.classifier import manifest as manifests
+from sorter.classifier import network, outliers
+from sorter.classifier.engine import open_engine
+from sorter.classifier.manifest import MANIFEST, NEITHER, Manifest, Neither
+from sorter.classifier.openvino_engine import OpenVinoEngine, hidden
+from sorter.classifier.outliers import OutlierDetector
+from sorter.cli import preflight
+from sorter.decisions import decide
+from sorter.decoding.decoded import Decoded
+from sorter.errors import ConfigurationError, ModelError
+from sorter.files.photo import Identity, Photo
+from sorter.settings import SHIPPED_MODEL, Settings
+from trainer.data.labelled import labelled_photos
+from trainer.data.pixels import read
+from trainer.fitting import features
+from trainer.packaging.outliers import describe, detector_of
+
+Floats = npt.NDArray[np.float32]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> "object":
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Manifest:
+    return manifests.read(SHIPPED_MODEL)
+
+
+def rows(seed: int, count: int, active: slice) -> Floats:
+    """Values that a hidden layer might have for photos, (N, 8): some units are active, the others hardly."""
+    draw = np.random.default_rng(seed)
+    found = draw.random((count, 8)) * 0.1
+    found[:, active] += 1 + draw.random((count, len(range(8)[active])))
+    return found.astype(np.float32)
+
+
+def test_photos_that_activate_other_units_are_far_away() -> None:
+    detector = detector_of(rows(0, 400, slice(0, 3)))
+    assert detector is not None
+    near, far = detector(rows(1, 200, slice(0, 3))), detector(rows(2, 200, slice(3, 6)))
+    assert far.min() > 3 * near.max()
+    assert (near.shape, near.dtype.name) == ((200,), "float32")
+
+
+def test_the_scale_of_the_activations_does_not_matter_and_zeros_are_no_error() -> None:
+    detector = detector_of(rows(0, 400, slice(0, 3)))
+    assert detector is not None
+    some = rows(1, 10, slice(0, 3))
+    assert detector(some * 50) == pytest.approx(detector(some), rel=1e-3)
+    assert np.isfinite(detector(np.zeros((2, 8), np.float32))).all()
+
+
+def test_units_that_are_never_active_do_not_make_everything_far() -> None:
+    inactive = rows(0, 400, slice(0, 3))
+    inactive[:, 7] = 0
+    detector = detector_of(inactive)
+    assert detector is not None
+    little = inactive.copy()
+    little[:, 7] = 1e-3
+    assert detector(little) == pytest.approx(detector(inactive), abs=0.2)
+
+
+def test_a_layer_that_is_the_same_for_every_photo_gives_no_detector() -> None:
+    assert detector_of(np.ones((50, 8), np.float32)) is None
+
+
+def test_the_threshold_catches_one_calibration_photo_in_a_hundred_and_no_more() -> None:
+    for count in (100, 199, 500, 1234):
+        distances = np.random.default_rng(0).gamma(4, size=count).astype(np.float32)
+        described = describe(distances)
+        assert int((distances > described.threshold).sum()) == count // 100
+        assert (described.photos, described.caught) == (count, round(count // 100 / count, 4))
+
+
+def test_a_detector_is_read_back_from_its_file(tmp_path: Path) -> None:
+    detector = detector_of(rows(0, 400, slice(0, 3)))
+    assert detector is not None
+    (tmp_path / NEITHER).write_bytes(detector.as_file())
+    again = outliers.read(tmp_path, small_manifest().model_copy(update={"head_hidden": (8, 4)}))
+    some = rows(1, 10, slice(0, 3))
+    assert (again(some) == detector(some)).all()
+
+
+def test_a_detector_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+    described = small_manifest().model_copy(update={"head_hidden": (8, 4)})
+    eye = np.eye(8, dtype=np.float32)
+    contents = {
+        "wrong mean": OutlierDetector(np.zeros(7, np.float32), np.eye(7, dtype=np.float32)).as_file(),
+        "wrong whitening": OutlierDetector(np.zeros(8, np.float32), eye[:, :7]).as_file(),
+        "not a number": OutlierDetector(np.full(8, np.nan, np.float32), eye).as_file(),
+        "not tensors": b"nonsense",
+    }
+    sentences = {}
+    for name, content in contents.items():
+        (tmp_path / NEITHER).write_bytes(content)
+        with pytest.raises(ModelError, match=NEITHER) as caught:
+            outliers.read(tmp_path, described)
+        sentences[name] = str(caught.value)
+    assert "8 hidden" in sentences["wrong mean"]
+    assert "8 hidden" in sentences["wrong whitening"]
+    assert "finite" in sentences["not a number"]
+
+
+DESCRIBED = Neither(threshold=100.0, photos=500, caught=0.01)
+
+
+def test_a_manifest_without_the_detector_s_file_is_refused(tmp_path: Path) -> None:
+    described = small_manifest().model_copy(update={"head_hidden": (8,), "neither": DESCRIBED})
+    manifests.write(tmp_path, described, {manifests.WEIGHTS: b"weights"}, "card")
+    with pytest.raises(ModelError, match=NEITHER):
+        manifests.read(tmp_path)
+
+
+def test_a_head_without_a_hidden_layer_cannot_have_a_detector() -> None:
+    content = small_manifest().model_dump()
+    with pytest.raises(ValidationError, match="hidden layer"):
+        Manifest.model_validate(content | {"neither": DESCRIBED.model_dump()})
+
+
+def test_the_shipped_model_has_a_detector(shipped: Manifest) -> None:
+    assert shipped.neither is not None
+    assert shipped.neither.caught <= 0.01
+    assert (SHIPPED_MODEL / NEITHER).stat().st_size < 1_000_000
+
+
+def drawn() -> list[Image.Image]:
+    """Outliers: boxes, text, stripes, a gradient."""
+    boxes, text = Image.new("RGB", (300, 200), "navy"), Image.new("RGB", (300, 400), "white")
+    for number in range(6):
+        x = 40 * number
+        ImageDraw.Draw(boxes).rectangle((x, x // 2, x + 60, x // 2 + 50), fill=(40 * number, 200, 90))
+    for line in range(20, 380, 14):
+        ImageDraw.Draw(text).text((20, line), "a line of text that says nothing " * 2, fill="black")
+    stripes = np.zeros((200, 300, 3), np.uint8)
+    stripes[:, ::20] = stripes[:, 1::20] = (250, 220, 40)
+    gradient = Image.linear_gradient("L").convert("RGB")
+    return [boxes, text, Image.fromarray(stripes), gradient]
+
+
+@pytest.fixture(scope="module")
+def pixels() -> npt.NDArray[np.uint8]:
+    pictures = [*drawn(), *(smooth(seed, (144, 144)) for seed in range(16))]
+    return np.stack([np.asarray(picture.resize((144, 144))) for picture in pictures])
+
+
+def test_an_engine_that_catches_outliers_classifies_at_full_size_and_finds_drawings_far_away(
+    shipped: Manifest, pixels: npt.NDArray[np.uint8]
+) -> None:
+    assert shipped.neither is not None
+    engine = open_engine(SHIPPED_MODEL, shipped, "openvino", "cpu", 32, catch_neither=True)
+    probabilities, distances = engine.classify_with_distance(pixels)
+    full = OpenVinoEngine(SHIPPED_MODEL, shipped, min_confidence=1.0).classify(pixels)
+    assert np.abs(probabilities - full).max() < 0.02
+    assert np.abs(engine.classify(pixels) - full).max() < 0.02
+    assert (distances.shape, distances.dtype.name) == ((20,), "float32")
+    assert (distances[: len(drawn())] > shipped.neither.threshold).all()
+
+
+@pytest.mark.long
+def test_torch_measures_the_distances_that_openvino_does(shipped: Manifest, pixels: npt.NDArray[np.uint8]) -> None:
+    assert shipped.neither is not None
+    int8 = open_engine(SHIPPED_MODEL, shipped, "openvino", "cpu", 32, catch_neither=True)
+    full = open_engine(SHIPPED_MODEL, shipped, "torch", "cpu", 8, catch_neither=True)
+    (_, expected), (answers, distances) = int8.classify_with_distance(pixels), full.classify_with_distance(pixels)
+    assert np.corrcoef(expected, distances)[0, 1] > 0.8
+    assert np.abs(expected / distances - 1).mean() < 0.15
+    plain_answers = open_engine(SHIPPED_MODEL, shipped, "torch", "cpu", 8).classify(pixels)
+    assert np.abs(answers - plain_answers).max() < 0.02
+    assert (distances[: len(drawn())] > shipped.neither.threshold).all()
+
+
+@pytest.mark.long
+@pytest.mark.shared
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the photos in ../shared")
+def test_the_threshold_catches_the_share_in_the_manifest_and_little_more_on_torch(shipped: Manifest) -> None:
+    assert shipped.neither is not None
+    samples = labelled_photos(SHARED / "photos", shipped.classes)
+    cats_and_dogs = np.stack([read(sample.path, shipped.input.preprocessing) for sample in samples])
+    int8 = open_engine(SHIPPED_MODEL, shipped, "openvino", "cpu", 50, catch_neither=True)
+    _, distances = int8.classify_with_distance(cats_and_dogs)
+    # CPUs round 8-bit sums in different ways, which moves a photo or two over the threshold.
+    assert abs((distances > shipped.neither.threshold).mean() - shipped.neither.caught) <= 0.004
+    full = open_engine(SHIPPED_MODEL, shipped, "torch", "cpu", 50, catch_neither=True)
+    _, on_torch = full.classify_with_distance(cats_and_dogs)
+    assert (on_torch > shipped.neither.threshold).mean() <= 0.02
+    assert np.corrcoef(distances, on_torch)[0, 1] > 0.9
+
+
+@pytest.mark.filterwarnings("default")  # torch warns about itself
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "squeezenet1_1",
+        pytest.param("resnet18", marks=pytest.mark.long),
+        pytest.param("mobilenet_v2", marks=pytest.mark.long),
+    ],
+)
+def test_the_first_hidden_layer_is_found_in_every_kind_of_network(architecture: str) -> None:
+    torch.manual_seed(0)
+    net = network.build(architecture, (6, 4), 3).eval()
+    mean, std = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
+    model = features.convert(net, mean, std, 64)
+    model.add_outputs([hidden(model, 2)])
+    seen = np.stack([np.asarray(smooth(seed, (64, 64))) for seed in range(4)])
+    (found,) = features.on_openvino(type(model)([model.output(1)], model.get_parameters()))([seen])
+    place = network.head_layers_name(architecture)
+    network.replace(net, place, network.WithHidden(net.get_submodule(place)))
+    with torch.inference_mode():
+        both = network.Classifier(net, mean, std)(torch.from_numpy(seen)).numpy()
+    assert both.shape == (4, 3 + 6)
+    assert np.abs(both[:, 3:]).max() > 0
+    assert found == pytest.approx(both[:, 3:], abs=0.05 * float(np.abs(both[:, 3:]).max()))
+
+
+def test_only_distances_above_the_threshold_make_a_photo_unsure(tmp_path: Path) -> None:
+    described = small_manifest().model_copy(update={"neither": DESCRIBED})
+    decoded = Decoded(Photo(tmp_path, "a.jpg", Identity(0, 0, 0, 0, 0), 0.0), "pixels")
+    far = decide(decoded, [0.1, 0.9], described, 0.0, 1, 100.1)
+    assert (far.kind, far.folder, far.label) == ("unsure", "unsure", "dog")
+    assert far.detail == "looks like neither cat nor dog"
+    assert decide(decoded, [0.1, 0.9], described, 0.0, 1, 100.0).kind == "sorted"
+    assert decide(decoded, [0.1, 0.9], described, 0.0, 1).kind == "sorted"
+
+
+def sort(inbox: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sorter", "run", "--once", "--inbox", str(inbox), "--device", "cpu", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+
+
+def lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_outliers_go_to_unsure_and_log_and_history_give_the_reason(tmp_path: Path) -> None:
+    inbox = make_tree(tmp_path, {f"{n}.png": encoded(picture, "PNG") for n, picture in enumerate(drawn())})
+    planned = sort(inbox, "--catch-neither", "--dry-run", "--json")
+    assert {(d["kind"], d["detail"]) for d in lines(planned.stdout)} == {("unsure", "looks like neither cat nor dog")}
+    assert {d["kind"] for d in lines(sort(inbox, "--dry-run", "--json").stdout)} == {"sorted"}
+
+    done = sort(inbox, "--catch-neither")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (inbox / "unsure").iterdir()) == ["0.png", "1.png", "2.png", "3.png"]
+    events = [line for line in lines(done.stderr) if line["event"] == "photo.unsure"]
+    assert [event["detail"] for event in events] == ["looks like neither cat nor dog"] * 4
+    command = [sys.executable, "-m", "sorter", "history", "--inbox", str(inbox)]
+    shown = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=True).stdout
+    entry = lines(shown)[0]
+    assert (entry["kind"], entry["detail"]) == ("unsure", "looks like neither cat nor dog")
+    assert entry["label"] in ("cat", "dog")
+    table = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert table.count("looks like neither cat nor dog") == 4
+
+
+def test_a_model_without_a_detector_is_refused_with_catch_neither_and_sorts_without_it(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(SHIPPED_MODEL, folder)
+    content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    del content["neither"], content["files"][NEITHER]
+    (folder / NEITHER).unlink()
+    (folder / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
+    inbox = make_tree(tmp_path / "inbox", {"a.jpg": plain((200, 40, 40))})
+    refused = sort(inbox, "--model", str(folder), "--catch-neither")
+    assert refused.returncode == 2
+    assert "--catch-neither" in refused.stderr
+    assert (inbox / "a.jpg").exists()
+    assert sort(inbox, "--model", str(folder)).returncode == 0
+
+
+def test_the_refusal_comes_before_the_engine_is_opened(manifest: Manifest) -> None:
+    with pytest.raises(ConfigurationError, match="--catch-neither"):
+        preflight.decided(Settings(catch_neither=True), manifest)
+    assert preflight.decided(Settings(), manifest).min_confidence == 0.0
