@@ -15,7 +15,7 @@ import pytest
 from conftest import RED, Running, hashes, make_tree, plain, read_tree
 from pictures import HAS_AVIF, claiming, encoded
 from PIL import Image
-from test_decoders import Bench, repeatedly, cpu_seconds, reset_peak, open_files, peak_bytes, slow, workers
+from test_decoders import Bench, cpu_seconds, open_files, peak_bytes, repeatedly, reset_peak, slow, workers
 
 from sorter.errors import Reason
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import LONG_AGO, RED, SHARED, RedGreenEngine, Running, hashes, make_tree, pipeline_to, plain, read_tree
 from fuzzing import Mutant, from_shared, generated, mutant
-from test_decoders import reset_peak, peak_bytes
+from test_decoders import peak_bytes, reset_peak
 
 from sorter.classifier.manifest import Manifest
 from sorter.decisions import Outcome
