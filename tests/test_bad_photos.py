@@ -54,6 +54,7 @@ def nap(pid: int) -> None:
     threading.Timer(0.5, os.kill, (pid, signal.SIGCONT)).start()
 
 
+@pytest.mark.long
 def test_limits_hold_to_the_pixel_byte_and_second_and_no_photo_suffers_for_another(
     tmp_path: Path, start: Callable[..., Running]
 ) -> None:

@@ -253,26 +253,41 @@ def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_outliers_go_to_unsure_and_log_and_history_give_the_reason(tmp_path: Path) -> None:
-    inbox = make_tree(tmp_path, {f"{n}.png": encoded(picture, "PNG") for n, picture in enumerate(drawn())})
-    planned = sort(inbox, "--catch-neither", "--dry-run", "--json")
-    assert {(d["kind"], d["detail"]) for d in lines(planned.stdout)} == {("unsure", "looks like neither cat nor dog")}
-    assert {d["kind"] for d in lines(sort(inbox, "--dry-run", "--json").stdout)} == {"sorted"}
+DETAIL = "looks like neither cat nor dog"
 
+
+def history(inbox: Path, *flags: str) -> str:
+    command = [sys.executable, "-m", "sorter", "history", "--inbox", str(inbox), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def inbox_of_outliers(folder: Path) -> Path:
+    return make_tree(folder, {f"{n}.png": encoded(picture, "PNG") for n, picture in enumerate(drawn())})
+
+
+def test_outliers_go_to_unsure_and_log_and_history_give_the_reason(tmp_path: Path) -> None:
+    inbox = inbox_of_outliers(tmp_path)
     done = sort(inbox, "--catch-neither")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (inbox / "unsure").iterdir()) == ["0.png", "1.png", "2.png", "3.png"]
     events = [line for line in lines(done.stderr) if line["event"] == "photo.unsure"]
-    assert [event["detail"] for event in events] == ["looks like neither cat nor dog"] * 4
-    command = [sys.executable, "-m", "sorter", "history", "--inbox", str(inbox)]
-    shown = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=True).stdout
-    entry = lines(shown)[0]
-    assert (entry["kind"], entry["detail"]) == ("unsure", "looks like neither cat nor dog")
+    assert [event["detail"] for event in events] == [DETAIL] * 4
+    entry = lines(history(inbox, "--json"))[0]
+    assert (entry["kind"], entry["detail"]) == ("unsure", DETAIL)
     assert entry["label"] in ("cat", "dog")
-    table = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert table.count("looks like neither cat nor dog") == 4
 
 
+@pytest.mark.long
+def test_dry_runs_and_the_history_s_table_say_what_outliers_are(tmp_path: Path) -> None:
+    inbox = inbox_of_outliers(tmp_path)
+    planned = sort(inbox, "--catch-neither", "--dry-run", "--json")
+    assert {(d["kind"], d["detail"]) for d in lines(planned.stdout)} == {("unsure", DETAIL)}
+    assert {d["kind"] for d in lines(sort(inbox, "--dry-run", "--json").stdout)} == {"sorted"}
+    assert sort(inbox, "--catch-neither").returncode == 0
+    assert history(inbox).count(DETAIL) == 4
+
+
+@pytest.mark.long
 def test_a_model_without_a_detector_is_refused_with_catch_neither_and_sorts_without_it(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(SHIPPED_MODEL, folder)

@@ -1,5 +1,5 @@
-"""From a file to pixels, in processes of their own.
+"""From a file to pixels, in separate processes.
 
-In: a settled `Photo`. Out: a `Decoded`: uint8 (S, S, 3) in shared memory, or the reason why there are no pixels.
+In: a settled `Photo`. Out: a `Decoded`: uint8 (S, S, 3) in shared memory, or the reason why it has no pixels.
 Imports `files`.
 """

@@ -1,4 +1,4 @@
-"""What the decoders hand on."""
+"""The result of decoding one photo."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,14 +11,14 @@ Verdict = Literal["pixels", "failed", "skipped", "left", "gone"]
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What became of one photo.
+    """The result of decoding one photo.
 
     Attributes:
-        photo: with the identity of the file that was decoded, which need not be the one the scan saw.
+        photo: with the identity of the file that was decoded, which may be newer than the one the scan saw.
         verdict: `pixels` (in `row`), `failed` (with `reason`), `skipped` (not a photo, or a raw file with a `reason`),
-            `left` (may not or cannot be read now), `gone` (no longer there, or no longer the settled file).
-        row: the row of `Decoders.pixels`; whoever takes it gives it back with `Decoders.release`.
-        detail: what a person wants to know about a verdict other than `pixels`.
+            `left` (cannot be read at the moment, or not by this user), `gone` (no longer there, or no longer the settled file).
+        row: the row of `Decoders.pixels`; the consumer returns it with `Decoders.release`.
+        detail: for a person; why the verdict is not `pixels`.
         milliseconds: time in the decoder.
     """
 

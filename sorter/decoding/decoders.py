@@ -1,10 +1,10 @@
-"""The processes that decode: a crash, a hang, a leak or native noise in a decoder stays inside them.
+"""The worker processes that decode, seen from the parent: a decoder's crash, hang, leak or output stays inside them.
 
-In: settled `Photo`s. Out: a `Decoded` for each, with its pixels in a row of shared memory, or why it has none.
+In: settled `Photo`s. Out: a `Decoded` for each, with its pixels in a row of shared memory, or the reason why not.
 
-Each worker process decodes one photo at a time for the thread that owns it, so that a death names its photo. Workers
-get an open descriptor, never a path: they can read the one photo they were given and nothing else. They hold no lock,
-write to nothing but their row, and die with their parent. This module runs in them too, so it imports no numpy.
+Each worker process decodes one photo at a time for the thread that owns it, so a crash is known to be that photo's.
+Workers get an open descriptor, never a path: they can read the one photo they were given and nothing else. They hold no
+lock, write only to their row, and die with their parent.
 """
 
 import contextlib
@@ -31,29 +31,29 @@ from sorter.files.photo import Identity, Photo, open_file
 from sorter.processors import available_cpus
 
 START_SECONDS = 60.0
-"""How long a worker may take to start; it is a fraction of a second where the machine is not overloaded."""
+"""How long a worker may take to start; normally a fraction of a second."""
 
-_MOST_WORKERS = 16
+_MAX_WORKERS = 16
 _DEATHS = (Reason.DECODER_CRASH, Reason.DECODER_TIMEOUT)
 
 
 def default_workers() -> int:
-    """How many worker processes there are: one a processor, and no more than one process can hand out photos to."""
-    return min(available_cpus(), _MOST_WORKERS)
+    """One worker process per CPU, but no more than one parent can keep busy."""
+    return min(available_cpus(), _MAX_WORKERS)
 
 
 class Decoders:
-    """A fixed number of worker processes, the shared memory that they fill, and the threads that look after them.
+    """A fixed number of worker processes, the shared memory that they fill, and the threads that own them.
 
     Args:
         workers: how many photos are decoded at a time.
         rows: how many decoded photos may exist at a time; submitting blocks while all are taken.
-        preprocessing: what the network wants.
-        limits: what is refused.
+        preprocessing: of the model.
+        limits: pixels and memory.
         max_bytes: larger files fail as too-large without being read.
         timeout_seconds: a worker that takes longer is killed.
         deliver: called with each `Decoded`, from the threads here.
-        fail: called with what a thread here died of.
+        fail: called with the exception that ended one of the threads here.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class Decoders:
             self._free.put(row)
         self._tasks: queue.SimpleQueue[tuple[Photo, int] | None] = queue.SimpleQueue()
         self._closing = threading.Event()
-        self._workers: dict[int, _Worker] = {}  # by the thread that asks it
+        self._workers: dict[int, _Worker] = {}  # by the thread that owns it
         self._threads = [threading.Thread(target=self._run, name=f"decoder-{n}", daemon=True) for n in range(workers)]
         for thread in self._threads:
             thread.start()
 
     def submit(self, photo: Photo, *, timeout_seconds: float) -> bool:
-        """Hand over a photo, waiting for a free row; False if none came free in time."""
+        """Queue a photo, waiting for a free row; False if there was none in time."""
         try:
             row = self._free.get(timeout=timeout_seconds)
         except queue.Empty:
@@ -93,11 +93,11 @@ class Decoders:
         return True
 
     def release(self, row: int) -> None:
-        """Give a row back once its pixels are used."""
+        """Return a row once its pixels have been used."""
         self._free.put(row)
 
     def close(self) -> None:
-        """End the workers at once, and forget the photos that are not decoded yet: they stay where they are."""
+        """Kill the workers and drop the photos that are not decoded yet: they stay where they are."""
         self._closing.set()
         for worker in [*self._workers.values()]:
             worker.stop()
@@ -113,26 +113,23 @@ class Decoders:
             worker = self._new_worker()
             while (task := self._tasks.get()) is not None and not self._closing.is_set():
                 photo, row = task
-                decoded = self._decode(worker, photo, row)
-                if decoded.reason in _DEATHS and not self._closing.is_set():
-                    # Once more, in a process of its own: the death may have been another's fault (out of memory, say).
+                for _ in range(2):  # a crash may not be this photo's fault (the machine out of memory): try twice
+                    decoded = self._decode(worker, photo, row)
+                    if decoded.reason not in _DEATHS or self._closing.is_set():
+                        break
                     worker.kill()
                     worker = self._new_worker()
-                    decoded = self._decode(worker, photo, row)
-                    if decoded.reason in _DEATHS and not self._closing.is_set():
-                        worker.kill()
-                        worker = self._new_worker()
-                if self._closing.is_set():  # it may have died of that, and the photo is not to blame
+                if self._closing.is_set():  # which may have killed the worker: the photo is not to blame
                     break
                 if decoded.verdict == "failed" and raw.is_raw(photo.name):
-                    # LibRaw knows not every camera, and nobody's negatives belong in failed/ for that.
+                    # LibRaw does not support every camera; an unsupported raw file is not a failure.
                     detail = f"a camera's raw file, {decoded.detail}"
                     decoded = replace(decoded, verdict="skipped", detail=detail)
                 if decoded.verdict != "pixels":
                     self.release(row)
                 self._deliver(decoded)
         except BaseException as error:
-            if not self._closing.is_set():  # a worker that was ended while it started
+            if not self._closing.is_set():  # otherwise a worker was killed while it started
                 self._fail(error)
         finally:
             if worker is not None:
@@ -150,11 +147,11 @@ class Decoders:
         try:
             descriptor = open_file(photo)
         except PermissionError:
-            return Decoded(photo, "left", detail="may not be read: give the sorter's user permission to read it")
+            return Decoded(photo, "left", detail="permission denied: give sorter's user read permission")
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):  # replaced by what is no file
+            if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO):  # no longer a file
                 return Decoded(photo, "gone", detail="is gone")
-            return Decoded(photo, "left", detail=f"cannot be opened now: {error.strerror}")
+            return Decoded(photo, "left", detail=f"cannot be opened at the moment: {error.strerror}")
         try:
             status = os.fstat(descriptor)
             opened = Identity.of(status)
@@ -185,7 +182,7 @@ class Decoders:
 
 
 class _Worker:
-    """One worker process as its parent sees it."""
+    """The parent's side of one worker process."""
 
     def __init__(self, memory: int, preprocessing: Preprocessing, limits: Limits) -> None:
         self._socket, theirs = socket.socketpair()
@@ -197,12 +194,12 @@ class _Worker:
             preprocessing.resize,
         ]
         arguments += [limits.max_megapixels, limits.max_jpeg_megapixels]
-        # -P: never import from the folder one happens to stand in, which may be an inbox.
+        # -P: never import from the current folder, which may be an inbox.
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "sorter.decoding.worker", *map(str, arguments)],
                 pass_fds=(theirs.fileno(), memory),
-                # One thread for the numpy that rawpy brings: on 64 processors the stacks of 64 fill a worker's memory.
+                # rawpy brings numpy: on 64 CPUs the stacks of 64 BLAS threads would fill a worker's memory.
                 env={
                     **os.environ,
                     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -219,16 +216,16 @@ class _Worker:
             theirs.close()
 
     def await_ready(self) -> None:
-        """Wait until it can decode, so that a worker that cannot even start is not held against a photo."""
+        """Wait until the worker can decode, so that no photo is blamed for a worker that cannot start."""
         self._socket.settimeout(START_SECONDS)
         try:
             _receive(self._socket, len(READY))
         except (EOFError, OSError):
-            how = self._ended()
+            reason = self._exit_reason()
             self.kill()
-            raise _cannot_start(how) from None
+            raise _cannot_start(reason) from None
 
-    def _ended(self) -> str:
+    def _exit_reason(self) -> str:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
         code = self._process.returncode
@@ -238,7 +235,7 @@ class _Worker:
         """Have one open file decoded into a row.
 
         Raises:
-            PhotoError: the worker died of it or did not answer in time; the worker has to be replaced.
+            PhotoError: the worker crashed or did not answer in time, and must be replaced.
         """
         self._socket.settimeout(timeout_seconds)
         try:
@@ -248,14 +245,14 @@ class _Worker:
         except TimeoutError:
             raise PhotoError(Reason.DECODER_TIMEOUT, f"not decoded after {timeout_seconds:g} s") from None
         except (EOFError, ConnectionError):
-            raise PhotoError(Reason.DECODER_CRASH, f"the decoder died of it ({self._ended()})") from None
+            raise PhotoError(Reason.DECODER_CRASH, f"the decoder crashed ({self._exit_reason()})") from None
 
     def stop(self) -> None:
-        """Have the process end, from another thread than the one that asks it, which notices."""
+        """Kill the process from another thread than its owner, which will notice."""
         self._process.kill()
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process and wait for its end."""
         self._socket.close()
         self._process.kill()
         self._process.wait()
@@ -263,8 +260,8 @@ class _Worker:
 
 def _cannot_start(why: str | None) -> SorterError:
     return SorterError(
-        f"the processes that decode do not start ({why}): look whether memory is short or the installation has "
-        "changed, and start again"
+        f"the decoder processes do not start ({why}): check free memory and whether the installation has changed, "
+        "then restart"
     )
 
 

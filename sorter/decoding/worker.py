@@ -1,6 +1,6 @@
 """One decoder process: descriptors in, pixels into shared memory.
 
-It imports no numpy, so that it starts in a fraction of a second.
+It imports no numpy and so starts in a fraction of a second.
 """
 
 import ctypes
@@ -18,8 +18,8 @@ from sorter.decoding.images import Limits, Preprocessing
 from sorter.errors import PhotoError, Reason
 
 WORKER_MEMORY_BYTES = 970_000_000
-"""What a worker may allocate before its photo fails as out-of-memory. With the libraries that are mapped it stays
-under 1 GB: a picture of 100 megapixels takes 400 MB once, a progressive JPEG of 250 megapixels 750 MB."""
+"""What a worker may allocate; a photo that needs more fails as out-of-memory. Together with mapped libraries a worker
+stays under 1 GB. A picture of 100 megapixels needs 400 MB, a progressive JPEG of 250 megapixels 750 MB."""
 REQUEST = struct.Struct("<I?")  # row, whether it is a camera's raw file
 REPLY = struct.Struct("<BfI")  # kind, seconds, bytes of text that follow
 OK, FAILED, UNREADABLE = range(3)
@@ -27,8 +27,8 @@ READY = b"\1"
 
 
 def _confine() -> None:
-    """Die with the parent, leave its signals to it, and stay within the memory that one photo may take."""
-    # Ctrl-C and systemd's SIGTERM reach the whole group: the parent decides when a worker ends.
+    """Die with the parent, ignore the signals meant for it, and limit the memory that a photo may use."""
+    # Ctrl-C and systemd's SIGTERM reach all processes: the parent decides when a worker ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
@@ -36,7 +36,7 @@ def _confine() -> None:
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        # What is allocated, not the address space: threads and libraries reserve much that they never use.
+        # Allocated memory, not address space, much of which threads and libraries reserve but never use.
         resource.setrlimit(resource.RLIMIT_DATA, (WORKER_MEMORY_BYTES, WORKER_MEMORY_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
@@ -45,9 +45,9 @@ def main(arguments: list[str]) -> None:
     """Decode one descriptor after another until the parent closes the connection."""
     parent = os.getppid()
     _confine()
-    if os.getppid() != parent:  # it died before we could ask to die with it
+    if os.getppid() != parent:  # the parent died before prctl
         return
-    warnings.simplefilter("ignore", UserWarning)  # Pillow warns of odd metadata; nobody reads it here
+    warnings.simplefilter("ignore", UserWarning)  # Pillow warns about odd metadata
     connection = socket.socket(fileno=int(arguments[0]))
     memory = int(arguments[1])
     crop: Literal["squash", "center"] = "center" if arguments[3] == "center" else "squash"
@@ -68,13 +68,13 @@ def main(arguments: list[str]) -> None:
         except PhotoError as error:
             kind, text = FAILED, f"{error.reason} {error.detail}"
         except MemoryError:
-            kind, text = FAILED, f"{Reason.OUT_OF_MEMORY} it needs more than {WORKER_MEMORY_BYTES / 1e6:g} MB"
+            kind, text = FAILED, f"{Reason.OUT_OF_MEMORY} decoding needs more than {WORKER_MEMORY_BYTES / 1e6:g} MB"
         except OSError as error:
             kind, text = UNREADABLE, error.strerror or str(error)
         finally:
             os.close(descriptors[0])
-        said = text[:500].encode("utf-8", "replace")
-        connection.sendall(REPLY.pack(kind, time.perf_counter() - start, len(said)) + said)
+        encoded = text[:500].encode("utf-8", "replace")
+        connection.sendall(REPLY.pack(kind, time.perf_counter() - start, len(encoded)) + encoded)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Steps on the file system that never overwrite, from which the mover is made.
+"""The file system operations of the mover; none of them ever overwrites a file.
 
-No call unlinks "this name if it still is this file", so `take_away` renames the name to a hidden one that nobody else
-knows, looks at what it got, and unlinks it only if it is that file; otherwise it is put back.
+No system call unlinks "this name if it is still this file". So `take_away` renames it to a hidden name that nobody else
+knows, checks which file it got, and unlinks it only if it is the right one; otherwise it renames it back.
 """
 
 import contextlib
@@ -19,44 +19,44 @@ from sorter.files.photo import FILE_FLAGS, Identity, opened_folder
 _PARTIAL_SUFFIX, _AWAY_SUFFIX = ".sorter-part", ".sorter-away"
 
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""The file system cannot do what was asked; nothing has changed."""
+"""Errors of a file system that does not support an operation; nothing has changed."""
 
 _RENAME_NOREPLACE = 1
 _COPY_BYTES = 1 << 20
-_LONGEST_BYTES = 255 - len(".json")  # of a numbered name: file systems allow 255, and sidecars add to it
+_LONGEST_BYTES = 255 - len(".json")  # of a numbered name: file systems allow 255, and a sidecar appends to it
 
 
 class StayedError(Exception):
-    """The photo was not moved, for a reason of its own: its owner forbids it, its file system has no safe way."""
+    """This photo was not moved, for a reason that concerns it alone, such as its permissions or its file system."""
 
 
 class ChangedError(StayedError):
-    """The photo is not the file any more that was classified; a later look will tell what it is now."""
+    """The photo is no longer the file that was classified; it will be looked at again."""
 
 
 def new_token() -> str:
-    """64 random bits: what makes a hidden name one that nobody else knows."""
+    """64 random bits in hexadecimal, for a hidden name that nobody else knows."""
     return secrets.token_hex(8)
 
 
 def partial_name(token: str) -> str:
-    """The hidden name of a move's unfinished copy or first link: it was made by that move, and exists elsewhere."""
+    """The hidden name of a move's unfinished copy or first link: made by that move, so its contents exist elsewhere."""
     return f".{token}{_PARTIAL_SUFFIX}"
 
 
 def away_name(token: str) -> str:
-    """The hidden name of what a move takes away: it may turn out to be somebody else's, and the only one of that."""
+    """The hidden name of a file that a move is about to unlink: it may turn out to be another file's only name."""
     return f".{token}{_AWAY_SUFFIX}"
 
 
 def take_away(folder: int, base: str, identity: Identity, token: str) -> bool:
-    """Unlink a name if it still is this file; the file is known to exist, durably, under another name.
+    """Unlink a name if it is still this file. The file must exist, durably, under another name.
 
     Returns:
-        False if the name is gone already.
+        False if the name is already gone.
 
     Raises:
-        ChangedError: the name is another file's, or the file has changed.
+        ChangedError: the name belongs to another file, or the file has changed.
     """
     hidden = away_name(token)
     try:
@@ -71,7 +71,7 @@ def take_away(folder: int, base: str, identity: Identity, token: str) -> bool:
             raise
         return True
     give_back(folder, hidden, folder, base)
-    raise ChangedError("changed while it was moved: both versions are kept")
+    raise ChangedError("changed while it was being moved: both versions are kept")
 
 
 def _rename_away(folder: int, base: str, hidden: str) -> None:
@@ -80,21 +80,21 @@ def _rename_away(folder: int, base: str, hidden: str) -> None:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        # 64 random bits: there is nothing of that name to replace.
+        # 64 random bits: no file of that name exists that could be replaced.
         os.rename(base, hidden, src_dir_fd=folder, dst_dir_fd=folder)
 
 
 def sync_folder(folder: int) -> None:
-    """Make the names in a folder durable, where its file system knows how."""
+    """Make the names in a folder durable, if its file system can."""
     try:
         os.fsync(folder)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such call
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot
             raise
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and the missing ones above it, durably."""
+    """Create a folder and its missing parents, durably."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
@@ -103,15 +103,15 @@ def make_folder(path: Path) -> None:
 
 
 def give_back(target: int, name: str, source: int, base: str) -> None:
-    """Put somebody else's file back where it was, under a free name if its own was taken meanwhile."""
+    """Rename somebody else's file back, to a free name if its own has been taken in the meantime."""
     publish(target, name, source, [numbered(base, number) for number in range(1000)])
 
 
 def publish(folder: int, name: str, target: int, names: Sequence[str]) -> str:
-    """Give a file the first of some names that is free, and return that.
+    """Rename a file to the first free one of `names`, and return that name.
 
     Raises:
-        OSError: the file system refused, or no name was free.
+        OSError: the file system refused, or all names are taken.
     """
     try:
         return _first_free(names, lambda free: rename_noreplace(folder, name, target, free))
@@ -128,10 +128,10 @@ def publish(folder: int, name: str, target: int, names: Sequence[str]) -> str:
 
 
 def _first_free(names: Sequence[str], place: Callable[[str], None]) -> str:
-    """Try names until `place` finds one that is not taken, and return it.
+    """Call `place` with each name until one is not taken, and return that name.
 
     Raises:
-        FileExistsError: all were taken.
+        FileExistsError: all names are taken.
     """
     for name in names:
         try:
@@ -143,28 +143,28 @@ def _first_free(names: Sequence[str], place: Callable[[str], None]) -> str:
 
 
 def numbered(base: str, number: int) -> str:
-    """`a.jpg` and 2 make `a-2.jpg`, cut so that it stays within the bytes that file systems allow."""
+    """`a.jpg` and 2 make `a-2.jpg`, shortened to the length that file systems allow."""
     if not number:
         return base
     stem, extension = os.path.splitext(base)
     tail = os.fsencode(f"-{number}{extension}")
-    if len(tail) >= _LONGEST_BYTES:  # an extension that long is none
+    if len(tail) >= _LONGEST_BYTES:  # too long to be an extension
         stem, tail = base, os.fsencode(f"-{number}")
     return os.fsdecode(os.fsencode(stem)[: _LONGEST_BYTES - len(tail)] + tail)
 
 
 def check_removable(folder: int, base: str) -> None:
-    """Refuse before anything is copied what could not be taken out of its folder afterwards."""
+    """Raise `StayedError` for a file that could not be removed from its folder after it was copied."""
     status = os.fstat(folder)
     allowed = os.access(".", os.W_OK | os.X_OK, dir_fd=folder, effective_ids=os.access in os.supports_effective_ids)
     if allowed and status.st_mode & stat.S_ISVTX and os.geteuid() not in (0, status.st_uid):
         allowed = os.stat(base, dir_fd=folder, follow_symlinks=False).st_uid == os.geteuid()
     if not allowed:
-        raise StayedError("may not be taken out of its folder: give the sorter's user permission to change the folder")
+        raise StayedError("cannot be removed from its folder: give sorter's user write permission on the folder")
 
 
 def copy_contents(original: int, copy: int, status: os.stat_result) -> None:
-    """Copy bytes, owner where allowed, extended attributes where they exist, mode and times, between descriptors."""
+    """Copy contents, owner if allowed, extended attributes if supported, mode and times between two descriptors."""
     offset = 0
     while block := _read(original, offset):
         view = memoryview(block)
@@ -172,8 +172,8 @@ def copy_contents(original: int, copy: int, status: os.stat_result) -> None:
             view = view[os.write(copy, view) :]
         offset += len(block)
     if offset != status.st_size:
-        raise ChangedError("changed while it was moved")
-    # Owner first: changing it clears mode bits. Only root may, and a copy of one's own is right without.
+        raise ChangedError("changed while it was being moved")
+    # Owner first: changing it clears mode bits. Only root may do so, and nobody else needs to.
     with contextlib.suppress(PermissionError):
         os.fchown(copy, status.st_uid, status.st_gid)
     if hasattr(os, "listxattr"):
@@ -181,18 +181,18 @@ def copy_contents(original: int, copy: int, status: os.stat_result) -> None:
             for attribute in os.listxattr(original):
                 with contextlib.suppress(OSError):
                     os.setxattr(copy, attribute, os.getxattr(original, attribute))
-    # A photo that runs as its owner would run as the sorter's user, where the owner could not be kept.
+    # If the owner could not be kept, a setuid file would run as the sorter's user.
     os.fchmod(copy, stat.S_IMODE(status.st_mode) & ~(stat.S_ISUID | stat.S_ISGID))
-    with contextlib.suppress(OverflowError):  # a date that the other file system cannot hold
+    with contextlib.suppress(OverflowError):  # a date beyond the range of the other file system
         os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def same_contents(folder: int, name: str, other_folder: int, other_name: str) -> bool:
-    """Tell whether two regular files have the same bytes."""
+    """True if two regular files have the same contents."""
     with contextlib.ExitStack() as stack:
         descriptors = []
-        for where, what in ((folder, name), (other_folder, other_name)):
-            descriptors.append(os.open(what, FILE_FLAGS, dir_fd=where))
+        for parent, base in ((folder, name), (other_folder, other_name)):
+            descriptors.append(os.open(base, FILE_FLAGS, dir_fd=parent))
             stack.callback(os.close, descriptors[-1])
         first, second = map(os.fstat, descriptors)
         if os.path.samestat(first, second):
@@ -229,7 +229,7 @@ def rename_noreplace(source: int, old: str, target: int, new: str) -> None:
 
     Raises:
         FileExistsError: the new name is taken.
-        OSError: anything else; ENOSYS where the C library has no such call.
+        OSError: anything else; ENOSYS if the C library lacks the call.
     """
     if _rename_function is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))

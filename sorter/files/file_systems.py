@@ -1,14 +1,14 @@
-"""What kind of file system a folder is on, as the kernel names it."""
+"""The type of file system that a folder is on, in the kernel's names."""
 
 import os
 from pathlib import Path
 
 NETWORK = ("nfs", "cifs", "smb", "9p", "fuse", "afs", "ceph", "glusterfs", "lustre", "virtiofs", "vboxsf")
-"""Beginnings of the names of those whose files other machines change too, or that only hand requests on."""
+"""Prefixes of the types whose files other machines may change too, or that pass requests on to another program."""
 
 
 def kind(folder: Path) -> str:
-    """The file system's type, `ext4`, `nfs4`; empty where the system does not say."""
+    """The file system's type, such as `ext4` or `nfs4`; empty if it cannot be determined."""
     try:
         device = os.stat(folder).st_dev
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
@@ -16,11 +16,11 @@ def kind(folder: Path) -> str:
                 fields = line.split()
                 if fields[2] == f"{os.major(device)}:{os.minor(device)}":
                     return fields[fields.index("-") + 1]
-    except OSError:  # no such file on this system, or no such folder
+    except OSError:  # no /proc, or the folder does not exist
         pass
     return ""
 
 
 def is_network(folder: Path) -> bool:
-    """Tell whether a folder is on one of `NETWORK`."""
+    """True if a folder is on one of the `NETWORK` file systems."""
     return kind(folder).startswith(NETWORK)

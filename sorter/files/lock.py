@@ -1,8 +1,8 @@
-"""One sorter for an inbox, and one for an output: flock(2) on `<folder>/.sorter/lock`.
+"""One sorter per inbox and one per output: flock(2) on `<folder>/.sorter/lock`.
 
-The descriptor that holds a lock keeps its file system busy, so a lock on an inbox that vanished is given back. The
-kernel gives a lock back when its process ends, however it ends, so a crash leaves nothing to clean up. The file says
-who holds the lock, for the sentence that the second one ends with; what it says decides nothing.
+The kernel releases a lock when its process ends, however it ends, so a crash leaves nothing to clean up. The open
+descriptor keeps its file system busy, so the lock on an inbox that vanished is released. The file's text names the
+holder for the error message of a second sorter; nothing depends on it.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ from sorter.files.atomic import sync_folder
 from sorter.files.photo import opened_folder
 
 SORTING, UNDOING = "lock", "undo-lock"
-"""What the lock files are called."""
-_DOING = {SORTING: "being sorted", UNDOING: "having photos put back"}
-_LOOK_SECONDS = 0.05
-_TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+"""Names of the lock files."""
+_DOING = {SORTING: "being sorted", UNDOING: "having photos restored"}
+_RETRY_SECONDS = 0.05
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)
+_UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
 
 class Lock:
-    """The right to do something in one folder, held until `release` or the end of the process.
+    """The right to sort, or to undo, in one folder, held until `release` or the end of the process.
 
     Args:
         folder: an inbox or an output.
-        name: `SORTING`, or `UNDOING`, which may happen beside it.
+        name: `SORTING` or `UNDOING`; the two do not exclude each other.
     """
 
     def __init__(self, folder: Path, name: str = SORTING) -> None:
@@ -40,13 +40,15 @@ class Lock:
         self._descriptor: int | None = None
 
     def take(self, *, patience_seconds: float = 0.0) -> None:
-        """Take the lock if it is not held, or if the folder is another one now; a folder that is gone has none.
+        """Take the lock unless it is held already; take it again if another folder has this name now.
+
+        If the folder is gone, the lock is released.
 
         Args:
-            patience_seconds: how long to wait for one who may only be clearing up after a crash.
+            patience_seconds: how long to wait for a holder that may be about to end.
 
         Raises:
-            ConfigurationError: somebody else sorts the folder, or it cannot be locked.
+            ConfigurationError: another process holds the lock, or the folder cannot be locked.
         """
         try:
             descriptor = _open(self._folder, self._name)
@@ -54,11 +56,11 @@ class Lock:
             self.release()
             return
         except OSError as error:
-            if self._descriptor is not None:  # out of reach for now, and ours still
+            if self._descriptor is not None:  # cannot be reached at the moment, but still ours
                 return
             raise ConfigurationError(
-                f"{self._folder / FOLDER / self._name} cannot be made or opened ({error.strerror}): give this user "
-                "permission to"
+                f"{self._folder / FOLDER / self._name} cannot be created or opened ({error.strerror}): check the "
+                "folder's permissions"
             ) from None
         if self._descriptor is not None and os.path.sameopenfile(self._descriptor, descriptor):
             os.close(descriptor)
@@ -68,9 +70,9 @@ class Lock:
             while not _try_lock(descriptor, self._folder, self._name):
                 if time.monotonic() >= deadline:
                     raise ConfigurationError(
-                        f"{self._folder} is {_DOING[self._name]} by {_said(descriptor)}: stop that one first"
+                        f"{self._folder} is {_DOING[self._name]} by {_holder_text(descriptor)}: stop that one first"
                     )
-                time.sleep(_LOOK_SECONDS)
+                time.sleep(_RETRY_SECONDS)
         except BaseException:
             os.close(descriptor)
             raise
@@ -78,14 +80,14 @@ class Lock:
         self._descriptor = descriptor
 
     def release(self) -> None:
-        """Give the lock back; idempotent."""
+        """Release the lock; idempotent."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
 
 
 def holder(folder: Path, name: str = SORTING) -> str | None:
-    """Who holds a lock, as a phrase; None if nobody does. Takes nothing and makes nothing."""
+    """Who holds a lock, as a phrase; None if nobody does. Neither takes the lock nor creates the file."""
     try:
         with opened_folder(folder, FOLDER) as hidden:
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=hidden)
@@ -94,13 +96,13 @@ def holder(folder: Path, name: str = SORTING) -> str | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
-        return _said(descriptor) if error.errno in _TAKEN else None
+        return _holder_text(descriptor) if error.errno in _HELD else None
     finally:
         os.close(descriptor)
     return None
 
 
-def _said(descriptor: int) -> str:
+def _holder_text(descriptor: int) -> str:
     return os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
 
 
@@ -117,17 +119,17 @@ def _open(folder: Path, name: str) -> int:
 
 def _try_lock(descriptor: int, folder: Path, name: str) -> bool:
     status = os.fstat(descriptor)
-    # A link would have us write into somebody else's file.
+    # Writing through a link would change somebody else's file.
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise ConfigurationError(f"{folder / FOLDER / name} is not a file of the sorter: move it away")
+        raise ConfigurationError(f"{folder / FOLDER / name} was not created by sorter: move it away")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _TAKEN:
+        if error.errno in _HELD:
             return False
-        if error.errno in _NO_LOCKS:
+        if error.errno in _UNSUPPORTED:
             raise ConfigurationError(
-                f"{folder} is on a file system without locks ({error.strerror}): sort a folder on another one"
+                f"{folder} is on a file system without locks ({error.strerror}): use a folder on another file system"
             ) from None
         raise
     now = datetime.now(UTC).isoformat(" ", "seconds")

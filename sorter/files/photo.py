@@ -1,6 +1,6 @@
-"""A photo as a file: which version of it, and how it is opened so that nothing else can be.
+"""A photo as a file: which version it is, and opening it in a way that can open nothing else.
 
-In: a folder and a relative path. Out: descriptors, and the `Identity` that tells one version of a file from another.
+In: a folder and a relative path. Out: descriptors, and the `Identity` that distinguishes versions of a file.
 """
 
 import contextlib
@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-"""To open what may be a photo: follows no link, waits for no FIFO's writer, takes no terminal."""
+"""For opening what may be a photo: follows no symbolic link, does not wait for a FIFO's writer, acquires no terminal."""
 
 
 class Identity(NamedTuple):
-    """What tells one version of a file from another: any write, replacement or exchange changes it.
+    """Distinguishes versions of a file: any write or replacement changes it.
 
-    The time of the last status change catches a writer who sets the modification time back; a rename or a new hard
-    link changes it too, so after a move only the other four are comparable: `is_same_file`.
+    The status change time catches a writer who sets the modification time back. A rename or a new hard link changes it
+    too, so after a move only the other four fields are comparable: `is_same_file`.
     """
 
     device: int
@@ -30,11 +30,11 @@ class Identity(NamedTuple):
 
     @classmethod
     def of(cls, status: os.stat_result) -> "Identity":
-        """Take the identity from a stat."""
+        """The identity in a stat result."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def is_same_file(self, other: "Identity") -> bool:
-        """Tell whether this is that file, perhaps under another name."""
+        """True if this is the same version of the same file, perhaps under another name."""
         return self[:4] == other[:4]
 
 
@@ -45,7 +45,7 @@ class Photo:
     Attributes:
         root: the inbox.
         name: its path inside the inbox, `a.jpg` or `holiday/a.jpg`.
-        identity: what it was when it was settled.
+        identity: of the settled version.
         seen: when this version was first seen, in seconds since the epoch.
     """
 
@@ -56,12 +56,12 @@ class Photo:
 
     @property
     def path(self) -> str:
-        """The whole path, as logs and history name it."""
+        """The full path, as in logs and history."""
         return os.path.join(self.root, self.name)
 
 
 def open_folder(root: Path, relative: str) -> int:
-    """Open a folder inside `root`, following no symbolic link on the way: a swapped folder cannot lead elsewhere.
+    """Open a folder inside `root` without following symbolic links: a swapped folder cannot lead elsewhere.
 
     Returns:
         A descriptor that the caller closes.
@@ -69,7 +69,7 @@ def open_folder(root: Path, relative: str) -> int:
     Raises:
         OSError: it is gone, not a folder, or a symbolic link.
     """
-    # The root itself may be a symbolic link: it is the user's own word.
+    # The root itself may be a symbolic link: the user chose it.
     folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     for part in filter(None, relative.split("/")):
         try:
@@ -82,7 +82,7 @@ def open_folder(root: Path, relative: str) -> int:
 
 @contextlib.contextmanager
 def opened_folder(root: Path, relative: str) -> Iterator[int]:
-    """`open_folder` for the time of a `with`."""
+    """`open_folder` as a context manager."""
     descriptor = open_folder(root, relative)
     try:
         yield descriptor
@@ -105,7 +105,7 @@ def open_file(photo: Photo) -> int:
 
 
 def file_of(path: Path | str | int) -> tuple[int, int] | None:
-    """The device and inode of a path or a descriptor, None where nothing is to be found."""
+    """The device and inode of a path or a descriptor; None if it does not exist."""
     try:
         status = os.stat(path)
     except OSError:

@@ -1,4 +1,4 @@
-"""Files that are complete or absent: written under a hidden name beside their own and renamed at the end."""
+"""Files that are complete or absent: written under a hidden name in the same folder, then renamed."""
 
 import os
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def unfinished(path: Path) -> Path:
-    """The name of a file until it is complete; a killed process may leave it behind."""
+    """The temporary name of a file until it is complete; a killed process may leave it behind."""
     return path.with_name(f".{path.name}.part")
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield a name to write to; at the end it is synced and becomes `path`, after an error `path` stays as it was."""
+    """Yield a name to write to. At the end the file is synced and renamed to `path`; after an error `path` is unchanged."""
     part = unfinished(path)
     try:
         yield part
