@@ -174,12 +174,12 @@ def test_a_missing_inbox_is_reported_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     box = inbox(root)
     root.rmdir()
-    with pytest.raises(InboxGoneError, match="put it back"):
+    with pytest.raises(InboxGoneError, match="restore it"):
         names(box)
     with pytest.raises(InboxGoneError):
         box.check()
     (tmp_path / "other").rename(root)
-    with pytest.raises(InboxGoneError, match="another folder"):
+    with pytest.raises(InboxGoneError, match="different folder"):
         box.check()
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import structlog
 from conftest import make_tree, photo
 
 from sorter.classifier.manifest import MANIFEST, WEIGHTS, Class, Input, Manifest, digest_of, read, write
@@ -74,6 +75,7 @@ class InProcess:
             for name, value in variables.items():
                 changed.setenv(name, value)
             changed.chdir(folder)
+            structlog.reset_defaults()  # another test in this process may have configured the log
             return main(arguments), self.capsys.readouterr().err
 
 
@@ -285,7 +287,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         "size mismatch",
     ),
     "an unknown architecture": (edited(lambda m: m.update(architecture="resnet5000")), "unknown architecture"),
-    "an input smaller than the architecture can see": (edited(lambda m: m["input"].update(size=16)), "cannot answer"),
+    "an input smaller than the architecture can see": (edited(lambda m: m["input"].update(size=16)), "cannot run"),
     "an absurd input size": (edited(lambda m: m["input"].update(size=10**9)), "input.size"),
     "a head wider than any memory": (edited(lambda m: m.update(head_hidden=[65536] * 16)), "do not fit"),
     "a head without width": (edited(lambda m: m.update(head_hidden=[0])), "head_hidden"),
