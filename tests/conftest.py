@@ -16,6 +16,7 @@ from uuid import uuid4
 import numpy as np
 import numpy.typing as npt
 import pytest
+import structlog
 from PIL import Image
 
 from sorter.classifier.engine import Engine
@@ -30,6 +31,13 @@ from sorter.settings import Settings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONG_AGO = time.time() - 3600
+
+
+@pytest.fixture(autouse=True)
+def _unconfigured_log() -> Iterator[None]:
+    """No test inherits the log configuration of another in its process."""
+    yield
+    structlog.reset_defaults()
 
 
 def photo(seed: int = 0, size: tuple[int, int] = (96, 64), kind: str = "JPEG") -> bytes:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-"""For opening what may be a photo: follows no symbolic link, does not wait for a FIFO's writer, acquires no terminal."""
+"""For opening what may be a photo: follows no symbolic link, does not wait for a FIFO's writer, takes no terminal."""
 
 
 class Identity(NamedTuple):
