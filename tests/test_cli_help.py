@@ -20,6 +20,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     for name in os.environ:
         if name.upper().startswith("SORTER_"):
             monkeypatch.delenv(name)

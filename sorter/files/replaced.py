@@ -13,7 +13,7 @@ def unfinished(path: Path) -> Path:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield a name to write to. At the end the file is synced and renamed to `path`; after an error `path` is as before."""
+    """Yield a name to write to. At the end it is synced and renamed to `path`; after an error `path` is as before."""
     part = unfinished(path)
     try:
         yield part
