@@ -10,6 +10,7 @@ from sorter.errors import ConfigurationError, StorageError
 from sorter.files import FOLDER, file_systems
 from sorter.files.photo import Identity
 from sorter.history import store as history_module
+from sorter.history.reader import HistoryReader
 from sorter.history.store import NAME, History, Move, Run
 
 RUN = Run("r1", "1.0", "model")
@@ -132,6 +133,52 @@ def test_the_next_version_of_the_schema_keeps_what_is_there(output: Path, monkey
     assert History(output).unfinished() == [move(1)]
     assert rows(output, "PRAGMA user_version") == [(history_module.VERSION + 1,)]
     assert rows(output, "SELECT stars FROM moves") == [(None,)]
+
+
+@pytest.fixture
+def version_3(output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An output whose history is from before sidecars were called that: one photo, and its sidecar."""
+    with monkeypatch.context() as patch:
+        patch.setattr(history_module, "_MIGRATIONS", history_module._MIGRATIONS[:3])
+        history = History(output)
+        history.begin(RUN)
+        moves = [move(1, name="a.jpg"), move(2, name="a.xmp", source="a.xmp", kind="companion", follows="a.jpg")]
+        history.intend(moves[:1])
+        history.settle(moves[:1], [])
+        history.intend(moves[1:])
+        history.settle(moves[1:], [])
+        history.close()
+    assert rows(output, "PRAGMA user_version") == [(3,)]
+    return output
+
+
+def test_the_companions_of_version_3_become_sidecars(version_3: Path) -> None:
+    History(version_3).close()
+    assert rows(version_3, "SELECT kind, follows FROM moves ORDER BY id") == [("sorted", None), ("sidecar", 1)]
+    indexes = rows(version_3, "SELECT name FROM sqlite_schema WHERE type = 'index'")
+    assert ("moves_sidecars",) in indexes
+    assert ("moves_companions",) not in indexes
+
+
+def test_a_reader_that_opens_a_history_of_version_3_takes_its_companions_for_sidecars(version_3: Path) -> None:
+    reader = HistoryReader(version_3)
+    assert [(entry.kind, entry.follows) for entry in reader.entries()] == [("sorted", None), ("sidecar", 1)]
+    assert reader.counts().folders == {"cats": 1}
+    assert [entry.kind for entry in reader.undoable()] == ["sorted", "sidecar"]
+    reader.close()
+
+
+def test_a_reader_takes_companions_for_sidecars_also_where_an_old_history_came_back_meanwhile(
+    version_3: Path,
+) -> None:
+    old = (version_3 / FOLDER / NAME).read_bytes()
+    reader = HistoryReader(version_3)
+    for path in (version_3 / FOLDER).iterdir():
+        path.unlink()
+    make_tree(version_3, {f"{FOLDER}/new": old})
+    (version_3 / FOLDER / "new").rename(version_3 / FOLDER / NAME)
+    assert [entry.kind for entry in reader.entries()] == ["sorted", "sidecar"]
+    reader.close()
 
 
 def test_dates_that_need_more_than_64_bits_come_back(output: Path) -> None:

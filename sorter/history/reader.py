@@ -103,11 +103,6 @@ class HistoryReader:
                     f"{output} has no history: nothing was sorted into it yet, or name its --output"
                 )
             self._open()
-            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-            if version != history.VERSION:
-                self._connection.close()
-                History(output).close()  # brings an older one up to date, and refuses a newer one
-                self._open()
         except sqlite3.DatabaseError as error:
             raise ConfigurationError(f"the history {self.path} cannot be read ({error})") from None
         except OSError as error:
@@ -117,6 +112,11 @@ class HistoryReader:
 
     def _open(self) -> None:
         self._connection = _opened(self.path)
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        if version != history.VERSION:
+            self._connection.close()
+            History(self._output).close()  # migrates an older one, and refuses a newer one
+            self._connection = _opened(self.path)
         self._file = file_of(self.path)
 
     def close(self) -> None:
