@@ -43,10 +43,10 @@ test: $(VENV)/.installed-dev ## run the tests, except the long ones
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 long: $(VENV)/.installed-dev ## run the tests that take minutes
-	@$(BIN)/python -m pytest -m long
+	@$(BIN)/python -m pytest -m long --numprocesses 2 --dist loadscope
 
 torture: $(VENV)/.installed-dev ## run the long proofs of safety: kills, errors, races, broken files
-	@$(BIN)/python -m pytest -m torture
+	@$(BIN)/python -m pytest -m torture --numprocesses 2
 
 check: $(VENV)/.installed-dev ## ruff, ruff format, mypy --strict, and the imports between packages
 	@$(BIN)/ruff check .

@@ -166,18 +166,18 @@ def open_to_all(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-_PROVED = pytest.StashKey[list[str]]()
-
-
 @pytest.fixture
 def proved(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Collects sentences with the figures of a proof, printed at the end of the test run."""
-    return request.config.stash.setdefault(_PROVED, []).append
+    # In the test's report, because that is what comes back from another process (--numprocesses).
+    return lambda line: request.node.user_properties.append(("proved", line))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    for line in config.stash.get(_PROVED, []):
-        terminalreporter.write_line(f"proved: {line}")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for report in terminalreporter.getreports("passed"):
+        for name, line in report.user_properties:
+            if name == "proved":
+                terminalreporter.write_line(f"proved: {line}")
 
 
 @pytest.fixture

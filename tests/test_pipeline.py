@@ -179,6 +179,9 @@ def test_while_the_output_accepts_no_photos_the_stages_before_it_stand_still_and
             break
         accepted += 1
     assert 4 < accepted < 40
+    deadline = time.monotonic() + 20
+    while pipeline.blocked is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert "cats" in (pipeline.blocked or "")
     assert set(read_tree(tmp_path / "in")) == set(files)
     assert set(read_tree(tmp_path / "out")) == {"cats"}
