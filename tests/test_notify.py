@@ -150,7 +150,9 @@ class Loop:
         self.thread = threading.Thread(target=self.service.run, args=(Watcher(found),))
 
     def sort(self, name: str, color: tuple[int, int, int] = RED) -> None:
-        make_tree(self.inbox, {name: plain(color)})
+        # Renamed into place: with no settling time, a file that is still being written would be looked at too early.
+        make_tree(self.inbox, {f".{name}": plain(color)})
+        (self.inbox / f".{name}").rename(self.inbox / name)
         _wait_for(lambda: (self.output / ("cats" if color == RED else "dogs") / name).exists())
 
     def end(self) -> None:

@@ -1,7 +1,7 @@
-"""One photo, from an open descriptor to the pixels that the network wants.
+"""One photo, from an open descriptor to the network's input.
 
-In: a file descriptor and the model's `Preprocessing`. Out: an RGB picture (S, S), turned as EXIF says, transparency on
-white; or a `PhotoError` with a reason code. The trainer decodes with this module too: another decoder or resizer
+In: a file descriptor and the model's `Preprocessing`. Out: an RGB picture (S, S), rotated by its EXIF, transparency on
+white; or a `PhotoError` with a reason code. The trainer decodes with this module too: a different decoder or resizer
 costs more accuracy than 8-bit weights do.
 
 Runs inside the decoder processes (`decoders.py`), so it imports neither torch nor numpy.
@@ -23,10 +23,10 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from sorter.errors import PhotoError, Reason
 
 SIGNATURE_BYTES = 64
-# How much of the shrinking is left to the filter, as Pillow means it; 3 looks like no gap at all.
+# Pillow's `reducing_gap`: at 3 the result is indistinguishable from filtering at full size.
 _REDUCING_GAP = 3.0
 _BAND_PIXELS = 4_000_000
-# What the last bytes of a whole file hold; a few stray bytes may follow.
+# What a complete file ends with; a few stray bytes may follow.
 _ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
 
 # EXIF orientation -> the transposition that puts the picture upright (CIPA DC-008, 4.6.4.A).
@@ -39,18 +39,18 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Bytes a pixel that decoding may need at once. A library that gets no memory says that the picture is broken: JPEG's
-# coefficients in a progressive one, WebP's two canvases, AVIF's planes, TIFF's strips come beside the picture itself.
+# Bytes per pixel that decoding may need, since a library that gets no memory reports a broken picture. Besides the
+# picture itself: coefficients of a progressive JPEG, WebP's two canvases, AVIF's planes, TIFF's strips.
 _NEEDED_BYTES = {"JPEG": 6, "MPO": 6, "WEBP": 20, "AVIF": 16, "HEIF": 16, "TIFF": 16}
 _BMP_HEADER_SIZES = (12, 16, 40, 52, 56, 64, 108, 124)
 
-# A worker is a thread's worth of work already; a phone's depth maps and thumbnails are not looked at.
+# Workers are parallel already, so one thread each; a phone's depth maps and thumbnails are not needed.
 pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
-Image.init()  # registers AVIF and MPO, which the usual few formats leave out
-with contextlib.suppress(ImportError):  # Pillow has it from 11.3 on
+Image.init()  # registers AVIF and MPO too
+with contextlib.suppress(ImportError):  # since Pillow 11.3
     from PIL import AvifImagePlugin
 
-    # A worker is a thread's worth of work already, and on 64 processors the stacks of 64 more fill its memory.
+    # On 64 CPUs the stacks of 64 threads would fill a worker's memory.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
 _EXTENSIONS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
@@ -63,15 +63,15 @@ _EXTENSIONS = {
     "AVIF": (".avif",),
     "HEIF": (".heic", ".heif", ".hif"),
 }
-# JPEG's markers, but for those that stand alone between the bytes of a scan; encoders make a dozen scans.
+# JPEG's markers, except those without a length inside a scan. Encoders make about a dozen scans.
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
-_START_OF_SCAN, _END_OF_IMAGE, _MOST_SCANS = b"\xff\xda", b"\xff\xd9", 100
-_MOST_JPEG_BYTES = 100_000_000
+_START_OF_SCAN, _END_OF_IMAGE, _MAX_SCANS = b"\xff\xda", b"\xff\xd9", 100
+_MAX_JPEG_BYTES = 100_000_000
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 FORMATS = tuple(name for name in _EXTENSIONS if name in Image.OPEN)
 EXTENSIONS = frozenset(extension for name in FORMATS for extension in _EXTENSIONS[name])
 
-ImageFile.LOAD_TRUNCATED_IMAGES = False  # True would hide files that are only half there
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # True would hide incomplete files
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
@@ -80,9 +80,9 @@ class Preprocessing:
     """How a photo becomes the network's input.
 
     Attributes:
-        size: the side S of the square that the network sees, pixels.
+        size: the side S of the network's square input, pixels.
         crop: `squash` scales both sides to S; `center` scales the short side to `resize` and cuts S x S out of the
-            middle; `none` keeps the whole picture with a short side of at most `resize`, for training to cut from.
+            middle; `none` keeps the full picture with a short side of at most `resize`, for training to cut from.
         resize: the short side before or without a crop, pixels.
     """
 
@@ -93,7 +93,7 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is refused before it is decoded, and what memory there is. Megapixels are millions of pixels."""
+    """What is refused before decoding, and how much memory there is. Megapixels are millions of pixels."""
 
     max_megapixels: float = 100.0
     max_jpeg_megapixels: float = 250.0
@@ -101,7 +101,7 @@ class Limits:
 
 
 def has_signature(head: bytes) -> bool:
-    """Tell whether a file's first `SIGNATURE_BYTES` bytes are those of a format that is decoded here."""
+    """True if a file's first `SIGNATURE_BYTES` bytes are those of a supported format."""
     if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")):
         return True
     if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
@@ -109,11 +109,11 @@ def has_signature(head: bytes) -> bool:
     if head[:4] == b"RIFF":
         return head[8:12] == b"WEBP"
     if head[4:8] == b"ftyp":
-        # `mif1` is the container of both: the compatible brands say which it is.
+        # AVIF and HEIC share the container `mif1`: the compatible brands say which it is.
         if b"avif" in head[8:] or b"avis" in head[8:]:
             return "AVIF" in FORMATS
         return any(brand in head[8:] for brand in _HEIC_BRANDS)
-    # Two letters are no signature; with a header size that exists they are.
+    # Two letters alone are too common: require a valid header size too.
     return head[:2] == b"BM" and len(head) >= 18 and struct.unpack_from("<I", head, 14)[0] in _BMP_HEADER_SIZES
 
 
@@ -130,7 +130,7 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
 
     Raises:
         PhotoError: the file cannot be read as a photo.
-        OSError: the file cannot be read at all (a failing disk, a share that went away); says nothing of the photo.
+        OSError: the file cannot be read (a failing disk, a lost network share); the photo itself may be fine.
     """
     with open(descriptor, "rb", closefd=False) as file:
         return decode_file(file, preprocessing, limits)
@@ -139,15 +139,15 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
 def decode_file(
     file: BinaryIO, preprocessing: Preprocessing, limits: Limits, orientation: int | None = None
 ) -> Image.Image:
-    """Decode the first frame of a file that is open already, or in memory, as `decode` does.
+    """Decode the first frame of an open or in-memory file, as `decode` does.
 
     Args:
         file: read from its start.
         preprocessing: size and crop.
         limits: what is refused.
-        orientation: which way up it is, as EXIF counts it, if the file is not to be asked.
+        orientation: EXIF orientation that overrides the file's own.
     """
-    # Set here, not once: the limits are settings.
+    # Set for each call: the limits are settings.
     Image.MAX_IMAGE_PIXELS = int(max(limits.max_megapixels, limits.max_jpeg_megapixels) * 1e6)
     file.seek(0)
     tracked = _Tracked(file)
@@ -200,27 +200,27 @@ def _check_size(image: Image.Image, limits: Limits) -> None:
 
 
 def _check_scans(file: io.BufferedIOBase) -> None:
-    """Refuse a progressive JPEG that is made to keep a processor busy: each scan is a pass over the whole picture."""
+    """Refuse a progressive JPEG made to keep a CPU busy: each scan is a pass over the full picture."""
     position = file.tell()
     file.seek(0)
-    content = file.read(_MOST_JPEG_BYTES)
+    content = file.read(_MAX_JPEG_BYTES)
     file.seek(position)
-    at, scans = 2, 0
-    while (found := _MARKER.search(content, at)) is not None and found[0] != _END_OF_IMAGE:
+    offset, scans = 2, 0
+    while (found := _MARKER.search(content, offset)) is not None and found[0] != _END_OF_IMAGE:
         scans += found[0] == _START_OF_SCAN
-        at = found.end() + int.from_bytes(content[found.end() : found.end() + 2])  # the length of what the marker names
-    if scans > _MOST_SCANS:
-        raise PhotoError(Reason.CORRUPT, f"{scans} scans, and no photo has more than {_MOST_SCANS}")
+        offset = found.end() + int.from_bytes(content[found.end() : found.end() + 2])  # skip the segment
+    if scans > _MAX_SCANS:
+        raise PhotoError(Reason.CORRUPT, f"{scans} scans; the limit is {_MAX_SCANS}")
 
 
 def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int | None) -> Image.Image:
     short = preprocessing.size if preprocessing.crop == "squash" else preprocessing.resize
     if image.format in ("JPEG", "MPO"):
-        # libjpeg scales while it decodes, to the smallest of 1/8, 1/4, 1/2 that still covers what is asked for.
+        # libjpeg scales while it decodes, to the smallest of 1/8, 1/4, 1/2 that still covers the target.
         image.draft(None, (short, short))
     image.load()
     if orientation is None:
-        orientation = _orientation(image)  # after loading: Pillow turns TIFFs itself, and then says so
+        orientation = _orientation(image)  # after loading: Pillow rotates TIFFs itself and resets it
     width, height = image.size
     if preprocessing.crop == "squash":
         size = (short, short)
@@ -229,8 +229,8 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int |
         if preprocessing.crop == "none":
             scale, short = min(scale, 1.0), 1
         size = (max(short, round(width * scale)), max(short, round(height * scale)))
-    # What `resize` does with a reducing gap, except that here no copy of the whole picture is ever made.
-    across, down = (int(side / wanted / _REDUCING_GAP) or 1 for side, wanted in zip(image.size, size, strict=True))
+    # As `resize` with a reducing gap, but without ever copying the full picture.
+    across, down = (int(side / target / _REDUCING_GAP) or 1 for side, target in zip(image.size, size, strict=True))
     reduced = _reduced(image, across, down)
     small = reduced.resize(size, Image.Resampling.BILINEAR, box=(0, 0, width / across, height / down))
     if small.mode == "RGBa":
@@ -241,14 +241,14 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int |
     if small.mode == "RGBA":
         small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
     small = small.convert("RGB")
-    # Turned last: a square turns at no cost, twelve megapixels do not.
+    # Rotated last: a small square costs nothing to rotate, twelve megapixels do.
     return small.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else small
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # EXIF is metadata: whatever is wrong with it, the picture counts
+    except Exception:  # EXIF is metadata: even if it is broken, the picture counts
         return 1
     return value if isinstance(value, int) else 1
 
@@ -256,8 +256,8 @@ def _orientation(image: Image.Image) -> int:
 def _reduced(image: Image.Image, across: int, down: int) -> Image.Image:
     """Average blocks of `across` by `down` pixels, in RGB, or in RGBa where the picture is transparent.
 
-    A band of rows at a time: most modes need two or three copies on their way to RGB, and a picture of 100 megapixels
-    takes 400 MB in each.
+    Works on a band of rows at a time: most modes need two or three copies on their way to RGB, each 400 MB for a
+    picture of 100 megapixels.
     """
     width, height = image.size
     rows = max(1, _BAND_PIXELS // (width * down)) * down
@@ -276,7 +276,7 @@ def _reduced(image: Image.Image, across: int, down: int) -> Image.Image:
 
 
 def _without_depth(image: Image.Image, low_and_high: tuple[float, float] | None) -> Image.Image:
-    """Bring any of Pillow's modes to RGB, or to RGBa where it is transparent, with 8 bits a channel."""
+    """Convert any of Pillow's modes to RGB, or to RGBa if transparent, with 8 bits per channel."""
     if low_and_high is not None:  # 16-bit greys, 32-bit integers, floats
         low, high = low_and_high
         return image.convert("F").point(lambda value: (value - low) * (255 / (high - low))).convert("L").convert("RGB")
@@ -286,41 +286,41 @@ def _without_depth(image: Image.Image, low_and_high: tuple[float, float] | None)
 
 
 def _low_and_high(image: Image.Image, bands: list[tuple[int, int, int, int]]) -> tuple[float, float]:
-    """What counts as black and as white: the narrowest usual range that holds the picture, else the picture's own."""
+    """The values of black and white: the narrowest usual range that contains the picture, else the picture's own."""
     extremes = [float(value) for band in bands for value in image.crop(band).convert("F").getextrema()]  # type: ignore[arg-type]
     if not all(map(math.isfinite, extremes)):
-        raise PhotoError(Reason.CORRUPT, "its pixels are not finite numbers")
+        raise PhotoError(Reason.CORRUPT, "its pixel values are not finite numbers")
     low, high = min(extremes), max(extremes)
     return next(((0.0, white) for white in (1.0, 255.0, 65535.0) if low >= 0 and high <= white), (low, high))
 
 
 def _reason(error: Exception, file: _Tracked, limits: Limits, needed_bytes: int) -> Exception:
-    """Turn what a decoder raised into a reason code, or hand back the disk's own failure."""
+    """Turn a decoder's exception into a `PhotoError`, or return the failed read behind it."""
     if file.failure is not None:
         return file.failure
-    said = str(error) or type(error).__name__
+    detail = str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
-        said = "the header cannot be read"
+        detail = "the header cannot be read"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        most, most_jpeg = limits.max_megapixels, limits.max_jpeg_megapixels
-        return PhotoError(
-            Reason.TOO_MANY_PIXELS, f"the limit is {most_jpeg:g} megapixels for JPEG, {most:g} megapixels for others"
-        )
+        others, jpeg = limits.max_megapixels, limits.max_jpeg_megapixels
+        return PhotoError(Reason.TOO_MANY_PIXELS, f"the limit is {jpeg:g} megapixels for JPEG, {others:g} for others")
     file.seek(0)
     head = file.read(SIGNATURE_BYTES)
     if not head:
-        return PhotoError(Reason.EMPTY, "the file has no bytes")
+        return PhotoError(Reason.EMPTY, "the file is empty")
     if not has_signature(head):
-        return PhotoError(Reason.NOT_A_PHOTO, "its name says photo, its content does not")
-    if ends_early(file, head) or isinstance(error, (EOFError, zlib.error)) or "truncated" in said.lower():
-        return PhotoError(Reason.TRUNCATED, said)
+        return PhotoError(Reason.NOT_A_PHOTO, "it is named like a photo, but its content is something else")
+    if ends_early(file, head) or isinstance(error, (EOFError, zlib.error)) or "truncated" in detail.lower():
+        return PhotoError(Reason.TRUNCATED, detail)
     if needed_bytes > limits.memory_bytes:
-        return PhotoError(Reason.OUT_OF_MEMORY, f"so many pixels need too much memory in this format ({said})")
-    return PhotoError(Reason.CORRUPT, said)
+        return PhotoError(
+            Reason.OUT_OF_MEMORY, f"decoding this many pixels of this format needs too much memory ({detail})"
+        )
+    return PhotoError(Reason.CORRUPT, detail)
 
 
 def ends_early(file: io.BufferedIOBase, head: bytes) -> bool:
-    """Tell whether a file ends before its format says that it does; not every decoder says so."""
+    """True if a file ends earlier than its format says; not every decoder reports it."""
     size = file.seek(0, io.SEEK_END)
     for signature, end in _ENDS.items():
         if head.startswith(signature):
