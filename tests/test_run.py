@@ -199,7 +199,7 @@ def test_an_inbox_that_vanishes_ends_once_with_1(tmp_path: Path, start: Start) -
     os.rename(inbox, tmp_path / "away")
     code, _ = running.finish()
     assert code == 1
-    assert "put it back" in running.events("run.failed")[0]["detail"]
+    assert "restore it" in running.events("run.failed")[0]["detail"]
     assert len(read_tree(tmp_path / "away")) + len(read_tree(tmp_path / "out")) == 300
 
 
