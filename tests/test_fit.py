@@ -32,7 +32,7 @@ from sorter.inbox.scan import Inbox
 from sorter.settings import Settings
 from trainer import arguments
 from trainer.cli import main
-from trainer.fitting import recipes, sources, weights
+from trainer.fitting import fit, recipes, sources, weights
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch and NNCF warn about themselves
 
@@ -56,9 +56,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_cache_and_one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        # torch's threads spin while they wait for each other: with several, tests side by side take many times as long.
+        patch.setattr(fit, "available_cpus", lambda: 1)
         yield
 
 

@@ -16,16 +16,18 @@ from test_fit import red_and_green
 
 from sorter.classifier import network
 from trainer import cli
-from trainer.fitting import checkpoint
+from trainer.fitting import checkpoint, fit
 from trainer.packaging import package
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.filterwarnings("default")]  # torch warns about itself
 
-# A checkpoint after each step, so that a kill finds one within an epoch.
+# One thread, because torch's threads spin while they wait for each other. A checkpoint after each step, so that a kill
+# finds one within an epoch.
 TRAINER = """
 import sys
 from trainer import cli
-from trainer.fitting import loop
+from trainer.fitting import fit, loop
+fit.available_cpus = lambda: 1
 loop.CHECKPOINT_SECONDS = {seconds}
 sys.exit(cli.main())
 """
@@ -43,7 +45,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
 
 
-def fit(dataset: Path, output: Path, *options: str) -> list[str]:
+def fit_arguments(dataset: Path, output: Path, *options: str) -> list[str]:
     return ["fit", "--data", str(dataset), "--output", str(output), *OPTIONS, *RECIPE, *options]
 
 
@@ -105,11 +107,12 @@ def test_a_killed_fit_resumes_and_ends_with_the_same_numbers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
+    monkeypatch.setattr(fit, "available_cpus", lambda: 1)
     small = ("--arch", "shufflenet_v2_x1_0")  # its checkpoints are a tenth of a ResNet18's
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
-    epochs, weights = fit_without_packaging(fit(dataset, uninterrupted, *small), monkeypatch, capsys)
-    kill_within_an_epoch(fit(dataset, killed, *small), killed, environment)
-    resume = fit(dataset, killed, *small, "--resume")
+    epochs, weights = fit_without_packaging(fit_arguments(dataset, uninterrupted, *small), monkeypatch, capsys)
+    kill_within_an_epoch(fit_arguments(dataset, killed, *small), killed, environment)
+    resume = fit_arguments(dataset, killed, *small, "--resume")
     remaining, resumed_weights = fit_without_packaging(resume, monkeypatch, capsys)
     assert 0 < len(remaining) < len(epochs)
     assert remaining == epochs[-len(remaining) :]
@@ -128,9 +131,9 @@ def test_a_resumed_fit_writes_the_model_folder_of_an_uninterrupted_one(
     dataset: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
     uninterrupted, killed = tmp_path / "model", tmp_path / "again" / "model"
-    finish(command(fit(dataset, uninterrupted)), environment)
-    kill_within_an_epoch(fit(dataset, killed), killed, environment)
-    said = finish(command(fit(dataset, killed, "--resume")), environment)
+    finish(command(fit_arguments(dataset, uninterrupted)), environment)
+    kill_within_an_epoch(fit_arguments(dataset, killed), killed, environment)
+    said = finish(command(fit_arguments(dataset, killed, "--resume")), environment)
     assert "resuming from" in said
     assert metrics(killed) == metrics(uninterrupted)
     assert (killed / "weights.safetensors").read_bytes() == (uninterrupted / "weights.safetensors").read_bytes()
@@ -142,11 +145,11 @@ def test_two_processes_fit_the_same_model_as_one(dataset: Path, environment: dic
     # Frozen statistics, as with any pretrained backbone: each process normalises its half in the same way.
     (tmp_path / "w.safetensors").write_bytes(network.half(network.build("resnet18", (), 2).state_dict()))
     weights = ("--weights", str(tmp_path / "w.safetensors"))
-    finish(command(fit(dataset, tmp_path / "one", *weights)), environment)
+    finish(command(fit_arguments(dataset, tmp_path / "one", *weights)), environment)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    arguments = fit(dataset, tmp_path / "two", *weights)
+    arguments = fit_arguments(dataset, tmp_path / "two", *weights)
     said = finish([*launcher, f"--master-port={port}", "-m", "trainer", *arguments], environment)
     assert said.count('"event": "epoch"') == len(metrics(tmp_path / "two")), "only one of them reports"
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
