@@ -113,7 +113,7 @@ def test_missing_weights_are_refused_by_name(folder: Path) -> None:
 
 def test_a_manifest_that_names_no_weights_is_refused(folder: Path) -> None:
     change(folder, lambda content: content["files"].clear())
-    assert f"names no {WEIGHTS}" in refusal(folder)
+    assert f"does not list {WEIGHTS}" in refusal(folder)
 
 
 def test_a_second_file_that_is_missing_is_refused_by_name(folder: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_temperature_that_is_not_positive_is_refused(folder: Path, temperature
 def test_a_file_outside_the_folder_is_refused(folder: Path, name: str) -> None:
     (folder.parent / "secret").write_bytes(b"secret")
     change(folder, lambda content: content["files"].update({name: digest_of(folder.parent / "secret")}))
-    assert "outside itself" in refusal(folder)
+    assert "outside the folder" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["", "a\0b"])

@@ -1,7 +1,7 @@
-"""Compiled networks, kept in the user's cache folder from one start to the next.
+"""Compiled networks, kept in the user's cache folder between starts.
 
-Compiling takes up to two seconds and comes to the same each time. OpenVINO has a cache of its own, which does not
-notice a file that is damaged inside; this one does. Whatever is wrong with the folder, the sorter goes on without it.
+Compiling takes up to two seconds and always gives the same result. OpenVINO has a cache of its own, but does not notice
+a damaged file in it; this cache does. If the folder cannot be used for any reason, the sorter runs without a cache.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def load(key: str) -> bytes | None:
-    """What was stored under a key; None if there is nothing, or nothing whole."""
+    """What was stored under a key; None if there is nothing, or if it is damaged."""
     try:
         content = _path(key).read_bytes()
     except (OSError, RuntimeError):
@@ -25,7 +25,7 @@ def load(key: str) -> bytes | None:
 
 
 def store(key: str, content: bytes) -> None:
-    """Keep something, if the folder takes it."""
+    """Store something under a key, if the folder can be written."""
     with contextlib.suppress(OSError, RuntimeError):
         path = _path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +34,6 @@ def store(key: str, content: bytes) -> None:
 
 
 def _path(key: str) -> Path:
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    base = named if named.is_absolute() else Path.home() / ".cache"  # RuntimeError for a user without a home
+    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    base = chosen if chosen.is_absolute() else Path.home() / ".cache"  # RuntimeError for a user without a home
     return base / "sorter" / f"{key}.blob"

@@ -1,10 +1,10 @@
 """The model folder: what a model is, beside its weights.
 
-    manifest.json         everything the sorter must know: classes and folders, preprocessing, figures, digests
+    manifest.json         everything the sorter needs to know: classes and folders, preprocessing, figures, digests
     weights.safetensors   the network's state dict in torchvision's names, fp16
     openvino.xml, .bin    the same network for OpenVINO, in 8 bits if that passed its gate
     openvino-fp16.xml, .bin   otherwise
-    neither.safetensors   what tells photos of none of the classes, if the head has a hidden layer
+    neither.safetensors   the outlier detector, if the head has a hidden layer
     README.md             the model card, for people
 
 `read` verifies versions and digests before anything is used, `write` makes a folder that `read` accepts. Nothing is
@@ -40,7 +40,7 @@ _MAX_NAME_BYTES = 255  # of a folder, on the usual file systems
 
 
 def _printable(text: str) -> str:
-    # It stands in logs, on terminals and in sentences of one line.
+    # Shown in logs, on terminals and in one-line messages.
     if not text.isprintable():
         raise ValueError(f"{ascii(text)[:60]} has characters that cannot be shown")
     return text
@@ -57,14 +57,14 @@ class _Part(BaseModel):
 
 
 class Class(_Part):
-    """One thing the network can say, and the folder of the photos it says it of."""
+    """A class of the network, and the folder for its photos."""
 
     label: Printable
     folder: str
 
 
 class Input(_Part):
-    """How a photo becomes the network's input; mean and standard deviation are of pixels from 0 to 1."""
+    """How a photo becomes the network's input; mean and standard deviation refer to pixels from 0 to 1."""
 
     size: int = Field(ge=16, le=1024)
     crop: Literal["squash", "center"]
@@ -75,7 +75,7 @@ class Input(_Part):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The part of it that makes the picture."""
+        """The part that decoding needs."""
         return Preprocessing(self.size, self.crop, self.resize)
 
 
@@ -94,9 +94,9 @@ class Evaluation(_Part):
 
 
 class Coverage(_Part):
-    """What share of the photos can be sorted without a person at some rate of errors.
+    """The share of photos that can be sorted at some error rate.
 
-    Photos whose confidence reaches the threshold are wrong at most at that rate, at a 95 % upper confidence bound.
+    Of the photos whose confidence reaches the threshold, at most `error_rate` are wrong: a 95 % upper confidence bound.
     """
 
     error_rate: Probability
@@ -105,22 +105,22 @@ class Coverage(_Part):
 
 
 class Int8(_Part):
-    """How often the 8-bit network and the 32-bit one agree, on photos that neither was fitted on."""
+    """How often the 8-bit and the 32-bit network agree, on photos that neither was fitted on."""
 
     photos: int = Field(gt=0)
     agreement: Probability
 
 
 class FirstLook(_Part):
-    """A look at the photo made smaller, for networks on a CPU; where it is sure enough, it is the only one.
+    """The low-resolution pass of the cascade, on a CPU; where it is confident, there is no full-size pass.
 
     Attributes:
-        size: of its side, pixels.
-        temperature: its own; a smaller picture makes a network less sure.
-        threshold: the confidence from which on nothing is looked at again.
-        photos: those that it was judged on, which nothing was fitted on.
-        enough: the share of them that one look was enough for.
-        agreement: the share of them that have the label which a look at the whole would give them.
+        size: of a side, pixels.
+        temperature: of this pass; at lower resolution a network is less confident.
+        threshold: the confidence from which on the low-resolution pass decides.
+        photos: how many calibration photos size, temperature and threshold were chosen on.
+        enough: the share of them that needed no full-size pass.
+        agreement: the share of them whose label is that of the full-size pass.
     """
 
     size: int = Field(ge=16, le=1024)
@@ -132,13 +132,13 @@ class FirstLook(_Part):
 
 
 class Neither(_Part):
-    """What tells photos that show none of the classes, with `neither.safetensors`: see `sorter.neither`.
+    """Which photos are outliers, according to the detector in `neither.safetensors` (`sorter.classifier.outliers`).
 
     Attributes:
-        score: what is compared; Mahalanobis's distance of the head's first hidden layer.
-        threshold: the distance above which a photo is taken for none of the classes.
-        photos: photos of the classes, which nothing was fitted on, that it was chosen on.
-        caught: the share of them that is above it, by mistake.
+        score: the Mahalanobis distance of the head's first hidden layer.
+        threshold: the distance above which a photo is an outlier.
+        photos: how many calibration photos, all of the classes, the threshold was chosen on.
+        caught: the share of them above the threshold, by mistake.
     """
 
     score: Literal["mahalanobis"] = "mahalanobis"
@@ -148,7 +148,7 @@ class Neither(_Part):
 
 
 class Manifest(_Part):
-    """A model folder's description; field by field what stands in `manifest.json`."""
+    """The fields of `manifest.json`."""
 
     format_version: int = Field(ge=1)
     name: Printable
@@ -167,7 +167,7 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        folders = [_as_a_disk_may_see_it(c.folder) for c in self.classes]
+        folders = [_normalised(c.folder) for c in self.classes]
         for folder, seen in zip((c.folder for c in self.classes), folders, strict=True):
             plain = re.fullmatch(r"[^/.][^/]*", folder) and folder.isprintable()
             if not plain or len(os.fsencode(folder)) > _MAX_NAME_BYTES or seen in RESERVED_FOLDERS:
@@ -177,27 +177,27 @@ class Manifest(_Part):
         if self.input.crop == "center" and self.input.resize < self.input.size:
             raise ValueError("a center crop needs a resize of at least the input size")
         if self.first_look is not None and self.first_look.size >= self.input.size:
-            raise ValueError("the first look is not smaller than the input")
+            raise ValueError("first_look.size is not smaller than the input size")
         if self.neither is not None and not self.head_hidden:
-            raise ValueError("neither needs a head with a hidden layer")
+            raise ValueError("an outlier detector (neither) needs a head with a hidden layer")
         return self
 
     @property
     def accuracy(self) -> float | None:
-        """On photos that nothing was chosen on; None if that was never measured."""
+        """On the test photos; None if it was not measured."""
         return next((e.accuracy for e in self.evaluations if e.role == "test"), None)
 
 
-def _as_a_disk_may_see_it(folder: str) -> str:
-    """What two names have in common that are one folder on a disk that ignores case or composes accents."""
+def _normalised(folder: str) -> str:
+    """Equal for two names that are one folder on a file system that ignores case or composes accents."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", folder).casefold())
 
 
 def read(folder: Path) -> Manifest:
-    """Read a model folder's manifest and verify the files beside it.
+    """Read a model folder's manifest and verify the files that it names.
 
     Raises:
-        ModelError: it is not there, not understood, of a newer format, or a file differs from its digest.
+        ModelError: it is missing, invalid or of a newer format, or a file differs from its digest.
     """
     path = folder / MANIFEST
     try:
@@ -205,15 +205,15 @@ def read(folder: Path) -> Manifest:
             text = file.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise ModelError(
-            f"there is no model in {folder} ({error.strerror}: {MANIFEST}): name a model folder with --model"
+            f"there is no model in {folder} ({error.strerror}: {MANIFEST}): give a model folder with --model"
         ) from None
     if len(text) > MAX_MANIFEST_BYTES:
-        raise ModelError(f"{path} is too large to be a manifest: name a model folder with --model")
+        raise ModelError(f"{path} is too large to be a manifest: give a model folder with --model")
     version = re.search(rb'"format_version"\s*:\s*0*(\d+)', text)
-    digits = version[1][:9].decode() if version else "0"  # Python refuses to read thousands of them
+    digits = version[1][:9].decode() if version else "0"  # Python refuses to parse thousands of digits
     if int(digits) > FORMAT_VERSION:
         raise ModelError(
-            f"the model in {folder} has format {digits} and this sorter knows {FORMAT_VERSION}: upgrade it"
+            f"the model in {folder} has format {digits}, this sorter reads up to {FORMAT_VERSION}: upgrade sorter"
         )
     try:
         manifest = Manifest.model_validate_json(text)
@@ -223,9 +223,9 @@ def read(folder: Path) -> Manifest:
         where = where if where.isprintable() and len(where) < 100 else ascii(where)[:100]
         raise ModelError(f"{path} is not a valid manifest ({where}: {first['msg']}): export the model again") from None
     if WEIGHTS not in manifest.files:
-        raise ModelError(f"{path} names no {WEIGHTS}: export the model again")
+        raise ModelError(f"{path} does not list {WEIGHTS}: export the model again")
     if manifest.neither is not None and NEITHER not in manifest.files:
-        raise ModelError(f"{path} names no {NEITHER}: export the model again")
+        raise ModelError(f"{path} does not list {NEITHER}: export the model again")
     for name, digest in manifest.files.items():
         _verify(folder, name, digest)
     return manifest
@@ -233,15 +233,15 @@ def read(folder: Path) -> Manifest:
 
 def _verify(folder: Path, name: str, digest: str) -> None:
     if "/" in name or not name.isprintable() or name.startswith("."):
-        raise ModelError(f"the model in {folder} names a file outside itself ({ascii(name)[:100]}): do not use it")
+        raise ModelError(f"the model in {folder} lists a file outside the folder ({ascii(name)[:100]}): do not use it")
     try:
         found = digest_of(folder / name)
     except OSError as error:
         raise ModelError(
-            f"the model in {folder} cannot be used: {name[:100]}: {error.strerror}; copy the whole folder again"
+            f"the model in {folder} cannot be used ({name[:100]}: {error.strerror}): copy the folder again"
         ) from None
     if found != digest:
-        raise ModelError(f"the model in {folder} is damaged: {name} differs from its digest; copy it again")
+        raise ModelError(f"the model in {folder} is damaged ({name} differs from its digest): copy the folder again")
 
 
 def digest_of(path: Path) -> str:
@@ -251,7 +251,7 @@ def digest_of(path: Path) -> str:
 
 
 def _opened(path: Path) -> io.BufferedReader:
-    """Open a regular file; never wait for a FIFO's writer, never read a device without an end."""
+    """Open a regular file. Anything else is an error: a FIFO would block, a device might never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -260,16 +260,15 @@ def _opened(path: Path) -> io.BufferedReader:
 
 
 def write(folder: Path, manifest: Manifest, files: Mapping[str, bytes], card: str) -> Manifest:
-    """Write a model folder: its files, model card, and last the manifest with their digests.
+    """Write a model folder: the files, the model card, and last the manifest with their digests.
 
-    Each file is written beside its name and renamed, so that an older model in the folder stays whole until the new
-    one is complete.
+    Each file is complete or absent, and a half-replaced model is refused by its digests.
 
     Args:
-        folder: made where it is missing.
-        manifest: its `files` are replaced by the digests of what is written.
-        files: by name; `weights.safetensors` at least.
-        card: Markdown.
+        folder: created if missing.
+        manifest: its `files` are replaced by the digests of `files`.
+        files: content by name; at least `weights.safetensors`.
+        card: the README.md, Markdown.
 
     Returns:
         The manifest as written.

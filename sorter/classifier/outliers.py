@@ -1,8 +1,9 @@
-"""How far a photo is from everything that a model was fitted on: what is far enough shows none of its classes.
+"""Out-of-distribution detection: how far a photo is from the photos that the model was fitted on.
 
-In: what the head's first hidden layer makes of photos, (N, H). Out: distances, (N,). The layer's direction counts and
-not its length; the distance is Mahalanobis's, from the mean of the training photos (Lee et al. 2018, arXiv:1807.03888;
-one mean is enough, Kamoi and Kobayashi 2020, arXiv:2003.00402). It imports no torch.
+In: the outputs of the head's first hidden layer, (N, H). Out: distances, (N,); a photo beyond the manifest's threshold
+is an outlier, which shows none of the classes. Outputs are scaled to length 1, as only their direction tells outliers
+apart, and the distance is the Mahalanobis distance from the mean of the training photos (Lee et al. 2018,
+arXiv:1807.03888; one mean is enough, Kamoi and Kobayashi 2020, arXiv:2003.00402). This module imports no torch.
 """
 
 from dataclasses import dataclass
@@ -21,49 +22,49 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class OutlierDetector:
-    """Measures distances; none has a unit.
+    """Measures Mahalanobis distances, which have no unit.
 
     Attributes:
         mean: of the training photos' directions, float32 (H,).
-        whitening: makes their spread the same in each direction, float32 (H, H).
+        whitening: gives the training photos' directions the same variance along each axis, float32 (H, H).
     """
 
     mean: Floats
     whitening: Floats
 
     def __call__(self, hidden: Floats) -> Floats:
-        """Distances of photos, float32 (N,), from what the hidden layer makes of them, (N, H)."""
-        # No matrix product: its library's threads would go on turning, and take a fifth of the cores from the network.
+        """Distances, float32 (N,), of photos whose hidden layer is given, (N, H)."""
+        # Not a matrix product: BLAS threads keep spinning after it and take a fifth of the cores from the network.
         white = np.einsum("nh,hk->nk", directions(hidden) - self.mean, self.whitening)
         distances: Floats = np.sqrt((white * white).sum(1))
         return distances
 
     def as_file(self) -> bytes:
-        """What `read` reads."""
+        """The content of the model folder's file, for `read`."""
         return safetensors.numpy.save({"mean": self.mean, "whitening": self.whitening})
 
 
 def directions(hidden: Floats) -> Floats:
-    """Rows of length 1, or 0 where nothing stirs; float32 (N, H)."""
+    """Rows scaled to length 1, or 0 where no unit is active; float32 (N, H)."""
     lengths = np.linalg.norm(hidden.astype(np.float32), axis=1, keepdims=True)
-    found: Floats = (hidden / np.maximum(lengths, 1e-12)).astype(np.float32)
-    return found
+    scaled: Floats = (hidden / np.maximum(lengths, 1e-12)).astype(np.float32)
+    return scaled
 
 
 def read(folder: Path, manifest: Manifest) -> OutlierDetector:
-    """Read a model folder's distance.
+    """Read the outlier detector of a model folder whose manifest has one.
 
     Raises:
-        ModelError: the file does not fit the model.
+        ModelError: the file cannot be read, or does not fit the model.
     """
-    wide = manifest.head_hidden[0]
+    width = manifest.head_hidden[0]
     try:
         tensors = safetensors.numpy.load_file(folder / NEITHER)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise ModelError(f"{folder / NEITHER} cannot be read ({error}): export the model again") from None
     shapes = {name: value.shape for name, value in tensors.items()}
-    if shapes != {"mean": (wide,), "whitening": (wide, wide)}:
-        raise ModelError(f"{folder / NEITHER} does not fit a head of {wide} hidden units: export the model again")
+    if shapes != {"mean": (width,), "whitening": (width, width)}:
+        raise ModelError(f"{folder / NEITHER} does not fit a head of {width} hidden units: export the model again")
     if not all(np.isfinite(value).all() for value in tensors.values()):
-        raise ModelError(f"{folder / NEITHER} has more than finite numbers: export the model again")
+        raise ModelError(f"{folder / NEITHER} contains numbers that are not finite: export the model again")
     return OutlierDetector(tensors["mean"].astype(np.float32), tensors["whitening"].astype(np.float32))
