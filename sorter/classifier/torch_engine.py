@@ -215,8 +215,8 @@ def choose_device(name: str) -> torch.device:
     # Parsed from the name: torch keeps the index in 8 bits, and 256 becomes 0.
     if device.type == "cuda" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ConfigurationError(
-            f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices on this machine; use --device cpu, "
-            "or install the NVIDIA driver and a CUDA build of PyTorch"
+            f"--device {name}: PyTorch finds {torch.cuda.device_count()} CUDA devices on this machine; use "
+            "--device cpu, or install the NVIDIA driver and a CUDA build of PyTorch"
         )
     if device.type == "mps" and not has_mps:
         raise ConfigurationError("--device mps: PyTorch finds no Apple GPU on this machine; use --device cpu")
