@@ -1,35 +1,30 @@
-"""One photo, from an open descriptor to the pixels that the network wants.
+"""One photo, from an open descriptor to the network's input.
 
-In: a file descriptor and the model's `Preprocessing`. Out: an RGB picture (S, S), turned as EXIF says, transparency on
-white; or a `PhotoError` with a reason code. The trainer decodes with this module too: another decoder or resizer
-costs more accuracy than 8-bit weights do.
+In: a file descriptor and the model's `Preprocessing`. Out: an upright RGB picture (S, S), transparency on white; or a
+`PhotoError` with a reason code. The trainer decodes with this module too: another decoder or resizer would cost more
+accuracy than 8-bit weights do.
 
 Runs inside the decoder processes (`decoders.py`), so it imports neither torch nor numpy.
 """
 
-import contextlib
 import io
 import math
 import re
-import struct
 import warnings
 import zlib
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
-import pillow_heif
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from sorter.decoding.formats import FORMATS, SIGNATURE_BYTES, ends_early, has_signature
 from sorter.errors import PhotoError, Reason
 
-SIGNATURE_BYTES = 64
-# How much of the shrinking is left to the filter, as Pillow means it; 3 looks like no gap at all.
+# Pillow's `reducing_gap`: how much of the reduction is left to the filter. With 3 no difference is visible.
 _REDUCING_GAP = 3.0
 _BAND_PIXELS = 4_000_000
-# What the last bytes of a whole file hold; a few stray bytes may follow.
-_ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
 
-# EXIF orientation -> the transposition that puts the picture upright (CIPA DC-008, 4.6.4.A).
+# EXIF orientation -> the transposition that makes the picture upright (CIPA DC-008, 4.6.4.A).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -39,39 +34,16 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Bytes a pixel that decoding may need at once. A library that gets no memory says that the picture is broken: JPEG's
-# coefficients in a progressive one, WebP's two canvases, AVIF's planes, TIFF's strips come beside the picture itself.
+# Bytes per pixel that decoding may need in total: beside the picture itself there are the coefficients of a progressive
+# JPEG, WebP's two canvases, AVIF's planes, TIFF's strips. A library without memory often reports a broken picture.
 _NEEDED_BYTES = {"JPEG": 6, "MPO": 6, "WEBP": 20, "AVIF": 16, "HEIF": 16, "TIFF": 16}
-_BMP_HEADER_SIZES = (12, 16, 40, 52, 56, 64, 108, 124)
 
-# A worker is a thread's worth of work already; a phone's depth maps and thumbnails are not looked at.
-pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
-Image.init()  # registers AVIF and MPO, which the usual few formats leave out
-with contextlib.suppress(ImportError):  # Pillow has it from 11.3 on
-    from PIL import AvifImagePlugin
-
-    # A worker is a thread's worth of work already, and on 64 processors the stacks of 64 more fill its memory.
-    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
-_EXTENSIONS = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
-    "PNG": (".png", ".apng"),
-    "WEBP": (".webp",),
-    "GIF": (".gif",),
-    "BMP": (".bmp", ".dib"),
-    "DIB": (),
-    "TIFF": (".tif", ".tiff"),
-    "AVIF": (".avif",),
-    "HEIF": (".heic", ".heif", ".hif"),
-}
-# JPEG's markers, but for those that stand alone between the bytes of a scan; encoders make a dozen scans.
+# JPEG's markers, except the standalone ones within a scan's data. Encoders write about a dozen scans.
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
-_START_OF_SCAN, _END_OF_IMAGE, _MOST_SCANS = b"\xff\xda", b"\xff\xd9", 100
-_MOST_JPEG_BYTES = 100_000_000
-_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
-FORMATS = tuple(name for name in _EXTENSIONS if name in Image.OPEN)
-EXTENSIONS = frozenset(extension for name in FORMATS for extension in _EXTENSIONS[name])
+_START_OF_SCAN, _END_OF_IMAGE, _MAX_SCANS = b"\xff\xda", b"\xff\xd9", 100
+_MAX_JPEG_BYTES = 100_000_000
 
-ImageFile.LOAD_TRUNCATED_IMAGES = False  # True would hide files that are only half there
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # True would hide half-written files
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
@@ -82,8 +54,8 @@ class Preprocessing:
     Attributes:
         size: the side S of the square that the network sees, pixels.
         crop: `squash` scales both sides to S; `center` scales the short side to `resize` and cuts S x S out of the
-            middle; `none` keeps the whole picture with a short side of at most `resize`, for training to cut from.
-        resize: the short side before or without a crop, pixels.
+            middle; `none` keeps all of the picture with a short side of at most `resize`, for training to crop.
+        resize: the short side before a crop or without one, pixels.
     """
 
     size: int
@@ -93,28 +65,11 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is refused before it is decoded, and what memory there is. Megapixels are millions of pixels."""
+    """What is refused before it is decoded, and the memory available. Megapixels are millions of pixels."""
 
     max_megapixels: float = 100.0
     max_jpeg_megapixels: float = 250.0
     memory_bytes: float = math.inf
-
-
-def has_signature(head: bytes) -> bool:
-    """Tell whether a file's first `SIGNATURE_BYTES` bytes are those of a format that is decoded here."""
-    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")):
-        return True
-    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
-        return True
-    if head[:4] == b"RIFF":
-        return head[8:12] == b"WEBP"
-    if head[4:8] == b"ftyp":
-        # `mif1` is the container of both: the compatible brands say which it is.
-        if b"avif" in head[8:] or b"avis" in head[8:]:
-            return "AVIF" in FORMATS
-        return any(brand in head[8:] for brand in _HEIC_BRANDS)
-    # Two letters are no signature; with a header size that exists they are.
-    return head[:2] == b"BM" and len(head) >= 18 and struct.unpack_from("<I", head, 14)[0] in _BMP_HEADER_SIZES
 
 
 def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Image.Image:
@@ -123,14 +78,14 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
     Args:
         descriptor: a regular file, read from its start; it stays open.
         preprocessing: size and crop.
-        limits: what is refused.
+        limits: of pixels and memory.
 
     Returns:
         An RGB picture of `preprocessing.size` squared, unless `preprocessing.crop` is `none`.
 
     Raises:
         PhotoError: the file cannot be read as a photo.
-        OSError: the file cannot be read at all (a failing disk, a share that went away); says nothing of the photo.
+        OSError: the file cannot be read at all (a failing disk, a lost share): the photo may be fine.
     """
     with open(descriptor, "rb", closefd=False) as file:
         return decode_file(file, preprocessing, limits)
@@ -139,15 +94,15 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
 def decode_file(
     file: BinaryIO, preprocessing: Preprocessing, limits: Limits, orientation: int | None = None
 ) -> Image.Image:
-    """Decode the first frame of a file that is open already, or in memory, as `decode` does.
+    """`decode` for a file object.
 
     Args:
         file: read from its start.
         preprocessing: size and crop.
-        limits: what is refused.
-        orientation: which way up it is, as EXIF counts it, if the file is not to be asked.
+        limits: of pixels and memory.
+        orientation: EXIF's number for the orientation, if the file's own does not count.
     """
-    # Set here, not once: the limits are settings.
+    # A global of Pillow's, set per call because the limits are settings.
     Image.MAX_IMAGE_PIXELS = int(max(limits.max_megapixels, limits.max_jpeg_megapixels) * 1e6)
     file.seek(0)
     tracked = _Tracked(file)
@@ -166,7 +121,7 @@ def decode_file(
 
 
 class _Tracked(io.BufferedIOBase):
-    """A file that remembers a failed read, so that a broken disk is not mistaken for a broken photo."""
+    """A file that remembers a failed read, so that a failing disk is not mistaken for a broken photo."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -200,17 +155,17 @@ def _check_size(image: Image.Image, limits: Limits) -> None:
 
 
 def _check_scans(file: io.BufferedIOBase) -> None:
-    """Refuse a progressive JPEG that is made to keep a processor busy: each scan is a pass over the whole picture."""
-    position = file.tell()
+    """Refuse a progressive JPEG crafted to keep a CPU busy: decoding passes over all pixels once per scan."""
+    before = file.tell()
     file.seek(0)
-    content = file.read(_MOST_JPEG_BYTES)
-    file.seek(position)
-    at, scans = 2, 0
-    while (found := _MARKER.search(content, at)) is not None and found[0] != _END_OF_IMAGE:
-        scans += found[0] == _START_OF_SCAN
-        at = found.end() + int.from_bytes(content[found.end() : found.end() + 2])  # the length of what the marker names
-    if scans > _MOST_SCANS:
-        raise PhotoError(Reason.CORRUPT, f"{scans} scans, and no photo has more than {_MOST_SCANS}")
+    content = file.read(_MAX_JPEG_BYTES)
+    file.seek(before)
+    position, scans = 2, 0
+    while (marker := _MARKER.search(content, position)) is not None and marker[0] != _END_OF_IMAGE:
+        scans += marker[0] == _START_OF_SCAN
+        position = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2])  # the segment's length
+    if scans > _MAX_SCANS:
+        raise PhotoError(Reason.CORRUPT, f"{scans} progressive scans; no photo has more than {_MAX_SCANS}")
 
 
 def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int | None) -> Image.Image:
@@ -220,7 +175,7 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int |
         image.draft(None, (short, short))
     image.load()
     if orientation is None:
-        orientation = _orientation(image)  # after loading: Pillow turns TIFFs itself, and then says so
+        orientation = _orientation(image)  # after loading, which turns TIFFs upright and clears their orientation
     width, height = image.size
     if preprocessing.crop == "squash":
         size = (short, short)
@@ -229,7 +184,7 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int |
         if preprocessing.crop == "none":
             scale, short = min(scale, 1.0), 1
         size = (max(short, round(width * scale)), max(short, round(height * scale)))
-    # What `resize` does with a reducing gap, except that here no copy of the whole picture is ever made.
+    # The same as `resize` with a reducing gap, but without a full-size copy of the picture.
     across, down = (int(side / wanted / _REDUCING_GAP) or 1 for side, wanted in zip(image.size, size, strict=True))
     reduced = _reduced(image, across, down)
     small = reduced.resize(size, Image.Resampling.BILINEAR, box=(0, 0, width / across, height / down))
@@ -241,14 +196,14 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int |
     if small.mode == "RGBA":
         small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
     small = small.convert("RGB")
-    # Turned last: a square turns at no cost, twelve megapixels do not.
+    # Transposed last: a small square costs nothing, twelve megapixels do.
     return small.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else small
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # EXIF is metadata: whatever is wrong with it, the picture counts
+    except Exception:  # broken EXIF does not make a broken picture
         return 1
     return value if isinstance(value, int) else 1
 
@@ -256,8 +211,8 @@ def _orientation(image: Image.Image) -> int:
 def _reduced(image: Image.Image, across: int, down: int) -> Image.Image:
     """Average blocks of `across` by `down` pixels, in RGB, or in RGBa where the picture is transparent.
 
-    A band of rows at a time: most modes need two or three copies on their way to RGB, and a picture of 100 megapixels
-    takes 400 MB in each.
+    A band of rows at a time: most modes need two or three copies during the conversion to RGB, and a picture of 100
+    megapixels takes 400 MB in each.
     """
     width, height = image.size
     rows = max(1, _BAND_PIXELS // (width * down)) * down
@@ -276,7 +231,7 @@ def _reduced(image: Image.Image, across: int, down: int) -> Image.Image:
 
 
 def _without_depth(image: Image.Image, low_and_high: tuple[float, float] | None) -> Image.Image:
-    """Bring any of Pillow's modes to RGB, or to RGBa where it is transparent, with 8 bits a channel."""
+    """Convert any of Pillow's modes to RGB, or to RGBa where it is transparent, with 8 bits per channel."""
     if low_and_high is not None:  # 16-bit greys, 32-bit integers, floats
         low, high = low_and_high
         return image.convert("F").point(lambda value: (value - low) * (255 / (high - low))).convert("L").convert("RGB")
@@ -286,58 +241,35 @@ def _without_depth(image: Image.Image, low_and_high: tuple[float, float] | None)
 
 
 def _low_and_high(image: Image.Image, bands: list[tuple[int, int, int, int]]) -> tuple[float, float]:
-    """What counts as black and as white: the narrowest usual range that holds the picture, else the picture's own."""
+    """The values of black and white: the narrowest usual range that contains the picture, or else the picture's own."""
     extremes = [float(value) for band in bands for value in image.crop(band).convert("F").getextrema()]  # type: ignore[arg-type]
     if not all(map(math.isfinite, extremes)):
-        raise PhotoError(Reason.CORRUPT, "its pixels are not finite numbers")
+        raise PhotoError(Reason.CORRUPT, "its pixel values are not finite")
     low, high = min(extremes), max(extremes)
     return next(((0.0, white) for white in (1.0, 255.0, 65535.0) if low >= 0 and high <= white), (low, high))
 
 
 def _reason(error: Exception, file: _Tracked, limits: Limits, needed_bytes: int) -> Exception:
-    """Turn what a decoder raised into a reason code, or hand back the disk's own failure."""
+    """Turn a decoder's exception into a reason code, or return the disk's failure behind it."""
     if file.failure is not None:
         return file.failure
-    said = str(error) or type(error).__name__
+    detail = str(error) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
-        said = "the header cannot be read"
+        detail = "the header cannot be read"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        most, most_jpeg = limits.max_megapixels, limits.max_jpeg_megapixels
-        return PhotoError(
-            Reason.TOO_MANY_PIXELS, f"the limit is {most_jpeg:g} megapixels for JPEG, {most:g} megapixels for others"
-        )
+        others, jpeg = limits.max_megapixels, limits.max_jpeg_megapixels
+        sentence = f"the limit is {jpeg:g} megapixels for JPEG, {others:g} megapixels for other formats"
+        return PhotoError(Reason.TOO_MANY_PIXELS, sentence)
     file.seek(0)
     head = file.read(SIGNATURE_BYTES)
     if not head:
-        return PhotoError(Reason.EMPTY, "the file has no bytes")
+        return PhotoError(Reason.EMPTY, "the file is empty")
     if not has_signature(head):
-        return PhotoError(Reason.NOT_A_PHOTO, "its name says photo, its content does not")
-    if ends_early(file, head) or isinstance(error, (EOFError, zlib.error)) or "truncated" in said.lower():
-        return PhotoError(Reason.TRUNCATED, said)
+        return PhotoError(Reason.NOT_A_PHOTO, "it has the extension of a photo but other content")
+    if ends_early(file, head) or isinstance(error, (EOFError, zlib.error)) or "truncated" in detail.lower():
+        return PhotoError(Reason.TRUNCATED, detail)
     if needed_bytes > limits.memory_bytes:
-        return PhotoError(Reason.OUT_OF_MEMORY, f"so many pixels need too much memory in this format ({said})")
-    return PhotoError(Reason.CORRUPT, said)
-
-
-def ends_early(file: io.BufferedIOBase, head: bytes) -> bool:
-    """Tell whether a file ends before its format says that it does; not every decoder says so."""
-    size = file.seek(0, io.SEEK_END)
-    for signature, end in _ENDS.items():
-        if head.startswith(signature):
-            file.seek(max(0, size - 64))
-            return end not in file.read(64)
-    if head[:4] == b"RIFF":
-        return bool(struct.unpack_from("<I", head.ljust(8, b"\0"), 4)[0] + 8 > size)
-    if head[:2] in (b"II", b"MM"):  # TIFF: where its directory is, usually at the end
-        return bool(struct.unpack_from("<I" if head[:1] == b"I" else ">I", head.ljust(8, b"\0"), 4)[0] >= size)
-    if head[4:8] != b"ftyp":
-        return False
-    position = 0
-    while position < size:
-        file.seek(position)
-        box = file.read(8).ljust(8, b"\0")
-        length = struct.unpack_from(">I", box)[0]
-        if length < 8:  # 0: to the end of the file; 1: a 64-bit length, which no photo has
-            return False
-        position += length
-    return position > size
+        return PhotoError(
+            Reason.OUT_OF_MEMORY, f"a picture of this size needs too much memory in this format ({detail})"
+        )
+    return PhotoError(Reason.CORRUPT, detail)

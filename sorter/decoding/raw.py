@@ -1,10 +1,10 @@
-"""A camera's raw file, by the preview that the camera put into it.
+"""A camera's raw file, by the preview that the camera embedded.
 
 In: a file descriptor and the model's `Preprocessing`. Out: the preview as `images.py` decodes it, or a `PhotoError`.
 
-rawpy, an extra, finds the preview; the sensor's values stay packed. Of several it gives the largest and offers no
-choice, which costs little: a JPEG is decoded at the smallest scale that is enough. rawpy is imported when the first raw
-file comes, in the decoder processes, and they alone read raw files: what one trains on has been developed.
+rawpy, an extra, extracts the preview; sensor data is not decoded. Of several previews it returns the largest, which
+costs little: a JPEG is decoded at the smallest sufficient scale. rawpy is imported with the first raw file, and only in
+the decoder processes: the trainer does not read raw files.
 """
 
 import io
@@ -14,7 +14,7 @@ import struct
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from sorter.decoding import images
+from sorter.decoding import formats, images
 from sorter.decoding.images import Limits, Preprocessing
 from sorter.errors import PhotoError, Reason
 
@@ -23,17 +23,17 @@ EXTENSIONS |= {".3fr", ".crw", ".erf", ".gpr", ".iiq", ".mrw", ".rwl", ".sr2", "
 # LibRaw's flip -> EXIF's orientation.
 _ORIENTATIONS = (1, 2, 4, 3, 5, 8, 6, 7)
 
-# And Olympus's own; Panasonic's name no lengths.
+# TIFF and Olympus's variants. Panasonic's is missing: its directories contain no lengths.
 _TIFFS = (b"II*\0", b"MM\0*", b"IIRO", b"IIRS", b"MMOR")
 _SHORT, _LONG, _DIRECTORY = 3, 4, 13
 _NEXT_DIRECTORIES = 330
-# Where the pieces of a TIFF's picture are -> how long they are: strips, tiles, a JPEG.
+# Tags with the offsets of a TIFF picture's pieces -> tags with their lengths: strips, tiles, a JPEG.
 _PIECES = {273: 279, 324: 325, 513: 514}
-_MOST_DIRECTORIES, _MOST_PIECES = 64, 100_000
+_MAX_DIRECTORIES, _MAX_PIECES = 64, 100_000
 
 
 def is_raw(name: str) -> bool:
-    """Tell by its name whether a file is a raw file: most are TIFFs by their signature."""
+    """True if the name is that of a raw file; by their signature most are TIFFs."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
@@ -47,19 +47,19 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
     try:
         import rawpy
     except ImportError:
-        hint = "to sort it by its preview install the extra, pip install 'catdog-sorter[raw]'"
+        hint = "raw files are sorted by their preview, which needs pip install 'catdog-sorter[raw]'"
         raise PhotoError(Reason.NOT_A_PHOTO, hint) from None
     with open(descriptor, "rb", closefd=False) as file:
         file.seek(0)
         content = file.read()
     if not content:
-        raise PhotoError(Reason.EMPTY, "the file has no bytes")
+        raise PhotoError(Reason.EMPTY, "the file is empty")
     if _is_truncated(content):
         raise PhotoError(Reason.TRUNCATED, "it ends before its data does")
     try:
         with rawpy.imread(io.BytesIO(content)) as opened:
             thumbnail, orientation = opened.extract_thumb(), _ORIENTATIONS[opened.sizes.flip & 7]
-            if isinstance(thumbnail.data, bytes):  # of a JPEG; else an array of pixels
+            if isinstance(thumbnail.data, bytes):  # a JPEG; otherwise an array of pixels
                 preview = io.BytesIO(thumbnail.data)
                 orientation = _own_orientation(preview) or orientation
             else:
@@ -67,50 +67,50 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
                 Image.fromarray(thumbnail.data).save(preview, "BMP")
     except MemoryError:
         raise
-    except Exception as error:  # an OSError too: LibRaw reads from memory, so it says nothing of the disk
-        said = error.args[0] if error.args else type(error).__name__
-        detail = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(said)
+    except Exception as error:  # OSError included: LibRaw reads from memory, not from the disk
+        message = error.args[0] if error.args else type(error).__name__
+        detail = message.decode("utf-8", "replace") if isinstance(message, bytes) else str(message)
         raise PhotoError(Reason.CORRUPT, f"its preview cannot be read: {detail}") from error
     return images.decode_file(preview, preprocessing, limits, orientation)
 
 
 def _own_orientation(preview: io.BytesIO) -> int | None:
-    """What the preview's own EXIF says of its orientation.
+    """The orientation in the preview's own EXIF.
 
-    LibRaw puts EXIF with the raw file's orientation before a preview that does not begin with its own, so that only the
-    last one may be the preview's.
+    LibRaw inserts EXIF with the raw file's orientation into a preview that does not start with EXIF, so only the last
+    block can be the preview's own.
     """
-    # Not `Image.open`: how many pixels are allowed is decided further on.
+    # Not `Image.open`, which would check the number of pixels.
     blocks = [block for name, block in JpegImageFile(preview).applist if name == "APP1" and block[:4] == b"Exif"]
     exif = Image.Exif()
     try:
         exif.load(blocks[-1])
         value = exif.get(ExifTags.Base.Orientation)
-    except Exception:  # no EXIF, or broken: the raw file's orientation counts
+    except Exception:  # no EXIF, or broken: use the raw file's orientation
         return None
     return value if isinstance(value, int) and 1 <= value <= 8 else None
 
 
 def _is_truncated(content: bytes) -> bool:
-    """Tell whether a raw file ends before the data that it names; LibRaw looks no further than the preview."""
+    """True if a raw file ends before the data that it points to; LibRaw reads no further than the preview."""
     if content[4:8] == b"ftyp":
-        return images.ends_early(io.BytesIO(content), content[: images.SIGNATURE_BYTES])
+        return formats.ends_early(io.BytesIO(content), content[: formats.SIGNATURE_BYTES])
     if content.startswith(b"FUJIFILMCCD-RAW"):
-        places = struct.unpack_from(">6I", content.ljust(108, b"\0"), 84)  # of preview, header, sensor's data
+        places = struct.unpack_from(">6I", content.ljust(108, b"\0"), 84)  # preview, header, sensor data
         return max(map(sum, zip(places[::2], places[1::2], strict=True))) > len(content)
     if not content.startswith(_TIFFS):
         return False
     try:
         return _end_of_pieces(content) > len(content)
-    except struct.error:  # a directory, or a list in one, is beyond the end
+    except struct.error:  # a directory or one of its lists lies beyond the end
         return True
 
 
 def _end_of_pieces(content: bytes) -> int:
-    """Where the last piece of the pictures in a TIFF ends, bytes from its start."""
+    """Where the last piece of the pictures in a TIFF ends, in bytes from the start."""
     order = "<" if content[:1] == b"I" else ">"
     waiting, seen, end = [struct.unpack_from(order + "I", content, 4)[0]], set[int](), 0
-    while waiting and len(seen) < _MOST_DIRECTORIES:
+    while waiting and len(seen) < _MAX_DIRECTORIES:
         directory = waiting.pop()
         if directory in seen:
             continue
@@ -125,13 +125,13 @@ def _end_of_pieces(content: bytes) -> int:
             pieces = zip(values.get(offsets, ()), values.get(lengths, ()), strict=False)
             end = max(end, max(map(sum, pieces), default=0))
         (following,) = struct.unpack_from(order + "I", content, directory + 2 + 12 * count)
-        waiting += [at for at in (following, *values.get(_NEXT_DIRECTORIES, ())) if at]
+        waiting += [offset for offset in (following, *values.get(_NEXT_DIRECTORIES, ())) if offset]
     return end
 
 
-def _numbers(content: bytes, order: str, at: int, kind: str, length: int) -> tuple[int, ...]:
-    """An entry's values, which are elsewhere if they need more than four bytes."""
-    layout = struct.Struct(f"{order}{min(length, _MOST_PIECES)}{kind}")
+def _numbers(content: bytes, order: str, position: int, kind: str, length: int) -> tuple[int, ...]:
+    """An entry's values; at `position` is their offset instead if they need more than four bytes."""
+    layout = struct.Struct(f"{order}{min(length, _MAX_PIECES)}{kind}")
     if layout.size > 4:
-        (at,) = struct.unpack_from(order + "I", content, at)
-    return layout.unpack_from(content, at)
+        (position,) = struct.unpack_from(order + "I", content, position)
+    return layout.unpack_from(content, position)
