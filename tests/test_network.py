@@ -59,7 +59,8 @@ def refusal(folder: Path, model: Manifest, weights: Mapping[str, torch.Tensor]) 
 
 
 def test_without_hidden_layers_the_head_is_linear() -> None:
-    weights = network.build("resnet50", (), 3).state_dict()
+    with torch.device("meta"):
+        weights = network.build("resnet50", (), 3).state_dict()
     assert {name: tuple(v.shape) for name, v in weights.items() if name.startswith("fc.")} == {
         "fc.weight": (3, 2048),
         "fc.bias": (3,),
@@ -67,7 +68,8 @@ def test_without_hidden_layers_the_head_is_linear() -> None:
 
 
 def test_hidden_head_sizes_appear_in_the_state_dict() -> None:
-    weights = network.build("resnet50", (16, 8), 3).state_dict()
+    with torch.device("meta"):
+        weights = network.build("resnet50", (16, 8), 3).state_dict()
     assert {name: tuple(v.shape) for name, v in weights.items() if name.startswith("fc.") and "weight" in name} == {
         "fc.0.weight": (16, 2048),
         "fc.2.weight": (8, 16),
@@ -157,6 +159,7 @@ def test_folding_leaves_no_batch_norm() -> None:
     assert [name for name, module in folded.named_modules() if isinstance(module, nn.BatchNorm2d)] == []
 
 
+@pytest.mark.long  # the same with a small network: test_torch_engine.py
 def test_the_engine_gives_the_probabilities_of_the_network(
     engine: Engine, loaded: nn.Module, shipped: Manifest
 ) -> None:
