@@ -121,9 +121,9 @@ def file_named(name: str) -> Callable[[dict[str, Any]], object]:
 REFUSED_FIELDS: dict[str, list[Callable[[dict[str, Any]], object]]] = {
     "flavour": [lambda content: content.update(flavour="vanilla")],
     "input.flavour": [lambda content: content["input"].update(flavour="vanilla")],
-    f"does not list {WEIGHTS}": [lambda content: content["files"].clear()],
+    f"names no {WEIGHTS}": [lambda content: content["files"].clear()],
     "more.bin": [file_named("more.bin")],
-    "outside the folder": [file_named(name) for name in ("../secret", "/etc/hostname", "sub/weights", "..", ".hidden")],
+    "outside itself": [file_named(name) for name in ("../secret", "/etc/hostname", "sub/weights", "..", ".hidden")],
     "model": [file_named(name) for name in ("", "a\0b")],
     "not a plain name": [
         first_class(folder=name) for name in ("", ".", "..", ".cats", "../cats", "/cats", "cats/", "a/b", "a\0b")

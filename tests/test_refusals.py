@@ -256,8 +256,8 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped byte in the manifest": (flipped(MANIFEST), "not a valid manifest"),
     "a wrong digest": (edited(lambda m: m["files"].update({WEIGHTS: "sha256:" + 64 * "0"})), "is damaged"),
     "an empty digest": (edited(lambda m: m["files"].update({WEIGHTS: ""})), "is damaged"),
-    "missing weights": (lambda m: (m / WEIGHTS).unlink(), "copy the folder again"),
-    "a missing file beside them": (lambda m: (m / "openvino.bin").unlink(), "copy the folder again"),
+    "missing weights": (lambda m: (m / WEIGHTS).unlink(), "copy the whole folder again"),
+    "a missing file beside them": (lambda m: (m / "openvino.bin").unlink(), "copy the whole folder again"),
     "a missing manifest": (lambda m: (m / MANIFEST).unlink(), "there is no model"),
     "a newer format": (edited(lambda m: m.update(format_version=2)), "upgrade"),
     "a much newer format": (edited(lambda m: m.update(format_version=10**4200)), "upgrade"),
@@ -269,7 +269,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a manifest of brackets": (lambda m: (m / MANIFEST).write_bytes(b"[" * 200_000), "not a valid manifest"),
     "an unknown field with a line break": (edited(lambda m: m.update({"a\nb": 1})), "export the model again"),
     "weights that are a FIFO": (in_place_of(WEIGHTS, os.mkfifo), "not a regular file"),
-    "weights that are a folder": (in_place_of(WEIGHTS, lambda p: p.mkdir()), "copy the folder again"),
+    "weights that are a folder": (in_place_of(WEIGHTS, lambda p: p.mkdir()), "copy the whole folder again"),
     "NaN in the weights": (weights(lambda t: t[FIRST].fill(np.nan)), "not finite"),
     "infinite weights": (weights(lambda t: t[FIRST].fill(np.inf)), "not finite"),
     "one NaN in the last layer": (
@@ -304,10 +304,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a reserved folder in other letters": (class_folder("Failed"), "reserved"),
     "two folders that differ in case alone": (class_folder("DOGS"), "same label or folder"),
     "a label with an escape sequence": (edited(lambda m: m["classes"][0].update(label="\x1b[2J")), "cannot be shown"),
-    "a file outside the folder": (
-        edited(lambda m: m["files"].update({"../in/a.jpg": "sha256:0"})),
-        "outside the folder",
-    ),
+    "a file outside the folder": (edited(lambda m: m["files"].update({"../in/a.jpg": "sha256:0"})), "outside itself"),
 }
 
 

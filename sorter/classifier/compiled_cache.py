@@ -1,7 +1,7 @@
-"""Compiled networks, kept in the user's cache folder between starts.
+"""Compiled networks, cached in the user's cache folder between starts.
 
-Compiling takes up to two seconds and always gives the same result. OpenVINO has a cache of its own, but does not notice
-a damaged file in it; this cache does. If the folder cannot be used for any reason, the sorter runs without a cache.
+Compiling takes up to two seconds and gives the same result each time. OpenVINO's own cache does not notice a damaged
+file; this one does. If anything is wrong with the folder, the sorter runs without a cache.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def load(key: str) -> bytes | None:
-    """What was stored under a key; None if there is nothing, or if it is damaged."""
+    """The bytes stored under a key; None if there are none, or if they are damaged."""
     try:
         content = _path(key).read_bytes()
     except (OSError, RuntimeError):
@@ -25,7 +25,7 @@ def load(key: str) -> bytes | None:
 
 
 def store(key: str, content: bytes) -> None:
-    """Store something under a key, if the folder can be written."""
+    """Store bytes under a key, if the folder is writable."""
     with contextlib.suppress(OSError, RuntimeError):
         path = _path(key)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,6 +34,6 @@ def store(key: str, content: bytes) -> None:
 
 
 def _path(key: str) -> Path:
-    chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    base = chosen if chosen.is_absolute() else Path.home() / ".cache"  # RuntimeError for a user without a home
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    base = configured if configured.is_absolute() else Path.home() / ".cache"  # RuntimeError: the user has no home
     return base / "sorter" / f"{key}.blob"

@@ -1,14 +1,14 @@
-"""The model folder: what a model is, beside its weights.
+"""The model folder: a model's description, beside its weights.
 
-    manifest.json         everything the sorter needs to know: classes and folders, preprocessing, figures, digests
+    manifest.json         all that the sorter needs: classes and folders, preprocessing, measurements, digests
     weights.safetensors   the network's state dict in torchvision's names, fp16
-    openvino.xml, .bin    the same network for OpenVINO, in 8 bits if that passed its gate
+    openvino.xml, .bin    the same network for OpenVINO, with 8 bits if it was accurate enough
     openvino-fp16.xml, .bin   otherwise
     neither.safetensors   the outlier detector, if the head has a hidden layer
     README.md             the model card, for people
 
-`read` verifies versions and digests before anything is used, `write` makes a folder that `read` accepts. Nothing is
-ever unpickled, and nothing here imports torch.
+`read` verifies version and digests before anything is used, `write` makes a folder that `read` accepts. Nothing is ever
+unpickled, and nothing here imports torch.
 """
 
 import errno
@@ -40,9 +40,9 @@ _MAX_NAME_BYTES = 255  # of a folder, on the usual file systems
 
 
 def _printable(text: str) -> str:
-    # Shown in logs, on terminals and in one-line messages.
+    # It appears in logs, on terminals and in one-line messages.
     if not text.isprintable():
-        raise ValueError(f"{ascii(text)[:60]} has characters that cannot be shown")
+        raise ValueError(f"{ascii(text)[:60]} contains characters that cannot be shown")
     return text
 
 
@@ -57,7 +57,7 @@ class _Part(BaseModel):
 
 
 class Class(_Part):
-    """A class of the network, and the folder for its photos."""
+    """One of the network's classes, and the folder for its photos."""
 
     label: Printable
     folder: str
@@ -80,7 +80,7 @@ class Input(_Part):
 
 
 class Evaluation(_Part):
-    """What the model measured on one set of photos, and what that set was used for."""
+    """The model's measurements on one set of photos, and what that set was used for."""
 
     data: str
     role: Literal["calibration", "test"]
@@ -96,7 +96,7 @@ class Evaluation(_Part):
 class Coverage(_Part):
     """The share of photos that can be sorted at some error rate.
 
-    Of the photos whose confidence reaches the threshold, at most `error_rate` are wrong: a 95 % upper confidence bound.
+    Photos whose confidence reaches the threshold are wrong at most at that rate, as a 95 % upper confidence bound.
     """
 
     error_rate: Probability
@@ -112,15 +112,15 @@ class Int8(_Part):
 
 
 class FirstLook(_Part):
-    """The low-resolution pass of the cascade, on a CPU; where it is confident, there is no full-size pass.
+    """The low-resolution pass of the cascade on a CPU; photos it is confident about are not classified at full size.
 
     Attributes:
-        size: of a side, pixels.
-        temperature: of this pass; at lower resolution a network is less confident.
-        threshold: the confidence from which on the low-resolution pass decides.
-        photos: how many calibration photos size, temperature and threshold were chosen on.
-        enough: the share of them that needed no full-size pass.
-        agreement: the share of them whose label is that of the full-size pass.
+        size: side of the network's input, pixels.
+        temperature: for this size; the network is less confident about smaller pictures.
+        threshold: the confidence from which the answer is final.
+        photos: how many it was measured on; nothing was fitted on them.
+        enough: the share of them for which the low-resolution pass was final.
+        agreement: the share of them that get the same label as at full size.
     """
 
     size: int = Field(ge=16, le=1024)
@@ -132,13 +132,13 @@ class FirstLook(_Part):
 
 
 class Neither(_Part):
-    """Which photos are outliers, according to the detector in `neither.safetensors` (`sorter.classifier.outliers`).
+    """The outlier detector's threshold; its tensors are in `neither.safetensors`, see `classifier.outliers`.
 
     Attributes:
         score: the Mahalanobis distance of the head's first hidden layer.
-        threshold: the distance above which a photo is an outlier.
-        photos: how many calibration photos, all of the classes, the threshold was chosen on.
-        caught: the share of them above the threshold, by mistake.
+        threshold: the distance above which a photo counts as showing none of the classes.
+        photos: how many photos of the classes it was chosen on; nothing was fitted on them.
+        caught: the share of them that exceeds it, by mistake.
     """
 
     score: Literal["mahalanobis"] = "mahalanobis"
@@ -148,7 +148,7 @@ class Neither(_Part):
 
 
 class Manifest(_Part):
-    """The fields of `manifest.json`."""
+    """A model folder's description, field by field as in `manifest.json`."""
 
     format_version: int = Field(ge=1)
     name: Printable
@@ -167,37 +167,37 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        folders = [_normalised(c.folder) for c in self.classes]
-        for folder, seen in zip((c.folder for c in self.classes), folders, strict=True):
+        folders = [_folded(c.folder) for c in self.classes]
+        for folder, folded in zip((c.folder for c in self.classes), folders, strict=True):
             plain = re.fullmatch(r"[^/.][^/]*", folder) and folder.isprintable()
-            if not plain or len(os.fsencode(folder)) > _MAX_NAME_BYTES or seen in RESERVED_FOLDERS:
+            if not plain or len(os.fsencode(folder)) > _MAX_NAME_BYTES or folded in RESERVED_FOLDERS:
                 raise ValueError(f"the folder {ascii(folder)[:60]} is not a plain name, or is reserved")
         if len(set(folders)) < len(folders) or len({c.label for c in self.classes}) < len(folders):
             raise ValueError("two classes have the same label or folder")
         if self.input.crop == "center" and self.input.resize < self.input.size:
             raise ValueError("a center crop needs a resize of at least the input size")
         if self.first_look is not None and self.first_look.size >= self.input.size:
-            raise ValueError("first_look.size is not smaller than the input size")
+            raise ValueError("the first look is not smaller than the input")
         if self.neither is not None and not self.head_hidden:
-            raise ValueError("an outlier detector (neither) needs a head with a hidden layer")
+            raise ValueError("neither needs a head with a hidden layer")
         return self
 
     @property
     def accuracy(self) -> float | None:
-        """On the test photos; None if it was not measured."""
+        """On the test photos, which nothing was chosen on; None if it was never measured."""
         return next((e.accuracy for e in self.evaluations if e.role == "test"), None)
 
 
-def _normalised(folder: str) -> str:
-    """Equal for two names that are one folder on a file system that ignores case or composes accents."""
+def _folded(folder: str) -> str:
+    """Equal for names that are the same folder on a file system that ignores case or composes accents."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", folder).casefold())
 
 
 def read(folder: Path) -> Manifest:
-    """Read a model folder's manifest and verify the files that it names.
+    """Read a model folder's manifest and verify the files beside it.
 
     Raises:
-        ModelError: it is missing, invalid or of a newer format, or a file differs from its digest.
+        ModelError: it is missing, invalid or too new, or a file differs from its digest.
     """
     path = folder / MANIFEST
     try:
@@ -205,12 +205,12 @@ def read(folder: Path) -> Manifest:
             text = file.read(MAX_MANIFEST_BYTES + 1)
     except OSError as error:
         raise ModelError(
-            f"there is no model in {folder} ({error.strerror}: {MANIFEST}): give a model folder with --model"
+            f"there is no model in {folder} ({MANIFEST}: {error.strerror}): give a model folder with --model"
         ) from None
     if len(text) > MAX_MANIFEST_BYTES:
         raise ModelError(f"{path} is too large to be a manifest: give a model folder with --model")
     version = re.search(rb'"format_version"\s*:\s*0*(\d+)', text)
-    digits = version[1][:9].decode() if version else "0"  # Python refuses to parse thousands of digits
+    digits = version[1][:9].decode() if version else "0"  # Python refuses to parse thousands of them
     if int(digits) > FORMAT_VERSION:
         raise ModelError(
             f"the model in {folder} has format {digits}, this sorter reads up to {FORMAT_VERSION}: upgrade sorter"
@@ -219,13 +219,13 @@ def read(folder: Path) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its content"
-        where = where if where.isprintable() and len(where) < 100 else ascii(where)[:100]
-        raise ModelError(f"{path} is not a valid manifest ({where}: {first['msg']}): export the model again") from None
+        field = ".".join(map(str, first["loc"])) or "its content"
+        field = field if field.isprintable() and len(field) < 100 else ascii(field)[:100]
+        raise ModelError(f"{path} is not a valid manifest ({field}: {first['msg']}): export the model again") from None
     if WEIGHTS not in manifest.files:
-        raise ModelError(f"{path} does not list {WEIGHTS}: export the model again")
+        raise ModelError(f"{path} names no {WEIGHTS}: export the model again")
     if manifest.neither is not None and NEITHER not in manifest.files:
-        raise ModelError(f"{path} does not list {NEITHER}: export the model again")
+        raise ModelError(f"{path} names no {NEITHER}: export the model again")
     for name, digest in manifest.files.items():
         _verify(folder, name, digest)
     return manifest
@@ -233,15 +233,17 @@ def read(folder: Path) -> Manifest:
 
 def _verify(folder: Path, name: str, digest: str) -> None:
     if "/" in name or not name.isprintable() or name.startswith("."):
-        raise ModelError(f"the model in {folder} lists a file outside the folder ({ascii(name)[:100]}): do not use it")
+        raise ModelError(f"the model in {folder} lists a file outside itself ({ascii(name)[:100]}): do not use it")
     try:
         found = digest_of(folder / name)
     except OSError as error:
         raise ModelError(
-            f"the model in {folder} cannot be used ({name[:100]}: {error.strerror}): copy the folder again"
+            f"the model in {folder} cannot be used ({name[:100]}: {error.strerror}): copy the whole folder again"
         ) from None
     if found != digest:
-        raise ModelError(f"the model in {folder} is damaged ({name} differs from its digest): copy the folder again")
+        raise ModelError(
+            f"the model in {folder} is damaged: {name} differs from its digest; copy the whole folder again"
+        )
 
 
 def digest_of(path: Path) -> str:
@@ -251,7 +253,7 @@ def digest_of(path: Path) -> str:
 
 
 def _opened(path: Path) -> io.BufferedReader:
-    """Open a regular file. Anything else is an error: a FIFO would block, a device might never end."""
+    """Open a regular file, never a FIFO that has no writer or a device that has no end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -260,15 +262,16 @@ def _opened(path: Path) -> io.BufferedReader:
 
 
 def write(folder: Path, manifest: Manifest, files: Mapping[str, bytes], card: str) -> Manifest:
-    """Write a model folder: the files, the model card, and last the manifest with their digests.
+    """Write a model folder: its files, model card, and last the manifest with their digests.
 
-    Each file is complete or absent, and a half-replaced model is refused by its digests.
+    Each file is written beside its name and renamed, so an older model in the folder stays intact until the new one is
+    complete.
 
     Args:
         folder: created if missing.
-        manifest: its `files` are replaced by the digests of `files`.
-        files: content by name; at least `weights.safetensors`.
-        card: the README.md, Markdown.
+        manifest: its `files` are replaced by the digests of the files written.
+        files: contents by name; at least `weights.safetensors`.
+        card: Markdown.
 
     Returns:
         The manifest as written.

@@ -1,9 +1,8 @@
-"""Out-of-distribution detection: how far a photo is from the photos that the model was fitted on.
+"""The distance of a photo from the training photos: if it is large, the photo probably shows none of the classes.
 
-In: the outputs of the head's first hidden layer, (N, H). Out: distances, (N,); a photo beyond the manifest's threshold
-is an outlier, which shows none of the classes. Outputs are scaled to length 1, as only their direction tells outliers
-apart, and the distance is the Mahalanobis distance from the mean of the training photos (Lee et al. 2018,
-arXiv:1807.03888; one mean is enough, Kamoi and Kobayashi 2020, arXiv:2003.00402). This module imports no torch.
+In: activations of the head's first hidden layer, (N, H). Out: distances, (N,). Only the direction of the activations
+counts; the distance is Mahalanobis's, from the mean of the training photos (Lee et al. 2018, arXiv:1807.03888; one mean
+is enough, Kamoi and Kobayashi 2020, arXiv:2003.00402). It imports no torch.
 """
 
 from dataclasses import dataclass
@@ -22,40 +21,40 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class OutlierDetector:
-    """Measures Mahalanobis distances, which have no unit.
+    """Measures distances, which have no unit.
 
     Attributes:
-        mean: of the training photos' directions, float32 (H,).
-        whitening: gives the training photos' directions the same variance along each axis, float32 (H, H).
+        mean: of the training photos' normalised activations, float32 (H,).
+        whitening: transforms their covariance to the identity, float32 (H, H).
     """
 
     mean: Floats
     whitening: Floats
 
     def __call__(self, hidden: Floats) -> Floats:
-        """Distances, float32 (N,), of photos whose hidden layer is given, (N, H)."""
-        # Not a matrix product: BLAS threads keep spinning after it and take a fifth of the cores from the network.
+        """Distances of photos, float32 (N,), from their hidden activations, (N, H)."""
+        # Not `@`: the BLAS threads would keep spinning and take a fifth of the CPU time from the network.
         white = np.einsum("nh,hk->nk", directions(hidden) - self.mean, self.whitening)
         distances: Floats = np.sqrt((white * white).sum(1))
         return distances
 
     def as_file(self) -> bytes:
-        """The content of the model folder's file, for `read`."""
+        """The file that `read` reads."""
         return safetensors.numpy.save({"mean": self.mean, "whitening": self.whitening})
 
 
 def directions(hidden: Floats) -> Floats:
-    """Rows scaled to length 1, or 0 where no unit is active; float32 (N, H)."""
+    """Rows scaled to length 1; rows of zeros stay zero; float32 (N, H)."""
     lengths = np.linalg.norm(hidden.astype(np.float32), axis=1, keepdims=True)
     scaled: Floats = (hidden / np.maximum(lengths, 1e-12)).astype(np.float32)
     return scaled
 
 
 def read(folder: Path, manifest: Manifest) -> OutlierDetector:
-    """Read the outlier detector of a model folder whose manifest has one.
+    """Read a model folder's outlier detector.
 
     Raises:
-        ModelError: the file cannot be read, or does not fit the model.
+        ModelError: the file does not fit the model.
     """
     width = manifest.head_hidden[0]
     try:

@@ -16,7 +16,7 @@ class Decoded:
     Attributes:
         photo: with the identity of the file that was decoded, which may be newer than the one the scan saw.
         verdict: `pixels` (in `row`), `failed` (with `reason`), `skipped` (not a photo, or a raw file with a `reason`),
-            `left` (cannot be read at the moment, or not by this user), `gone` (no longer there, or no longer the
+            `left` (cannot be read now, or not by this user), `gone` (no longer there, or no longer the
             settled file).
         row: the row of `Decoders.pixels`; the consumer returns it with `Decoders.release`.
         detail: for a person; why the verdict is not `pixels`.

@@ -1,30 +1,35 @@
 """One photo, from an open descriptor to the network's input.
 
-In: a file descriptor and the model's `Preprocessing`. Out: an upright RGB picture (S, S), transparency on white; or a
-`PhotoError` with a reason code. The trainer decodes with this module too: another decoder or resizer would cost more
-accuracy than 8-bit weights do.
+In: a file descriptor and the model's `Preprocessing`. Out: an RGB picture (S, S), rotated by its EXIF, transparency on
+white; or a `PhotoError` with a reason code. The trainer decodes with this module too: a different decoder or resizer
+costs more accuracy than 8-bit weights do.
 
 Runs inside the decoder processes (`decoders.py`), so it imports neither torch nor numpy.
 """
 
+import contextlib
 import io
 import math
 import re
+import struct
 import warnings
 import zlib
 from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
+import pillow_heif
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from sorter.decoding.formats import FORMATS, SIGNATURE_BYTES, ends_early, has_signature
 from sorter.errors import PhotoError, Reason
 
-# Pillow's `reducing_gap`: how much of the reduction is left to the filter. With 3 no difference is visible.
+SIGNATURE_BYTES = 64
+# Pillow's `reducing_gap`: at 3 the result is indistinguishable from filtering at full size.
 _REDUCING_GAP = 3.0
 _BAND_PIXELS = 4_000_000
+# What a complete file ends with; a few stray bytes may follow.
+_ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND", b"GIF8": b";"}
 
-# EXIF orientation -> the transposition that makes the picture upright (CIPA DC-008, 4.6.4.A).
+# EXIF orientation -> the transposition that puts the picture upright (CIPA DC-008, 4.6.4.A).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -34,16 +39,39 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Bytes per pixel that decoding may need in total: beside the picture itself there are the coefficients of a progressive
-# JPEG, WebP's two canvases, AVIF's planes, TIFF's strips. A library without memory often reports a broken picture.
+# Bytes per pixel that decoding may need, since a library that gets no memory reports a broken picture. Besides the
+# picture itself: coefficients of a progressive JPEG, WebP's two canvases, AVIF's planes, TIFF's strips.
 _NEEDED_BYTES = {"JPEG": 6, "MPO": 6, "WEBP": 20, "AVIF": 16, "HEIF": 16, "TIFF": 16}
+_BMP_HEADER_SIZES = (12, 16, 40, 52, 56, 64, 108, 124)
 
-# JPEG's markers, except the standalone ones within a scan's data. Encoders write about a dozen scans.
+# Workers are parallel already, so one thread each; a phone's depth maps and thumbnails are not needed.
+pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False, depth_images=False, aux_images=False)
+Image.init()  # registers AVIF and MPO too
+with contextlib.suppress(ImportError):  # since Pillow 11.3
+    from PIL import AvifImagePlugin
+
+    # On 64 CPUs the stacks of 64 threads would fill a worker's memory.
+    AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+_EXTENSIONS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "DIB": (),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif", ".hif"),
+}
+# JPEG's markers, except those without a length inside a scan. Encoders make about a dozen scans.
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 _START_OF_SCAN, _END_OF_IMAGE, _MAX_SCANS = b"\xff\xda", b"\xff\xd9", 100
 _MAX_JPEG_BYTES = 100_000_000
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
+FORMATS = tuple(name for name in _EXTENSIONS if name in Image.OPEN)
+EXTENSIONS = frozenset(extension for name in FORMATS for extension in _EXTENSIONS[name])
 
-ImageFile.LOAD_TRUNCATED_IMAGES = False  # True would hide half-written files
+ImageFile.LOAD_TRUNCATED_IMAGES = False  # True would hide incomplete files
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
@@ -52,10 +80,10 @@ class Preprocessing:
     """How a photo becomes the network's input.
 
     Attributes:
-        size: the side S of the square that the network sees, pixels.
+        size: the side S of the network's square input, pixels.
         crop: `squash` scales both sides to S; `center` scales the short side to `resize` and cuts S x S out of the
-            middle; `none` keeps all of the picture with a short side of at most `resize`, for training to crop.
-        resize: the short side before a crop or without one, pixels.
+            middle; `none` keeps the full picture with a short side of at most `resize`, for training to cut from.
+        resize: the short side before or without a crop, pixels.
     """
 
     size: int
@@ -65,11 +93,28 @@ class Preprocessing:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What is refused before it is decoded, and the memory available. Megapixels are millions of pixels."""
+    """What is refused before decoding, and how much memory there is. Megapixels are millions of pixels."""
 
     max_megapixels: float = 100.0
     max_jpeg_megapixels: float = 250.0
     memory_bytes: float = math.inf
+
+
+def has_signature(head: bytes) -> bool:
+    """True if a file's first `SIGNATURE_BYTES` bytes are those of a supported format."""
+    if head.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")):
+        return True
+    if head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return True
+    if head[:4] == b"RIFF":
+        return head[8:12] == b"WEBP"
+    if head[4:8] == b"ftyp":
+        # AVIF and HEIC share the container `mif1`: the compatible brands say which it is.
+        if b"avif" in head[8:] or b"avis" in head[8:]:
+            return "AVIF" in FORMATS
+        return any(brand in head[8:] for brand in _HEIC_BRANDS)
+    # Two letters alone are too common: require a valid header size too.
+    return head[:2] == b"BM" and len(head) >= 18 and struct.unpack_from("<I", head, 14)[0] in _BMP_HEADER_SIZES
 
 
 def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Image.Image:
@@ -78,14 +123,14 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
     Args:
         descriptor: a regular file, read from its start; it stays open.
         preprocessing: size and crop.
-        limits: of pixels and memory.
+        limits: what is refused.
 
     Returns:
         An RGB picture of `preprocessing.size` squared, unless `preprocessing.crop` is `none`.
 
     Raises:
         PhotoError: the file cannot be read as a photo.
-        OSError: the file cannot be read at all (a failing disk, a lost share): the photo may be fine.
+        OSError: the file cannot be read (a failing disk, a lost network share); the photo itself may be fine.
     """
     with open(descriptor, "rb", closefd=False) as file:
         return decode_file(file, preprocessing, limits)
@@ -94,15 +139,15 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
 def decode_file(
     file: BinaryIO, preprocessing: Preprocessing, limits: Limits, orientation: int | None = None
 ) -> Image.Image:
-    """`decode` for a file object.
+    """Decode the first frame of an open or in-memory file, as `decode` does.
 
     Args:
         file: read from its start.
         preprocessing: size and crop.
-        limits: of pixels and memory.
-        orientation: EXIF's number for the orientation, if the file's own does not count.
+        limits: what is refused.
+        orientation: EXIF orientation that overrides the file's own.
     """
-    # A global of Pillow's, set per call because the limits are settings.
+    # Set for each call: the limits are settings.
     Image.MAX_IMAGE_PIXELS = int(max(limits.max_megapixels, limits.max_jpeg_megapixels) * 1e6)
     file.seek(0)
     tracked = _Tracked(file)
@@ -121,7 +166,7 @@ def decode_file(
 
 
 class _Tracked(io.BufferedIOBase):
-    """A file that remembers a failed read, so that a failing disk is not mistaken for a broken photo."""
+    """A file that remembers a failed read, so that a broken disk is not mistaken for a broken photo."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -155,27 +200,27 @@ def _check_size(image: Image.Image, limits: Limits) -> None:
 
 
 def _check_scans(file: io.BufferedIOBase) -> None:
-    """Refuse a progressive JPEG crafted to keep a CPU busy: decoding passes over all pixels once per scan."""
-    before = file.tell()
+    """Refuse a progressive JPEG made to keep a CPU busy: each scan is a pass over the full picture."""
+    position = file.tell()
     file.seek(0)
     content = file.read(_MAX_JPEG_BYTES)
-    file.seek(before)
-    position, scans = 2, 0
-    while (marker := _MARKER.search(content, position)) is not None and marker[0] != _END_OF_IMAGE:
-        scans += marker[0] == _START_OF_SCAN
-        position = marker.end() + int.from_bytes(content[marker.end() : marker.end() + 2])  # the segment's length
+    file.seek(position)
+    offset, scans = 2, 0
+    while (found := _MARKER.search(content, offset)) is not None and found[0] != _END_OF_IMAGE:
+        scans += found[0] == _START_OF_SCAN
+        offset = found.end() + int.from_bytes(content[found.end() : found.end() + 2])  # skip the segment
     if scans > _MAX_SCANS:
-        raise PhotoError(Reason.CORRUPT, f"{scans} progressive scans; no photo has more than {_MAX_SCANS}")
+        raise PhotoError(Reason.CORRUPT, f"{scans} scans; the limit is {_MAX_SCANS}")
 
 
 def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int | None) -> Image.Image:
     short = preprocessing.size if preprocessing.crop == "squash" else preprocessing.resize
     if image.format in ("JPEG", "MPO"):
-        # libjpeg scales while it decodes, to the smallest of 1/8, 1/4, 1/2 that still covers what is asked for.
+        # libjpeg scales while it decodes, to the smallest of 1/8, 1/4, 1/2 that still covers the target.
         image.draft(None, (short, short))
     image.load()
     if orientation is None:
-        orientation = _orientation(image)  # after loading, which turns TIFFs upright and clears their orientation
+        orientation = _orientation(image)  # after loading: Pillow rotates TIFFs itself and resets it
     width, height = image.size
     if preprocessing.crop == "squash":
         size = (short, short)
@@ -184,8 +229,8 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int |
         if preprocessing.crop == "none":
             scale, short = min(scale, 1.0), 1
         size = (max(short, round(width * scale)), max(short, round(height * scale)))
-    # The same as `resize` with a reducing gap, but without a full-size copy of the picture.
-    across, down = (int(side / wanted / _REDUCING_GAP) or 1 for side, wanted in zip(image.size, size, strict=True))
+    # As `resize` with a reducing gap, but without ever copying the full picture.
+    across, down = (int(side / target / _REDUCING_GAP) or 1 for side, target in zip(image.size, size, strict=True))
     reduced = _reduced(image, across, down)
     small = reduced.resize(size, Image.Resampling.BILINEAR, box=(0, 0, width / across, height / down))
     if small.mode == "RGBa":
@@ -196,14 +241,14 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int |
     if small.mode == "RGBA":
         small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
     small = small.convert("RGB")
-    # Transposed last: a small square costs nothing, twelve megapixels do.
+    # Rotated last: a small square costs nothing to rotate, twelve megapixels do.
     return small.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else small
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken EXIF does not make a broken picture
+    except Exception:  # EXIF is metadata: even if it is broken, the picture counts
         return 1
     return value if isinstance(value, int) else 1
 
@@ -211,8 +256,8 @@ def _orientation(image: Image.Image) -> int:
 def _reduced(image: Image.Image, across: int, down: int) -> Image.Image:
     """Average blocks of `across` by `down` pixels, in RGB, or in RGBa where the picture is transparent.
 
-    A band of rows at a time: most modes need two or three copies during the conversion to RGB, and a picture of 100
-    megapixels takes 400 MB in each.
+    Works on a band of rows at a time: most modes need two or three copies on their way to RGB, each 400 MB for a
+    picture of 100 megapixels.
     """
     width, height = image.size
     rows = max(1, _BAND_PIXELS // (width * down)) * down
@@ -231,7 +276,7 @@ def _reduced(image: Image.Image, across: int, down: int) -> Image.Image:
 
 
 def _without_depth(image: Image.Image, low_and_high: tuple[float, float] | None) -> Image.Image:
-    """Convert any of Pillow's modes to RGB, or to RGBa where it is transparent, with 8 bits per channel."""
+    """Convert any of Pillow's modes to RGB, or to RGBa if transparent, with 8 bits per channel."""
     if low_and_high is not None:  # 16-bit greys, 32-bit integers, floats
         low, high = low_and_high
         return image.convert("F").point(lambda value: (value - low) * (255 / (high - low))).convert("L").convert("RGB")
@@ -241,16 +286,16 @@ def _without_depth(image: Image.Image, low_and_high: tuple[float, float] | None)
 
 
 def _low_and_high(image: Image.Image, bands: list[tuple[int, int, int, int]]) -> tuple[float, float]:
-    """The values of black and white: the narrowest usual range that contains the picture, or else the picture's own."""
+    """The values of black and white: the narrowest usual range that contains the picture, else the picture's own."""
     extremes = [float(value) for band in bands for value in image.crop(band).convert("F").getextrema()]  # type: ignore[arg-type]
     if not all(map(math.isfinite, extremes)):
-        raise PhotoError(Reason.CORRUPT, "its pixel values are not finite")
+        raise PhotoError(Reason.CORRUPT, "its pixel values are not finite numbers")
     low, high = min(extremes), max(extremes)
     return next(((0.0, white) for white in (1.0, 255.0, 65535.0) if low >= 0 and high <= white), (low, high))
 
 
 def _reason(error: Exception, file: _Tracked, limits: Limits, needed_bytes: int) -> Exception:
-    """Turn a decoder's exception into a reason code, or return the disk's failure behind it."""
+    """Turn a decoder's exception into a `PhotoError`, or return the failed read behind it."""
     if file.failure is not None:
         return file.failure
     detail = str(error) or type(error).__name__
@@ -258,18 +303,41 @@ def _reason(error: Exception, file: _Tracked, limits: Limits, needed_bytes: int)
         detail = "the header cannot be read"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         others, jpeg = limits.max_megapixels, limits.max_jpeg_megapixels
-        sentence = f"the limit is {jpeg:g} megapixels for JPEG, {others:g} megapixels for other formats"
-        return PhotoError(Reason.TOO_MANY_PIXELS, sentence)
+        return PhotoError(Reason.TOO_MANY_PIXELS, f"the limit is {jpeg:g} megapixels for JPEG, {others:g} for others")
     file.seek(0)
     head = file.read(SIGNATURE_BYTES)
     if not head:
         return PhotoError(Reason.EMPTY, "the file is empty")
     if not has_signature(head):
-        return PhotoError(Reason.NOT_A_PHOTO, "it has the extension of a photo but other content")
+        return PhotoError(Reason.NOT_A_PHOTO, "it is named like a photo, but its content is something else")
     if ends_early(file, head) or isinstance(error, (EOFError, zlib.error)) or "truncated" in detail.lower():
         return PhotoError(Reason.TRUNCATED, detail)
     if needed_bytes > limits.memory_bytes:
         return PhotoError(
-            Reason.OUT_OF_MEMORY, f"a picture of this size needs too much memory in this format ({detail})"
+            Reason.OUT_OF_MEMORY, f"decoding this many pixels of this format needs too much memory ({detail})"
         )
     return PhotoError(Reason.CORRUPT, detail)
+
+
+def ends_early(file: io.BufferedIOBase, head: bytes) -> bool:
+    """True if a file ends earlier than its format says; not every decoder reports it."""
+    size = file.seek(0, io.SEEK_END)
+    for signature, end in _ENDS.items():
+        if head.startswith(signature):
+            file.seek(max(0, size - 64))
+            return end not in file.read(64)
+    if head[:4] == b"RIFF":
+        return bool(struct.unpack_from("<I", head.ljust(8, b"\0"), 4)[0] + 8 > size)
+    if head[:2] in (b"II", b"MM"):  # TIFF: where its directory is, usually at the end
+        return bool(struct.unpack_from("<I" if head[:1] == b"I" else ">I", head.ljust(8, b"\0"), 4)[0] >= size)
+    if head[4:8] != b"ftyp":
+        return False
+    position = 0
+    while position < size:
+        file.seek(position)
+        box = file.read(8).ljust(8, b"\0")
+        length = struct.unpack_from(">I", box)[0]
+        if length < 8:  # 0: to the end of the file; 1: a 64-bit length, which no photo has
+            return False
+        position += length
+    return position > size

@@ -1,10 +1,10 @@
-"""A camera's raw file, by the preview that the camera embedded.
+"""A camera's raw file, decoded from the preview that the camera embedded in it.
 
 In: a file descriptor and the model's `Preprocessing`. Out: the preview as `images.py` decodes it, or a `PhotoError`.
 
-rawpy, an extra, extracts the preview; sensor data is not decoded. Of several previews it returns the largest, which
-costs little: a JPEG is decoded at the smallest sufficient scale. rawpy is imported with the first raw file, and only in
-the decoder processes: the trainer does not read raw files.
+rawpy, an extra, extracts the preview; the sensor data is not decoded. Of several previews it
+extracts the largest, which costs little: a JPEG is decoded at the smallest sufficient scale. rawpy is imported for the
+first raw file, in the decoder processes only: the trainer does not read raw files.
 """
 
 import io
@@ -14,7 +14,7 @@ import struct
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from sorter.decoding import formats, images
+from sorter.decoding import images
 from sorter.decoding.images import Limits, Preprocessing
 from sorter.errors import PhotoError, Reason
 
@@ -23,17 +23,17 @@ EXTENSIONS |= {".3fr", ".crw", ".erf", ".gpr", ".iiq", ".mrw", ".rwl", ".sr2", "
 # LibRaw's flip -> EXIF's orientation.
 _ORIENTATIONS = (1, 2, 4, 3, 5, 8, 6, 7)
 
-# TIFF and Olympus's variants. Panasonic's is missing: its directories contain no lengths.
+# And Olympus's variants. Panasonic's is missing: its directories hold no lengths.
 _TIFFS = (b"II*\0", b"MM\0*", b"IIRO", b"IIRS", b"MMOR")
 _SHORT, _LONG, _DIRECTORY = 3, 4, 13
 _NEXT_DIRECTORIES = 330
-# Tags with the offsets of a TIFF picture's pieces -> tags with their lengths: strips, tiles, a JPEG.
+# TIFF tags: offsets of a picture's pieces -> their lengths; strips, tiles, an embedded JPEG.
 _PIECES = {273: 279, 324: 325, 513: 514}
 _MAX_DIRECTORIES, _MAX_PIECES = 64, 100_000
 
 
 def is_raw(name: str) -> bool:
-    """True if the name is that of a raw file; by their signature most are TIFFs."""
+    """True if a file's name is that of a raw file; by content most are TIFFs."""
     return os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
@@ -41,13 +41,13 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
     """Decode the preview of an open raw file. Arguments and result are those of `images.decode`.
 
     Raises:
-        PhotoError: rawpy is missing, or the file has no preview that can be read.
+        PhotoError: rawpy is missing, or the file has no readable preview.
         OSError: the file cannot be read at all.
     """
     try:
         import rawpy
     except ImportError:
-        hint = "raw files are sorted by their preview, which needs pip install 'catdog-sorter[raw]'"
+        hint = "sorting it by its preview needs rawpy: pip install 'catdog-sorter[raw]'"
         raise PhotoError(Reason.NOT_A_PHOTO, hint) from None
     with open(descriptor, "rb", closefd=False) as file:
         file.seek(0)
@@ -67,47 +67,49 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
                 Image.fromarray(thumbnail.data).save(preview, "BMP")
     except MemoryError:
         raise
-    except Exception as error:  # OSError included: LibRaw reads from memory, not from the disk
-        message = error.args[0] if error.args else type(error).__name__
-        detail = message.decode("utf-8", "replace") if isinstance(message, bytes) else str(message)
+    except Exception as error:  # an OSError too: LibRaw reads from memory, so it is not about the disk
+        cause = error.args[0] if error.args else type(error).__name__
+        detail = cause.decode("utf-8", "replace") if isinstance(cause, bytes) else str(cause)
         raise PhotoError(Reason.CORRUPT, f"its preview cannot be read: {detail}") from error
     return images.decode_file(preview, preprocessing, limits, orientation)
 
 
 def _own_orientation(preview: io.BytesIO) -> int | None:
-    """The orientation in the preview's own EXIF.
+    """The orientation in the preview's own EXIF; None if it has none.
 
-    LibRaw inserts EXIF with the raw file's orientation into a preview that does not start with EXIF, so only the last
-    block can be the preview's own.
+    LibRaw inserts EXIF with the raw file's orientation into a preview that does not begin with its own, so only the
+    last block may be the preview's.
     """
-    # Not `Image.open`, which would check the number of pixels.
+    # Not `Image.open`: the limit on pixels is checked later.
     blocks = [block for name, block in JpegImageFile(preview).applist if name == "APP1" and block[:4] == b"Exif"]
     exif = Image.Exif()
     try:
         exif.load(blocks[-1])
         value = exif.get(ExifTags.Base.Orientation)
-    except Exception:  # no EXIF, or broken: use the raw file's orientation
+    except Exception:  # no EXIF, or broken: the raw file's orientation counts
         return None
     return value if isinstance(value, int) and 1 <= value <= 8 else None
 
 
 def _is_truncated(content: bytes) -> bool:
-    """True if a raw file ends before the data that it points to; LibRaw reads no further than the preview."""
+    """True if a raw file ends before the data that its headers describe; LibRaw checks only the preview."""
     if content[4:8] == b"ftyp":
-        return formats.ends_early(io.BytesIO(content), content[: formats.SIGNATURE_BYTES])
+        return images.ends_early(io.BytesIO(content), content[: images.SIGNATURE_BYTES])
     if content.startswith(b"FUJIFILMCCD-RAW"):
-        places = struct.unpack_from(">6I", content.ljust(108, b"\0"), 84)  # preview, header, sensor data
+        places = struct.unpack_from(
+            ">6I", content.ljust(108, b"\0"), 84
+        )  # offset and length of preview, header, sensor data
         return max(map(sum, zip(places[::2], places[1::2], strict=True))) > len(content)
     if not content.startswith(_TIFFS):
         return False
     try:
         return _end_of_pieces(content) > len(content)
-    except struct.error:  # a directory or one of its lists lies beyond the end
+    except struct.error:  # a directory, or a list in one, is beyond the end
         return True
 
 
 def _end_of_pieces(content: bytes) -> int:
-    """Where the last piece of the pictures in a TIFF ends, in bytes from the start."""
+    """Where the last piece of picture data in a TIFF ends, in bytes from its start."""
     order = "<" if content[:1] == b"I" else ">"
     waiting, seen, end = [struct.unpack_from(order + "I", content, 4)[0]], set[int](), 0
     while waiting and len(seen) < _MAX_DIRECTORIES:
@@ -129,9 +131,9 @@ def _end_of_pieces(content: bytes) -> int:
     return end
 
 
-def _numbers(content: bytes, order: str, position: int, kind: str, length: int) -> tuple[int, ...]:
-    """An entry's values; at `position` is their offset instead if they need more than four bytes."""
+def _numbers(content: bytes, order: str, offset: int, kind: str, length: int) -> tuple[int, ...]:
+    """The values of a directory entry, which are stored elsewhere if they need more than four bytes."""
     layout = struct.Struct(f"{order}{min(length, _MAX_PIECES)}{kind}")
     if layout.size > 4:
-        (position,) = struct.unpack_from(order + "I", content, position)
-    return layout.unpack_from(content, position)
+        (offset,) = struct.unpack_from(order + "I", content, offset)
+    return layout.unpack_from(content, offset)
