@@ -1,21 +1,21 @@
 """Every error that the sorter raises on purpose.
 
-    SorterError                 one sentence for the person, and the exit code it ends with
-    ├── ConfigurationError  2   a setting, a flag, the inbox or the output is wrong: say it differently and start again
+    SorterError                 one sentence for the user, and the exit code
+    ├── ConfigurationError  2   a setting, a flag, the inbox or the output is wrong
     ├── ModelError          2   the model folder cannot be used
-    └── StorageError        1   the disk or the folder does not take photos any more
+    └── StorageError        1   the disk or the folder no longer accepts photos
         └── InboxGoneError  1   the inbox vanished while it was being sorted
 
-    PhotoError                  one photo cannot be read as a photo; it never ends the program
+    PhotoError                  one photo cannot be decoded; it never ends the program
 
-Exit codes: 0 done, 1 could not go on, 2 wrong configuration, model or usage, 3 done but some photos failed or stayed.
+Exit codes: 0 done, 1 could not continue, 2 wrong configuration, model or usage, 3 done but photos failed or stayed.
 """
 
 from enum import IntEnum, StrEnum
 
 
 class ExitCode(IntEnum):
-    """What the process ends with."""
+    """The process's exit codes."""
 
     DONE = 0
     STOPPED = 1
@@ -24,7 +24,7 @@ class ExitCode(IntEnum):
 
 
 class SorterError(Exception):
-    """A sentence that says what is wrong and what to do."""
+    """Its message is one sentence: what is wrong, and what to do."""
 
     exit_code = ExitCode.STOPPED
 
@@ -42,15 +42,15 @@ class ModelError(SorterError):
 
 
 class StorageError(SorterError):
-    """The file system refuses what a move needs: no space, read-only, gone. The photo is still where it was."""
+    """The file system refuses a move: no space, read-only, gone. The photo is still where it was."""
 
 
 class InboxGoneError(StorageError):
-    """The inbox vanished or cannot be listed any more."""
+    """The inbox has vanished or can no longer be listed."""
 
 
 class Reason(StrEnum):
-    """Why a photo went to `failed/`. Stable: they stand in the logs and in the README."""
+    """Why a photo went to `failed/`. Stable: logs and history contain these values."""
 
     EMPTY = "empty"
     TRUNCATED = "truncated"
@@ -64,11 +64,11 @@ class Reason(StrEnum):
 
 
 class PhotoError(Exception):
-    """One photo cannot be read as a photo.
+    """One photo cannot be decoded.
 
     Attributes:
-        reason: the stable code.
-        detail: what the decoder said, for a person.
+        reason: a stable code.
+        detail: the decoder's message, for a person.
     """
 
     def __init__(self, reason: Reason, detail: str) -> None:

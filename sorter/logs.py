@@ -1,7 +1,7 @@
-"""Log set-up: one JSON object a line on standard error, or lines for a person on a terminal.
+"""Log set-up: one JSON object per line on standard error, or readable lines on a terminal.
 
-Descriptor 2 belongs to the log alone. Whatever else writes to it (native libraries, Python's own warnings) is caught
-in a pipe and logged as `native.output`, so that a program can parse every line of standard error.
+Descriptor 2 is reserved for the log. Anything else written to it (by native libraries, Python's warnings) is captured
+through a pipe and logged as `native.output`, so that a program can parse every line of standard error.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARN
 
 
 class LogStream:
-    """The terminal or file behind the log. One that cannot be written (disk full, closed pipe) never stops a move.
+    """The terminal or file behind the log. If it cannot be written (disk full, closed pipe), sorting goes on.
 
     Attributes:
-        above: while a progress bar is shown, what prints a line above it.
+        above: prints a line above the progress bar while one is shown.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -33,23 +33,23 @@ class LogStream:
         self.encoding = self._file.encoding
 
     def write(self, text: str) -> int:
-        """Write text as it is."""
+        """Write text; errors are ignored."""
         with contextlib.suppress(OSError):
             self._file.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Hand the text over."""
+        """Flush the stream; errors are ignored."""
         with contextlib.suppress(OSError):
             self._file.flush()
 
     def isatty(self) -> bool:
-        """Tell whether a person is looking."""
+        """True for a terminal."""
         return self._file.isatty()
 
 
 class _LineLogger:
-    """What structlog hands its finished lines to."""
+    """Receives structlog's rendered lines."""
 
     def __init__(self, stream: LogStream) -> None:
         self._stream, self._lock = stream, threading.Lock()
@@ -64,8 +64,8 @@ class _LineLogger:
     debug = info = warning = error = critical = msg
 
 
-def _uncounted(stream: LogStream) -> Processor:
-    """Drop what the progress bar counts anyway: a person wants to read only what did not go well."""
+def _only_problems(stream: LogStream) -> Processor:
+    """While a progress bar is shown, drop what it counts anyway and keep warnings and errors."""
 
     def drop(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
         if stream.above is not None and method in ("debug", "info"):
@@ -75,13 +75,13 @@ def _uncounted(stream: LogStream) -> Processor:
     return drop
 
 
-def _what_first(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Put when, how grave and what before the rest, for those who read JSON with their eyes."""
+def _event_first(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Put timestamp, level and event first, for people reading the JSON."""
     return {"timestamp": event.pop("timestamp"), "level": event.pop("level"), "event": event.pop("event"), **event}
 
 
 def _printable(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Escape what would move a terminal's cursor: names of files may hold anything."""
+    """Escape control characters: file names may contain any."""
     return {k: _escape(v) if isinstance(v, str) else v for k, v in event.items()}
 
 
@@ -90,12 +90,12 @@ def _escape(text: str) -> str:
 
 
 def is_json(log_format: LogFormat) -> bool:
-    """Tell whether the log is for a program: it was asked for, or standard error is no terminal."""
+    """True if the log is JSON: because it was asked for, or because standard error is not a terminal."""
     return log_format == "json" or (log_format == "auto" and not os.isatty(2))
 
 
 def configure(log_format: LogFormat, log_level: LogLevel) -> LogStream:
-    """Take standard error for the log, in one format, for the rest of the process.
+    """Reserve standard error for the log, for the rest of the process.
 
     Returns:
         The stream behind the log, for a progress bar to draw on.
@@ -114,10 +114,10 @@ def configure(log_format: LogFormat, log_level: LogLevel) -> LogStream:
         render = structlog.dev.ConsoleRenderer(
             colors=stream.isatty(), pad_event_to=16, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
         )
-        processors += [_uncounted(stream), _printable, render]
+        processors += [_only_problems(stream), _printable, render]
     else:
-        # Escaped to ASCII: names that are not UTF-8 arrive as lone surrogates, which no UTF-8 stream takes.
-        processors += [_what_first, structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        # Escaped to ASCII: names that are not UTF-8 contain lone surrogates, which cannot be encoded as UTF-8.
+        processors += [_event_first, structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[log_level]),
@@ -136,11 +136,11 @@ def _capture_descriptor_2() -> None:
     log = structlog.get_logger()
 
     def forward() -> None:
-        grave = False
+        crashed = False
         with os.fdopen(read_end, encoding="utf-8", errors="backslashreplace") as lines:
             for line in lines:
-                grave = grave or line.startswith(("Traceback", "Fatal Python error"))
+                crashed = crashed or line.startswith(("Traceback", "Fatal Python error"))
                 if text := line.strip():
-                    (log.error if grave else log.debug)("native.output", text=text)
+                    (log.error if crashed else log.debug)("native.output", text=text)
 
     threading.Thread(target=forward, name="native-output", daemon=True).start()

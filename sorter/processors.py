@@ -1,4 +1,4 @@
-"""How many processors there are for us."""
+"""How many CPUs this process may use."""
 
 import math
 import os
@@ -8,20 +8,20 @@ _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def available_cpus() -> int:
-    """How many processors this process may use at a time: its affinity, and what its container may take.
+    """How many CPUs this process may use at the same time: by its affinity, and by its container's limit.
 
-    A share of 1.5 processors counts as 2: the half would be idle otherwise.
+    A limit of 1.5 CPUs counts as 2, so that none of it is left idle.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.ceil(min(count, _cgroup_limit(Path("/proc/self/cgroup"), _CGROUPS))))
 
 
 def _cgroup_limit(membership: Path, root: Path) -> float:
-    """The smallest limit of our control groups and all above them, in processors; infinite where there is none.
+    """The smallest limit of the process's control groups and their ancestors, in CPUs; infinite without a limit.
 
     Args:
-        membership: `/proc/self/cgroup`, a line `hierarchy:controllers:path` for each group (cgroups(7)).
-        root: where they are mounted, `/sys/fs/cgroup`.
+        membership: `/proc/self/cgroup`, a line `hierarchy:controllers:path` per group (cgroups(7)).
+        root: where control groups are mounted, `/sys/fs/cgroup`.
     """
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()
@@ -34,7 +34,7 @@ def _cgroup_limit(membership: Path, root: Path) -> float:
         if not unified and "cpu" not in controllers.split(","):
             continue
         mounted = root if unified else root / controllers
-        # In a container the path may be the one outside, of which nothing is to be seen: then the top is our own group.
+        # In a container this may be the path on the host, which does not exist inside: then the root is our own group.
         group = mounted / path.lstrip("/")
         for folder in (group, *group.parents):
             if folder.is_relative_to(mounted):
@@ -50,5 +50,5 @@ def _limit(group: Path, *, unified: bool) -> float:
             quota = (group / "cpu.cfs_quota_us").read_text(encoding="ascii")
             period = (group / "cpu.cfs_period_us").read_text(encoding="ascii")
         return int(quota) / int(period) if int(quota) > 0 else math.inf
-    except (OSError, ValueError):  # no such group here, or `max`
+    except (OSError, ValueError):  # the group is not visible here, or its limit is `max`
         return math.inf

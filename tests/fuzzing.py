@@ -1,7 +1,7 @@
-"""Files that were pictures once: a seeded fuzzer that knows the formats well enough to get past their headers.
+"""A seeded fuzzer of pictures that knows the formats well enough to get past their headers.
 
-`mutant(seed, sources)` gives the same bytes for the same seed and sources. What looks at the content knows where its
-dimensions, counts, sizes and checksums are; what does not flips, cuts and repeats.
+`mutant(seed, sources)` gives the same bytes for the same seed and sources. Format-specific mutations
+know where dimensions, counts, sizes and checksums are; the others flip, cut and repeat bytes.
 """
 
 import struct
@@ -34,23 +34,23 @@ class Mutant:
     """A file to sort.
 
     Attributes:
-        source: the name of the file that it was made from.
-        how: the mutations, in their order.
+        source: the name of the original file.
+        mutations: in order.
         name: unique for each seed.
     """
 
     seed: int
     source: str
-    how: tuple[str, ...]
+    mutations: tuple[str, ...]
     name: str
     content: bytes
 
     def __str__(self) -> str:
-        return f"seed {self.seed}: {self.source}, {' then '.join(self.how)}"
+        return f"seed {self.seed}: {self.source}, {' then '.join(self.mutations)}"
 
 
 def generated() -> dict[str, bytes]:
-    """A picture of every kind that is decoded, with something in it."""
+    """Pictures with some content, in every supported format."""
     files = {f"made-{name}": content for name, (content, _) in every_format().items()}
     for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "HEIF", *(["AVIF"] if HAS_AVIF else [])):
         files[f"smooth-{kind}"] = encoded(smooth(1, (160, 120)), kind)
@@ -71,7 +71,7 @@ def generated() -> dict[str, bytes]:
 
 
 def from_shared(data: Path, photos: int) -> dict[str, bytes]:
-    """The files that were broken in the wild, and evenly chosen real photos."""
+    """Files broken in the wild, and an even selection of real photos."""
     paths = sorted(path for path in (data / "bad").iterdir() if path.is_file())
     real = sorted((data / "photos").glob("*.jpg"))
     paths += real[:: max(1, len(real) // photos)][:photos]
@@ -79,25 +79,25 @@ def from_shared(data: Path, photos: int) -> dict[str, bytes]:
 
 
 def mutant(seed: int, sources: dict[str, bytes]) -> Mutant:
-    """Change one of the files in one to three ways."""
+    """Mutate one of the files one to three times."""
     random = Random(seed)
     source = random.choice(sorted(sources))
-    content, how = sources[source], []
+    content, mutations = sources[source], []
     for _ in range(random.choice((1, 1, 1, 2, 3))):
-        ways = _ANY if random.random() < 0.4 else _OF_FORMAT.get(kind_of(content) or "", _ANY)
-        way = random.choice(ways)
-        how.append(way.__name__.strip("_"))
+        choices = _GENERAL if random.random() < 0.4 else _BY_FORMAT.get(kind_of(content) or "", _GENERAL)
+        mutate = random.choice(choices)
+        mutations.append(mutate.__name__.strip("_"))
         try:
-            content = way(random, content) if way is not _swap_header else _swap_header(random, content, sources)
-        except (struct.error, IndexError, ValueError):  # an earlier change left nothing to change there
+            content = _swap_header(random, content, sources) if mutate is _swap_header else mutate(random, content)
+        except (struct.error, IndexError, ValueError):  # an earlier mutation destroyed that structure
             content = _flip_bits(random, content or b"\0")
     own = _SUFFIXES.get(kind_of(sources[source]) or "", ".jpg")
     suffix = random.choices((own, random.choice(sorted(_SUFFIXES.values())), "", ".txt"), (90, 6, 3, 1))[0]
-    return Mutant(seed, source, tuple(how), f"mutant-{seed}{suffix}", content)
+    return Mutant(seed, source, tuple(mutations), f"mutant-{seed}{suffix}", content)
 
 
 def kind_of(content: bytes) -> str | None:
-    """The format that a file's first bytes claim."""
+    """The format according to a file's first bytes."""
     starts = {b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"GIF8": "GIF", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
     for start, kind in starts.items():
         if content.startswith(start):
@@ -107,9 +107,6 @@ def kind_of(content: bytes) -> str | None:
     if content[4:8] == b"ftyp":
         return "AVIF" if b"avif" in content[8:64] else "HEIF"
     return None
-
-
-# --- what needs no format ---
 
 
 def _span(random: Random, content: bytes, longest: int = 4096) -> tuple[int, int]:
@@ -130,7 +127,7 @@ def _flip_bits(random: Random, content: bytes) -> bytes:
 
 
 def _repeated(random: Random, block: bytes, *times: int) -> bytes:
-    """A block several times, unless that gets larger than a large photo."""
+    """A block repeated, but no larger than a large photo."""
     return block * min(random.choice(times), 4_000_000 // max(1, len(block)))
 
 
@@ -175,11 +172,8 @@ def _zero(random: Random, content: bytes) -> bytes:
     return content[:start] + bytes(end - start) + content[end:]
 
 
-# --- EXIF and colour profiles, which several formats carry ---
-
-
 def _damaged_exif(random: Random) -> bytes:
-    """A TIFF directory with entries that make no sense: types, counts and offsets out of the file or into itself."""
+    """A TIFF directory with invalid entries: types, counts and offsets that point out of the file or into itself."""
     order, mark = random.choice((("<", b"II*\0"), (">", b"MM\0*")))
     entries = b""
     for _ in range(number := random.choice((1, 3, 12))):
@@ -203,11 +197,8 @@ def _damaged_profile(random: Random) -> bytes:
     return bytes(profile)
 
 
-# --- JPEG ---
-
-
 def _segments(content: bytes) -> list[tuple[int, bytes]]:
-    """The marker segments before the first scan; what follows is the last one, under marker 0."""
+    """The marker segments before the first scan; the last one, with marker 0, is the rest of the file."""
     found, at = [], 2
     while content[at] == 0xFF and content[at + 1] != 0xDA:
         length = struct.unpack_from(">H", content, at + 2)[0]
@@ -258,12 +249,9 @@ def _jpeg_metadata(random: Random, content: bytes) -> bytes:
 
 
 def _jpeg_scans(random: Random, content: bytes) -> bytes:
-    """A progressive JPEG may have any number of scans, and each costs a pass over the whole picture."""
+    """A progressive JPEG may have any number of scans, each of which costs a pass over all pixels."""
     start = content.rindex(b"\xff\xda")
     return content[:-2] + _repeated(random, content[start:-2], 1, 10, 100, 1000) + content[-2:]
-
-
-# --- PNG ---
 
 
 def _chunks(content: bytes) -> list[tuple[bytes, bytes]]:
@@ -276,7 +264,7 @@ def _chunks(content: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def _png(chunks: list[tuple[bytes, bytes]]) -> bytes:
-    """Chunks with their right checksums, so that what is wrong inside is looked at."""
+    """Chunks with correct checksums, so that decoders read their invalid contents."""
     packed = [struct.pack(">I", len(b)) + kind + b + struct.pack(">I", zlib.crc32(kind + b)) for kind, b in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
@@ -327,7 +315,7 @@ def _png_metadata(random: Random, content: bytes) -> bytes:
 
 
 def _png_bomb(random: Random, content: bytes) -> bytes:
-    """Far more pixel data than the header promises, or as much as is just allowed."""
+    """Far more pixel data than the header declares, or just as much as is allowed."""
     chunks = [c for c in _chunks(content) if c[0] != b"IDAT"]
     pixels = _compressed_zeros(random.choice((1000, 30_000_000)))
     if random.random() < 0.3:
@@ -341,9 +329,6 @@ def _png_frames(random: Random, content: bytes) -> bytes:
     sides = [random.choice((*SIDES, 64, 48)) for _ in range(4)]
     frame = (b"fcTL", struct.pack(">IIIIIHHBB", random.choice((0, 7)), *sides, 1, 0, random.randrange(4), 1))
     return _png([chunks[0], count, frame, *(c for c in chunks[1:] if c[0] != b"acTL")])
-
-
-# --- GIF, BMP ---
 
 
 def _gif_size(random: Random, content: bytes) -> bytes:
@@ -372,13 +357,11 @@ def _bmp_header(random: Random, content: bytes) -> bytes:
     return bytes(changed)
 
 
-# --- TIFF ---
-
 _TAGS = (256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 317, 322, 323, 324, 338, 339, 347, 530, 34675)
 
 
 def _tiff_tag(random: Random, content: bytes) -> bytes:
-    """Change entries of the first directory: what a tag is, its type, its count, its value or where that lies."""
+    """Change entries of the first directory: tag, type, count, or value and its offset."""
     order = "<" if content[:1] == b"I" else ">"
     changed = bytearray(content)
     at = struct.unpack_from(order + "I", content, 4)[0]
@@ -411,9 +394,6 @@ def _tiff_directories(random: Random, content: bytes) -> bytes:
     return bytes(changed)
 
 
-# --- WebP, AVIF, HEIC ---
-
-
 def _webp_chunk(random: Random, content: bytes) -> bytes:
     places, at = [4], 12
     while at + 8 <= len(content):
@@ -424,7 +404,7 @@ def _webp_chunk(random: Random, content: bytes) -> bytes:
     if at == 4 or random.random() < 0.5:
         struct.pack_into("<I", changed, at, random.choice((*EXTREMES, len(content), random.randrange(1000))))
     else:
-        for _ in range(random.choice((1, 4))):  # the first bytes of a chunk are its flags and dimensions
+        for _ in range(random.choice((1, 4))):  # a chunk starts with its flags and dimensions
             changed[at + 4 + random.randrange(12)] = random.randrange(256)
     return bytes(changed)
 
@@ -467,9 +447,18 @@ def _heif_box(random: Random, content: bytes) -> bytes:
     return bytes(changed)
 
 
-_Way = Callable[..., bytes]
-_ANY: tuple[_Way, ...] = (_truncate, _flip_bits, _extreme_number, _swap_header, _insert, _delete, _repeat, _zero)
-_OF_FORMAT: dict[str, tuple[_Way, ...]] = {
+_Mutation = Callable[..., bytes]
+_GENERAL: tuple[_Mutation, ...] = (
+    _truncate,
+    _flip_bits,
+    _extreme_number,
+    _swap_header,
+    _insert,
+    _delete,
+    _repeat,
+    _zero,
+)
+_BY_FORMAT: dict[str, tuple[_Mutation, ...]] = {
     "JPEG": (_jpeg_size, _jpeg_segment, _jpeg_metadata, _jpeg_scans),
     "PNG": (_png_header, _png_chunk, _png_metadata, _png_bomb, _png_frames),
     "GIF": (_gif_size, _gif_frames),

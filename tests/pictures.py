@@ -1,4 +1,4 @@
-"""Pictures made as bytes: one of every format that is decoded, and headers that lie."""
+"""Generated picture files: one of every supported format, and some with false headers."""
 
 import io
 import struct
@@ -13,7 +13,7 @@ Color = tuple[int, int, int]
 BRICK: Color = (200, 60, 30)
 HAS_AVIF = "avif" in features.get_supported()
 
-# EXIF orientation -> what a camera held that way does to the upright picture before it stores it.
+# EXIF orientation -> how the stored picture differs from the upright one.
 _STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -28,7 +28,7 @@ _STORED = {
 def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
     """A picture as a file of one of Pillow's formats."""
     buffer = io.BytesIO()
-    picture.copy().save(buffer, kind, **options)  # saving leaves marks on the object that the next format trips over
+    picture.copy().save(buffer, kind, **options)  # saving changes the object, which the next format may stumble over
     return buffer.getvalue()
 
 
@@ -38,18 +38,18 @@ def plain(color: Color = BRICK, size: tuple[int, int] = (64, 48)) -> Image.Image
 
 
 def smooth(seed: int, size: tuple[int, int] = (64, 48)) -> Image.Image:
-    """A picture with something in it, another one for each seed."""
+    """A picture with some content, different for each seed."""
     noise = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 
 
 def ramp() -> Image.Image:
-    """A 16-bit grey that goes from black on the left to half of white on the right."""
+    """A 16-bit grey gradient, from black on the left to half of white on the right."""
     return Image.fromarray(np.tile(np.linspace(0, 32767, 64).astype(np.uint16), (48, 1)))
 
 
 def quarters() -> Image.Image:
-    """A wide picture with another colour in each corner, so that each way of turning it looks different."""
+    """A wide picture with a different colour in each corner, so that every orientation looks different."""
     picture = Image.new("RGB", (96, 64))
     for corner, color in {(0, 0): "red", (48, 0): "lime", (0, 32): "blue", (48, 32): "white"}.items():
         picture.paste(color, (*corner, corner[0] + 48, corner[1] + 32))
@@ -57,7 +57,7 @@ def quarters() -> Image.Image:
 
 
 def turned(kind: str, orientation: int) -> bytes:
-    """`quarters` as a camera stores it that was held like that: pixels turned, and EXIF says how."""
+    """`quarters` as a camera stores it: the pixels turned, with the orientation in EXIF."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     picture = quarters()
@@ -71,7 +71,7 @@ def turned(kind: str, orientation: int) -> bytes:
 
 
 def every_format() -> dict[str, tuple[bytes, Color]]:
-    """A file of each kind, and the colour that it shows on average. What has several frames goes on in blue."""
+    """A file of each kind and its mean colour. Animated ones continue with a blue frame."""
     brick, grey = plain(), Image.new("L", (64, 48), 130)
     half = brick.copy()
     half.putalpha(128)
@@ -106,7 +106,7 @@ def _followed_by_blue() -> dict[str, Any]:
 
 
 def claiming(kind: str, width: int, height: int) -> bytes:
-    """A small file whose header says that it holds a picture of that size."""
+    """A small file whose header claims that size."""
     content = bytearray(encoded(plain(), kind))
     if kind == "PNG":
         struct.pack_into(">II", content, 16, width, height)
@@ -123,7 +123,7 @@ def claiming(kind: str, width: int, height: int) -> bytes:
 
 
 def tinted(color: tuple[int, int, int], seed: int) -> bytes:
-    """A pattern of its own for each seed, in shades of one colour."""
+    """A pattern in shades of one colour, different for each seed."""
     noise = np.random.default_rng(seed).random((6, 6, 1)) * np.array(color)
     buffer = io.BytesIO()
     Image.fromarray(noise.astype(np.uint8)).resize((64, 64), Image.Resampling.BICUBIC).save(buffer, "JPEG")

@@ -1,4 +1,4 @@
-"""Cameras' raw files, made as bytes: previews and a sensor's values in a TIFF's directories."""
+"""Generated raw files: previews and sensor data in the directories of a TIFF."""
 
 import struct
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ Entries = dict[int, tuple[int, Sequence[int]]]
 
 
 def dng(*previews: bytes, orientation: int = 1, bitmap: Image.Image | None = None, order: str = "<") -> bytes:
-    """A DNG as its specification wants it, and as cameras write it: the sensor's values are the last bytes.
+    """A valid DNG, laid out as cameras do: the sensor data is at the end.
 
     Args:
-        previews: JPEGs, each in a directory of its own.
-        orientation: of the raw file, as EXIF counts it.
+        previews: JPEGs, each in its own directory.
+        orientation: of the raw file, EXIF's number.
         bitmap: an uncompressed preview, in the first directory.
-        order: of the bytes, as `struct` writes it.
+        order: byte order in the notation of `struct`.
     """
     values = struct.pack(f"{order}{_SIDE * _SIDE}H", *(position * 37 % 4096 for position in range(_SIDE * _SIDE)))
     length = len(_without_values(previews, orientation, bitmap, order, 0))

@@ -1,4 +1,4 @@
-"""The limits at their boundaries, and what a photo may cost, through the whole sorter with its real processes."""
+"""The limits at their boundaries, and what a photo may cost, through the sorter and its real processes."""
 
 import contextlib
 import io
@@ -186,11 +186,11 @@ def test_the_largest_pictures_stay_under_10_seconds_and_1_gb(
     with contextlib.closing(bench.decoders):
         decoded = bench.decode("large")
         seconds, peak = cpu_seconds(), peak_bytes()
-    said = decoded.reason or decoded.verdict
+    result = decoded.reason or decoded.verdict
     assert (decoded.verdict, decoded.reason) == (("failed", reason) if reason else ("pixels", None))
     assert peak < MAX_BYTES
     assert seconds < MAX_SECONDS
-    proved(f"{name}: {said}, {seconds:.1f} s of a processor, {peak / 1e6:.0f} MB")
+    proved(f"{name}: {result}, {seconds:.1f} s of a processor, {peak / 1e6:.0f} MB")
     (tmp_path / "in/large").unlink()
 
 

@@ -20,7 +20,8 @@ from sorter.classifier import manifest as manifests
 from sorter.classifier import network, outliers
 from sorter.classifier.engine import open_engine
 from sorter.classifier.manifest import MANIFEST, NEITHER, Manifest, Neither
-from sorter.classifier.openvino_engine import OpenVinoEngine, hidden
+from sorter.classifier.openvino_engine import OpenVinoEngine
+from sorter.classifier.openvino_graph import hidden_output
 from sorter.classifier.outliers import OutlierDetector
 from sorter.cli import preflight
 from sorter.decisions import decide
@@ -222,7 +223,7 @@ def test_the_first_hidden_layer_is_found_in_every_kind_of_network(architecture: 
     net = network.build(architecture, (6, 4), 3).eval()
     mean, std = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
     model = features.convert(net, mean, std, 64)
-    model.add_outputs([hidden(model, 2)])
+    model.add_outputs([hidden_output(model, 2)])
     seen = np.stack([np.asarray(smooth(seed, (64, 64))) for seed in range(4)])
     (found,) = features.on_openvino(type(model)([model.output(1)], model.get_parameters()))([seen])
     place = network.head_layers_name(architecture)

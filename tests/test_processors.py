@@ -1,4 +1,4 @@
-"""How many processors there are, from files like the kernel's."""
+"""How many CPUs the process may use, from files like the kernel's."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,7 @@ from sorter.processors import _cgroup_limit, available_cpus
 
 
 def limit(root: Path, membership: str, files: dict[str, str]) -> float:
-    """What control groups allow that look like this."""
+    """The limit of control groups with these files."""
     mounted = root / "cgroup"
     mounted.mkdir()
     for name, content in files.items():
@@ -26,7 +26,7 @@ def limit(root: Path, membership: str, files: dict[str, str]) -> float:
         ("0::/\n", {"cpu.max": "max 100000\n"}, math.inf),
         ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "50000 100000\n"}, 0.5),
         ("0::/a/b\n", {"a/b/cpu.max": "200000 100000\n", "a/cpu.max": "400000 100000\n"}, 2.0),
-        # In a container, where the path is the one outside.
+        # In a container, where the path is the host's.
         ("0::/docker/abc\n", {"cpu.max": "300000 100000\n"}, 3.0),
         ("4:cpu:/x\n", {"cpu/x/cpu.cfs_quota_us": "100000\n", "cpu/x/cpu.cfs_period_us": "50000\n"}, 2.0),
         (
@@ -39,7 +39,7 @@ def limit(root: Path, membership: str, files: dict[str, str]) -> float:
         ("", {}, math.inf),
     ],
 )
-def test_the_smallest_limit_on_the_way_up_counts(
+def test_the_smallest_limit_of_all_ancestors_counts(
     tmp_path: Path, membership: str, files: dict[str, str], expected: float
 ) -> None:
     assert limit(tmp_path, membership, files) == expected

@@ -1,4 +1,4 @@
-"""Engines: uint8 pixels in, class probabilities out, whatever computes them.
+"""Engines: uint8 pixels in, class probabilities out.
 
 `open_engine` chooses one: OpenVINO on a CPU, PyTorch on a GPU where it is installed. An engine keeps its weights
 resident for the life of the process.
@@ -25,7 +25,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Engine(Protocol):
-    """Anything that classifies.
+    """Classifies batches of pixels.
 
     Attributes:
         name: `openvino` or `torch`.

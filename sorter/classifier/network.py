@@ -1,7 +1,7 @@
-"""The torch networks: torchvision's architectures with our head, weights in and out.
+"""The PyTorch networks: torchvision's architectures with another head, and their weights.
 
 The head replaces the architecture's last linear layer, so a state dict keeps torchvision's names. Importing this module
-imports torch; the parts of the sorter that need no network do without it.
+imports torch.
 """
 
 import importlib
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 def torchvision_models() -> "ModuleType":
-    """Import torchvision's models, also of a torchvision that was built for CUDA beside a torch that was not.
+    """Import torchvision's models, even from a torchvision built for CUDA beside a torch that was not.
 
-    Such a torchvision cannot load its own operators and then fails to describe them, one after the other. The networks
-    use none of them: it is enough that they are declared.
+    Such a torchvision cannot load its own operators and then fails to describe them, one after another. The networks
+    use none of them, so declaring them is enough.
     """
     while True:
         try:
@@ -41,8 +41,8 @@ def torchvision_models() -> "ModuleType":
             torch.library.define(missing[1], "(Tensor _) -> Tensor")
 
 
-# Where each architecture's classes come out: torchvision's name of the last layer. SqueezeNet's is a convolution, with
-# the pooling behind it, so its whole classifier is replaced.
+# torchvision's name for each architecture's last layer. SqueezeNet's is a convolution followed by pooling, so its
+# classifier is replaced as a whole.
 _HEAD_NAMES = {
     "alexnet": "classifier.6",
     "vgg16": "classifier.6",
@@ -69,18 +69,19 @@ def build(architecture: str, head_hidden: Sequence[int], classes: int) -> nn.Mod
 
     Args:
         architecture: one of `ARCHITECTURES`.
-        head_hidden: widths of the hidden layers between the backbone's features and the classes; none makes it linear.
-        classes: how many.
+        head_hidden: widths of the hidden layers between the backbone's features and the classes; without any the head
+            is linear.
+        classes: their number.
 
     Returns:
         A module from float (N, 3, S, S) to logits (N, classes).
 
     Raises:
-        ModelError: there is no such architecture.
+        ModelError: the architecture is not one of these.
     """
     if architecture not in _HEAD_NAMES:
         raise ModelError(f"unknown architecture {architecture}: this sorter knows {', '.join(ARCHITECTURES)}")
-    # The auxiliary classifiers of the Inception family help only training from nothing.
+    # The auxiliary classifiers of the Inception family help only when training from scratch.
     options = {"aux_logits": False, "init_weights": True} if architecture in ("inception_v3", "googlenet") else {}
     network: nn.Module = getattr(torchvision_models(), architecture)(weights=None, **options)
     name = head_name(architecture)
@@ -94,18 +95,18 @@ def build(architecture: str, head_hidden: Sequence[int], classes: int) -> nn.Mod
 
 
 def replace(network: nn.Module, name: str, module: nn.Module) -> None:
-    """Put another module in the place that a dotted name says."""
+    """Replace the submodule with a dotted name."""
     parent, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(parent), leaf, module)
 
 
 def head_name(architecture: str) -> str:
-    """The name of the part that `build` put there, which a state dict's head keys begin with."""
+    """The dotted name of the head that `build` adds: the prefix of its keys in a state dict."""
     return _HEAD_NAMES[architecture]
 
 
 def head_layers_name(architecture: str) -> str:
-    """The name of the head's own layers, which take features (N, W): SqueezeNet has its pooling in front of them."""
+    """The dotted name of the layers that take features (N, W): in SqueezeNet, pooling comes before them."""
     return head_name(architecture) + (".2" if architecture == "squeezenet1_1" else "")
 
 
@@ -118,7 +119,7 @@ def _head(widths: Sequence[int], classes: int) -> nn.Module:
 
 
 class WithHidden(nn.Module):
-    """A head that gives its logits and what its first hidden layer makes of a photo, side by side, (N, C + H)."""
+    """A head that returns its logits and its first hidden layer side by side, (N, C + H)."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -138,16 +139,18 @@ def load(folder: Path, manifest: Manifest) -> nn.Module:
         ModelError: the weights do not fit the architecture, or are not finite numbers.
     """
     try:
-        # Without memory of its own until the weights are there: a manifest may claim any size.
+        # On the meta device it takes no memory before the weights are loaded: a manifest may claim any size.
         with torch.device("meta"):
             network = build(manifest.architecture, manifest.head_hidden, len(manifest.classes))
         state = OrderedDict(safetensors.torch.load_file(folder / WEIGHTS))
-        # MNASNet asks its state dict for the version of its layout, which safetensors does not keep.
+        # MNASNet reads a layout version from the metadata, which safetensors does not keep.
         state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
         network.load_state_dict(state, assign=True)
     except (safetensors.SafetensorError, RuntimeError, OSError, ValueError) as error:
-        said = str(error).strip().splitlines()[:2][-1].strip()  # torch's first line says only that there are errors
-        raise ModelError(f"the weights in {folder} do not fit {manifest.architecture} ({said}): export again") from None
+        reason = str(error).strip().splitlines()[:2][-1].strip()  # torch's first line says only that there are errors
+        raise ModelError(
+            f"the weights in {folder} do not fit {manifest.architecture} ({reason}): export the model again"
+        ) from None
     for name, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ModelError(f"the weights in {folder} are not finite numbers ({name}): export the model again")
@@ -163,7 +166,7 @@ def half(state: Mapping[str, torch.Tensor]) -> bytes:
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """Fold each batch-norm that follows a convolution into it: the same function with a third of the memory traffic."""
+    """Fold batch-norms into the convolutions before them: the same function with a third of the memory traffic."""
     folded: nn.Module = fuse(network)
     return folded
 
@@ -172,7 +175,7 @@ class Classifier(nn.Module):
     """A network with its preprocessing in the graph: pixels in, logits out.
 
     Args:
-        network: from normalised float (N, 3, S, S) to logits (N, C), or to whatever else comes out of it.
+        network: from normalised float (N, 3, S, S) to logits (N, C) or other outputs.
         mean, std: of pixels from 0 to 1, by channel.
     """
 

@@ -1,48 +1,46 @@
-"""OpenVINO on a CPU: 8-bit weights where the model has them and they passed their gate, and no torch.
+"""OpenVINO on a CPU, without torch: 8-bit weights where the model has them.
 
-Most photos are easy. Where the model says so, the network looks at each made smaller first, and only at those again, at
-full size, that it was not sure of.
+Most photos are easy. If the model has a cascade, the network first runs on a smaller copy of each photo (the
+low-resolution pass), and at full size only on those for which that pass was not confident.
 
-A batch is cut into pieces, and each piece runs on one core: cores that need not wait for each other lose nothing when a
-decoder takes one of them away for a moment.
+A batch is cut into chunks, each of which runs on one core: cores that do not wait for each other lose nothing when a
+decoder borrows one of them for a moment.
 """
 
 import hashlib
-import queue
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import openvino
-from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
 
 from sorter.classifier import compiled_cache
 from sorter.classifier.manifest import OPENVINO_FP16, OPENVINO_INT8, Manifest
+from sorter.classifier.openvino_graph import at_lower_resolution, hidden_output
 from sorter.classifier.outliers import OutlierDetector
+from sorter.classifier.request_pool import RequestPool
 from sorter.errors import ModelError
 from sorter.processors import available_cpus
 
-# Photos a piece at most. Fewer cost up to a tenth of the speed at small sizes, more bring nothing.
-_PIECE = 8
+# Photos in a chunk, at most. Fewer cost up to a tenth of the speed at small sizes, more bring nothing.
+_CHUNK = 8
 
 
 def network_files(manifest: Manifest) -> tuple[str, str] | None:
-    """The files that OpenVINO runs of a model folder, its network and its weights; None if it has none."""
+    """The model folder's OpenVINO files, graph and weights: 8-bit if it has them; None if it has none."""
     return next((files for files in (OPENVINO_INT8, OPENVINO_FP16) if set(files) <= set(manifest.files)), None)
 
 
 class OpenVinoEngine:
-    """The network on the processor, with normalisation in its graph.
+    """The network on the CPU, with normalisation in its graph.
 
     Args:
         folder: the model folder.
-        manifest: its manifest, which names a network for OpenVINO.
-        min_confidence: what is less sure will not be sorted. Above the first look's threshold there is no first look:
-            the more modest confidence of a smaller picture would keep photos from being sorted.
-        distance: for `classify_with_distance`. With it there is no first look either, since its threshold is for
-            full-size looks.
+        manifest: its manifest, which must name an OpenVINO network.
+        min_confidence: photos below it will not be sorted. Above the cascade's threshold every photo gets the full-size
+            pass: the lower confidence of the low-resolution pass would keep photos from being sorted.
+        detector: for `classify_with_distance`. It turns the cascade off too: its threshold is for full-size passes.
 
     Raises:
         ModelError: the network cannot be used.
@@ -50,167 +48,121 @@ class OpenVinoEngine:
 
     name = "openvino"
     device = "cpu"
-    # One batch's last pieces and the next one's first share the cores.
-    concurrency = 2
+    concurrency = 2  # the last chunks of one batch and the first of the next share the cores
 
     def __init__(
-        self, folder: Path, manifest: Manifest, min_confidence: float = 0.0, distance: OutlierDetector | None = None
+        self, folder: Path, manifest: Manifest, min_confidence: float = 0.0, detector: OutlierDetector | None = None
     ) -> None:
-        files = network_files(manifest)
-        assert files is not None, "the caller has looked"
-        path = folder / files[0]
-        core = openvino.Core()
-        has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        self.precision = "int8" if files == OPENVINO_INT8 else "bf16" if has_bf16 else "fp32"
-        streams = available_cpus()
-        settings = {
-            "NUM_STREAMS": streams,
-            "INFERENCE_NUM_THREADS": streams,
-            # Decoders and other programs need cores too: a thread that may not move waits for them.
-            "ENABLE_CPU_PINNING": False,
-            "INFERENCE_PRECISION_HINT": "bf16" if has_bf16 else "f32",
-        }
-        digests = [manifest.files[name] for name in files]
-        # Threads that wait for a request each, and no `AsyncInferQueue`: its callbacks run Python in OpenVINO's own
-        # threads, and a network that is taken down while one of them still wants the interpreter hangs.
-        pool = ThreadPoolExecutor(streams, thread_name_prefix="openvino")
-        self._distance = distance
-        hidden_layers = 0 if distance is None else len(manifest.head_hidden)
-
-        def look(size: int, temperature: float) -> _Look:
-            compiled = _compiled(core, path, digests, manifest.input.size, size, hidden_layers, settings)
-            return _Look(compiled, len(manifest.classes), temperature, pool, streams)
-
-        first = manifest.first_look
-        self._first: _Look | None = None
+        compiler = _Compiler(folder, manifest, hidden_layers=len(manifest.head_hidden) if detector else 0)
+        self.precision, self._detector = compiler.precision, detector
+        threads = ThreadPoolExecutor(compiler.streams, thread_name_prefix="openvino")
+        classes, cascade = len(manifest.classes), manifest.first_look
+        self._low_resolution: _Pass | None = None
         try:
-            self._whole = look(manifest.input.size, manifest.temperature)
-            if first is not None and distance is None and min_confidence <= first.threshold:
-                self._first, self._enough = look(first.size, first.temperature), first.threshold
+            compiled = compiler.compiled(manifest.input.size)
+            self._full_size = _Pass(compiled, classes, manifest.temperature, threads, compiler.streams)
+            if cascade is not None and detector is None and min_confidence <= cascade.threshold:
+                compiled = compiler.compiled(cascade.size)
+                self._low_resolution = _Pass(compiled, classes, cascade.temperature, threads, compiler.streams)
+                self._threshold = cascade.threshold
         except RuntimeError as error:
-            said = (str(error).strip().splitlines() or ["no reason given"])[-1][:200]
-            raise ModelError(f"{path} cannot be used ({said}): export the model again") from None
+            reason = (str(error).strip().splitlines() or ["no reason given"])[-1][:200]
+            raise ModelError(f"{compiler.path} cannot be used ({reason}): export the model again") from None
 
     def classify(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """See `Engine.classify`."""
-        if self._first is None:
-            return self._whole(pixels)[0]
-        probabilities, _ = self._first(pixels)  # (N, C)
-        unsure = probabilities.max(1) < self._enough
+        """Classify a batch, with the cascade if it is on."""
+        if self._low_resolution is None:
+            return self._full_size(pixels)[0]
+        probabilities, _ = self._low_resolution(pixels)  # (N, C)
+        unsure = probabilities.max(1) < self._threshold
         if unsure.any():
-            probabilities[unsure], _ = self._whole(pixels[unsure])
+            probabilities[unsure], _ = self._full_size(pixels[unsure])
         return probabilities
 
     def classify_with_distance(
         self, pixels: npt.NDArray[np.uint8]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """See `Engine.classify_with_distance`."""
-        assert self._distance is not None, "opened with catch_neither"
-        probabilities, hidden = self._whole(pixels)
-        return probabilities, self._distance(hidden)
+        """Classify a batch at full size, and measure the distances from what the network computes on the way."""
+        assert self._detector is not None, "opened with catch_neither"
+        probabilities, hidden = self._full_size(pixels)
+        return probabilities, self._detector(hidden)
 
 
-class _Look:
-    """A network at one size: uint8 (N, S, S, 3) to probabilities (N, C) and what is hidden before them (N, 0 or H)."""
+class _Pass:
+    """A network at one resolution: uint8 (N, S, S, 3) to probabilities (N, C) and the hidden layer, (N, 0 or H)."""
 
     def __init__(
         self,
         compiled: openvino.CompiledModel,
         classes: int,
         temperature: float,
-        pool: ThreadPoolExecutor,
-        requests: int,
+        threads: ThreadPoolExecutor,
+        streams: int,
     ) -> None:
-        self._classes, self._temperature, self._pool, self._requests = classes, temperature, pool, requests
-        self._outputs = len(compiled.outputs)
-        self._idle: queue.SimpleQueue[openvino.InferRequest] = queue.SimpleQueue()
-        for _ in range(requests):
-            self._idle.put(compiled.create_infer_request())
+        self._classes, self._temperature, self._threads, self._streams = classes, temperature, threads, streams
+        self._requests = RequestPool(compiled, streams)
 
     def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        size = min(_PIECE, -(-len(pixels) // self._requests))  # a small batch is shared out too
-        pieces = [pixels[start : start + size] for start in range(0, len(pixels), size)]
-        answers = np.concatenate(list(self._pool.map(self._answer, pieces)))  # (N, C + H)
-        logits = answers[:, : self._classes] / self._temperature
+        size = min(_CHUNK, -(-len(pixels) // self._streams))  # a small batch uses all cores too
+        chunks = [pixels[start : start + size] for start in range(0, len(pixels), size)]
+        outputs = np.concatenate(list(self._threads.map(self._requests.infer, chunks)))  # (N, C + H)
+        logits = outputs[:, : self._classes] / self._temperature
         exponentials = np.exp(logits - logits.max(1, keepdims=True))
         probabilities: npt.NDArray[np.float32] = exponentials / exponentials.sum(1, keepdims=True)
-        return probabilities, answers[:, self._classes :]
-
-    def _answer(self, piece: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        request = self._idle.get()
-        try:
-            found = request.infer([piece], share_inputs=True)
-            answers = [found[number].astype(np.float32) for number in range(self._outputs)]
-            return answers[0] if len(answers) == 1 else np.concatenate(answers, 1)
-        finally:
-            self._idle.put(request)
+        return probabilities, outputs[:, self._classes :]
 
 
-def hidden(model: openvino.Model, layers: int) -> openvino.Output:
-    """What the first of a head's hidden layers makes of photos, (N, H), inside a network.
+class _Compiler:
+    """Compiles a model folder's network for this CPU, or takes it from the cache.
 
     Args:
-        model: the network; its last nodes are the head.
-        layers: how many hidden layers the head has, at least 1.
+        folder: the model folder.
+        manifest: its manifest, which must name an OpenVINO network.
+        hidden_layers: of the head, whose first becomes a second output; 0 for none.
 
-    Raises:
-        RuntimeError: it has no such head.
+    Attributes:
+        path: of the network's graph.
+        precision: `int8`, `bf16` or `fp32`.
+        streams: how many threads run a compiled network.
     """
-    node = model.output(0).get_node()
-    for kind in [*["MatMul"] * layers, "Relu"]:
-        node = node.input_value(0).get_node()
-        while node.get_type_name() != kind:  # sums, and the rounding of 8 bits
-            node = node.input_value(0).get_node()
-    return node.output(0)
 
+    def __init__(self, folder: Path, manifest: Manifest, hidden_layers: int) -> None:
+        files = network_files(manifest)
+        assert files is not None, "the caller has checked"
+        self.path = folder / files[0]
+        self._digests = [manifest.files[name] for name in files]
+        self._side, self._hidden_layers = manifest.input.size, hidden_layers
+        self._core = openvino.Core()
+        has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        self.precision = "int8" if files == OPENVINO_INT8 else "bf16" if has_bf16 else "fp32"
+        self.streams = available_cpus()
+        self._settings = {
+            "NUM_STREAMS": self.streams,
+            "INFERENCE_NUM_THREADS": self.streams,
+            # Decoders and other programs need cores too, and a pinned thread would wait for them.
+            "ENABLE_CPU_PINNING": False,
+            "INFERENCE_PRECISION_HINT": "bf16" if has_bf16 else "f32",
+        }
 
-def smaller(model: openvino.Model, side: int, size: int) -> openvino.Model:
-    """A network that sees its photos, uint8 (N, side, side, 3), scaled to `size`; the model itself is changed.
+    def compiled(self, size: int) -> openvino.CompiledModel:
+        """A network that takes photos of the manifest's size and scales them to `size` pixels a side."""
+        key = self._cache_key(size)
+        if (stored := compiled_cache.load(key)) is not None:
+            return self._core.import_model(stored, "CPU", self._settings)
+        model = self._core.read_model(self.path)
+        if self._hidden_layers:
+            model.add_outputs([hidden_output(model, self._hidden_layers)])
+        model.reshape([openvino.Dimension(1, _CHUNK), self._side, self._side, 3])
+        if size != self._side:
+            model = at_lower_resolution(model, self._side, size)
+        compiled = self._core.compile_model(model, "CPU", self._settings)
+        compiled_cache.store(key, compiled.export_model().getvalue())
+        return compiled
 
-    Raises:
-        RuntimeError: it takes one size only.
-    """
-    model.reshape([model.input().partial_shape[0], size, size, 3])
-    processor = PrePostProcessor(model)
-    photos = processor.input()
-    photos.tensor().set_layout(openvino.Layout("NHWC")).set_spatial_static_shape(side, side)
-    photos.model().set_layout(openvino.Layout("NHWC"))
-    photos.preprocess().resize(ResizeAlgorithm.RESIZE_LINEAR)
-    return processor.build()
-
-
-def _compiled(
-    core: openvino.Core,
-    path: Path,
-    digests: list[str],
-    side: int,
-    size: int,
-    hidden_layers: int,
-    settings: dict[str, Any],
-) -> openvino.CompiledModel:
-    """Compile a network for this processor, or take it from the cache.
-
-    Args:
-        core: OpenVINO.
-        path: the network's.
-        digests: of its files.
-        side: of the photos that it is given, pixels.
-        size: what they are scaled to.
-        hidden_layers: of its head, whose first is a second output; 0 for none.
-        settings: OpenVINO's.
-    """
-    processor = core.get_property("CPU", "FULL_DEVICE_NAME"), core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    version = openvino.get_version()
-    what = (version, processor, digests, side, size, hidden_layers, _PIECE, settings)
-    key = hashlib.sha256(repr(what).encode()).hexdigest()
-    if (stored := compiled_cache.load(key)) is not None:
-        return core.import_model(stored, "CPU", settings)
-    model = core.read_model(path)
-    if hidden_layers:
-        model.add_outputs([hidden(model, hidden_layers)])
-    model.reshape([openvino.Dimension(1, _PIECE), side, side, 3])
-    if size != side:
-        model = smaller(model, side, size)
-    compiled = core.compile_model(model, "CPU", settings)
-    compiled_cache.store(key, compiled.export_model().getvalue())
-    return compiled
+    def _cache_key(self, size: int) -> str:
+        """A digest of everything that the compiled network depends on."""
+        processor = tuple(
+            self._core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
+        )
+        network = (self._digests, self._side, size, self._hidden_layers, _CHUNK)
+        return hashlib.sha256(repr((openvino.get_version(), processor, network, self._settings)).encode()).hexdigest()

@@ -21,7 +21,8 @@ from outliers_pictures import gather
 from sorter.classifier import manifest, outliers
 from sorter.classifier.engine import open_engine
 from sorter.classifier.manifest import Manifest
-from sorter.classifier.openvino_engine import hidden, network_files
+from sorter.classifier.openvino_engine import network_files
+from sorter.classifier.openvino_graph import hidden_output
 from sorter.settings import SHIPPED_MODEL
 from trainer.data.labelled import labelled_photos
 from trainer.data.layouts import Sample, labels_of
@@ -53,7 +54,7 @@ class Network:
         files = network_files(described)
         assert files is not None, "the model has no network for OpenVINO"
         model = openvino.Core().read_model(folder / files[0])
-        first = hidden(model, len(described.head_hidden))
+        first = hidden_output(model, len(described.head_hidden))
         node = first.get_node()
         while node.get_type_name() not in ("ReduceMean", "AvgPool"):
             node = node.input_value(0).get_node()

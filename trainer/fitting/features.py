@@ -3,7 +3,6 @@
 In: a torch network and photos. Out: float32 (N, W), where W is the width of the features or the number of classes.
 """
 
-import queue
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from sorter.classifier.network import Classifier
+from sorter.classifier.request_pool import RequestPool
 from sorter.decoding.images import Preprocessing
 from trainer.data.layouts import Sample
 from trainer.data.pixels import decoded
@@ -48,28 +48,14 @@ def runner(network: nn.Module, mean: Sequence[float], std: Sequence[float], size
 
 
 def on_openvino(model: openvino.Model) -> Runner:
-    """Several batches at a time, each on some of the cores.
-
-    Each thread waits for one request. `AsyncInferQueue` would run Python callbacks in OpenVINO's own threads, and hangs
-    if the network is destroyed while one of them waits for the interpreter.
-    """
+    """Several batches at a time, each on some of the cores."""
     compiled = openvino.Core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT"})
     count = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
-    idle: queue.SimpleQueue[openvino.InferRequest] = queue.SimpleQueue()
-    for _ in range(count):
-        idle.put(compiled.create_infer_request())
-
-    def answer(pixels: Pixels) -> Floats:
-        request = idle.get()
-        try:
-            answers: Floats = request.infer([pixels])[0].copy()
-            return answers
-        finally:
-            idle.put(request)
+    requests = RequestPool(compiled, count)
 
     def run(batches: Iterable[Pixels]) -> list[Floats]:
         with ThreadPoolExecutor(count) as pool:
-            return list(_ahead(pool, answer, batches, count))
+            return list(_ahead(pool, requests.infer, batches, count))
 
     return run
 

@@ -11,7 +11,7 @@ import numpy as np
 import openvino
 
 from sorter.classifier.manifest import Coverage, FirstLook, Input
-from sorter.classifier.openvino_engine import smaller
+from sorter.classifier.openvino_graph import at_lower_resolution
 from trainer.data.layouts import Sample, labels_of
 from trainer.fitting import features
 from trainer.packaging import metrics
@@ -70,7 +70,7 @@ def _candidates(
     labels, expected = labels_of(samples), full.argmax(1)
     for size in sizes:
         try:
-            run = features.on_openvino(smaller(model.clone(), described.size, size))
+            run = features.on_openvino(at_lower_resolution(model.clone(), described.size, size))
         except RuntimeError:  # a network that takes one size only
             continue
         track = reporter.tracker(f"low-resolution pass at {size} px")

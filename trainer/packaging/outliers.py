@@ -12,7 +12,7 @@ import openvino
 
 from sorter.classifier.engine import Engine
 from sorter.classifier.manifest import Input, Neither
-from sorter.classifier.openvino_engine import hidden
+from sorter.classifier.openvino_graph import hidden_output
 from sorter.classifier.outliers import OutlierDetector, directions
 from trainer.data.layouts import Sample
 from trainer.fitting import features
@@ -46,7 +46,7 @@ def fit_detector(
     """
     if not hidden_layers:
         return None
-    backbone = openvino.Model([hidden(model, hidden_layers)], model.get_parameters())
+    backbone = openvino.Model([hidden_output(model, hidden_layers)], model.get_parameters())
     step, track = max(1, len(training) // TRAINING_PHOTOS), reporter.tracker("fitting the outlier detector")
     photos = training[::step][:TRAINING_PHOTOS]
     return detector_of(features.answers(features.on_openvino(backbone), photos, described.preprocessing, track=track))
