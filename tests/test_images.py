@@ -10,7 +10,8 @@ import pytest
 from pictures import BRICK, HAS_AVIF, claiming, encoded, every_format, plain, quarters, ramp, smooth, turned
 from PIL import Image
 
-from sorter.decoding.images import SIGNATURE_BYTES, Limits, Preprocessing, decode, decode_file, has_signature
+from sorter.decoding.formats import SIGNATURE_BYTES, has_signature
+from sorter.decoding.images import Limits, Preprocessing, decode, decode_file
 from sorter.errors import PhotoError, Reason
 
 FILES = every_format()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sorter.decoding import images
+from sorter.decoding.formats import EXTENSIONS
 from sorter.errors import ConfigurationError
 
 _GENERATED, _SIZE = 100, (2000, 1500)
@@ -21,7 +21,7 @@ def find(folder: Path) -> list[Path]:
         ConfigurationError: there are none, or the folder cannot be read.
     """
     try:
-        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in images.EXTENSIONS and path.is_file())
+        found = sorted(path for path in folder.iterdir() if path.suffix.lower() in EXTENSIONS and path.is_file())
     except OSError as error:
         raise ConfigurationError(f"--photos {folder}: {error.strerror}") from None
     if not found:

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 
-from sorter.decoding import images, raw
+from sorter.decoding import formats, raw
 from sorter.decoding.decoded import Decoded
 from sorter.decoding.images import Limits, Preprocessing
 from sorter.decoding.worker import OK, READY, REPLY, REQUEST, UNREADABLE
@@ -158,10 +158,10 @@ class Decoders:
             if not stat.S_ISREG(status.st_mode) or not opened.is_same_file(photo.identity):
                 return Decoded(photo, "gone", detail="changed since it was settled")
             photo = replace(photo, identity=opened)
-            head = os.pread(descriptor, images.SIGNATURE_BYTES, 0)
+            head = os.pread(descriptor, formats.SIGNATURE_BYTES, 0)
             is_raw = raw.is_raw(photo.name)
             extension = os.path.splitext(photo.name)[1].lower()
-            if not is_raw and not images.has_signature(head) and extension not in images.EXTENSIONS:
+            if not is_raw and not formats.has_signature(head) and extension not in formats.EXTENSIONS:
                 return Decoded(photo, "skipped", detail="not a photo")
             if status.st_size > self._max_bytes:
                 detail = f"{status.st_size / 1e6:.0f} MB; the limit is {self._max_bytes / 1e6:g} MB"

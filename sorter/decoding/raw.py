@@ -14,7 +14,7 @@ import struct
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from sorter.decoding import images
+from sorter.decoding import formats, images
 from sorter.decoding.images import Limits, Preprocessing
 from sorter.errors import PhotoError, Reason
 
@@ -94,7 +94,7 @@ def _own_orientation(preview: io.BytesIO) -> int | None:
 def _is_truncated(content: bytes) -> bool:
     """True if a raw file ends before the data that its headers describe; LibRaw checks only the preview."""
     if content[4:8] == b"ftyp":
-        return images.ends_early(io.BytesIO(content), content[: images.SIGNATURE_BYTES])
+        return formats.ends_early(io.BytesIO(content), content[: formats.SIGNATURE_BYTES])
     if content.startswith(b"FUJIFILMCCD-RAW"):
         places = struct.unpack_from(
             ">6I", content.ljust(108, b"\0"), 84

@@ -8,7 +8,7 @@ alone, so a sidecar keeps the pairing wherever its photo goes: `IMG_1.jpg` that 
 import os
 from collections.abc import Iterable, Iterator
 
-from sorter.decoding import images, raw
+from sorter.decoding import formats, raw
 from sorter.files.photo import Photo, opened_folder
 
 LATE_SECONDS = 86_400.0
@@ -18,7 +18,7 @@ LATE_SECONDS = 86_400.0
 _OF_STEMS = (".xmp", ".aae", ".json", ".mov")
 # IMG_1.jpg.xmp of darktable and digiKam, IMG_1.jpg.json of Google Takeout.
 _OF_NAMES = (".xmp", ".json")
-_PHOTOS = (".jpg", ".heic", ".jpeg", *sorted((images.EXTENSIONS | raw.EXTENSIONS) - {".jpg", ".heic", ".jpeg"}))
+_PHOTOS = (".jpg", ".heic", ".jpeg", *sorted((formats.EXTENSIONS | raw.EXTENSIONS) - {".jpg", ".heic", ".jpeg"}))
 
 
 def is_sidecar(name: str) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sorter.classifier.manifest import Class
-from sorter.decoding.images import EXTENSIONS
+from sorter.decoding.formats import EXTENSIONS
 from sorter.errors import ConfigurationError
 from trainer.data.layouts import Sample, find, index_of
 

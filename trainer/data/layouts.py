@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sorter.classifier.manifest import Class
-from sorter.decoding.images import EXTENSIONS
+from sorter.decoding.formats import EXTENSIONS
 from sorter.errors import ConfigurationError
 
 Part = Literal["training", "validation", "calibration", "test"]
