@@ -68,7 +68,7 @@ def test_no_kill_of_the_real_sorter_at_a_random_moment_loses_anything(
     moments, kills = random.Random(20), 0
     inbox, output = (Path(tempfile.mkdtemp(prefix="sorter-torture-", dir=parent)) for parent in parents)
     try:
-        make_tree(inbox, {f"{n}.jpg": photo(n) for n in range(1000)})
+        make_tree(inbox, {f"{n}.jpg": photo(n) for n in range(4000)})  # more than fast machines sort before 12 kills
         before = hashes(inbox)
         for _ in range(12):
             running = start("run", "--once", "--inbox", inbox, "--output", output)
