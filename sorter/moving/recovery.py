@@ -1,15 +1,25 @@
-"""Where a photo is after its move was cut short, and the way back to exactly one name.
+"""Brings a photo whose move was interrupted back to exactly one name.
 
-In: a `Plan`. Out: whether the photo arrived. What is found decides, nothing that a process remembered: the mover asks
-after an error, and `recover` at start-up after a crash, for each intent of the history without its done.
+In: a `Plan`. Out: whether the photo arrived. The mover asks after an error; `recover` asks at start-up, for each intent
+of the history that a crash left unfinished. Only what is on the disk decides, never what a process remembered.
 
-The names that exist say how far a move came; what is partial is a copy, or a link on the same file system:
+The names that exist show how far the move came. `old` is the photo in its old folder, `new` is the planned name. The
+partial and the hidden name contain the plan's token, 64 random bits, so nobody else uses them. The partial one is
+always ours: an unfinished copy, or the first hard link. The hidden one is what `take_away` renamed to look at before
+removing it, in the old folder or, when a move is undone, in the new one; it may turn out to be somebody else's file.
 
-    rename   source | destination
-    else     source | source, partial | source, destination | hidden source, destination | destination
+    where the move was interrupted                      names that exist            what `resolve` does
+    ------------------------------                      ---------------             -------------------
+    before it, or its owner took the photo back         old                         nothing
+    during the copy, or at the first link               old, partial                removes the partial one
+    after the copy or link got its name                 old, new: same contents     removes the old one
+    while the old name was being removed                hidden old, new             removes the hidden one
+    after a rename, or after the old name was removed   new                         nothing
+    while a copy was being taken back                   old, hidden new             removes the hidden one
+    before it, and somebody took the name               old, new: other contents    nothing
+    after a link, and the owner edited the photo        one edited file, two names  removes the new name
 
-A hidden name and a partial one hold the plan's token, 64 random bits. What is partial is ours; what is hidden was taken
-away for a look at it, in the destination too where a move is undone, and may be somebody else's.
+A hidden file that is not removed gets its own name back. The photo has arrived if only `new` is left.
 """
 
 import contextlib
@@ -24,17 +34,18 @@ from sorter.files.atomic import ChangedError, away_name, give_back, partial_name
 from sorter.files.photo import Identity, Photo, opened_folder
 from sorter.history.store import History, Move
 
-COARSE_NS = 2_000_000_000  # some file systems keep times to two seconds
+COARSE_NS = 2_000_000_000
+"""How far apart the times of a file and its copy may be: some file systems store them to two seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a move is about to do, so that it can be written down before.
+    """What a move is about to do; written to the history before the photo is touched.
 
     Attributes:
         folder: inside the output.
-        name: inside the folder; the move takes this one or none.
-        token: in the hidden names that it uses on the way.
+        name: inside the folder; the move takes this name or none.
+        token: part of the hidden names that the move uses on the way.
     """
 
     photo: Photo
@@ -43,109 +54,126 @@ class Plan:
     token: str
 
 
+@dataclass(frozen=True, slots=True)
+class _File:
+    """A name in an open folder, and what has it."""
+
+    folder: int
+    name: str
+    status: os.stat_result
+
+
 def resolve(output: Path, plan: Plan) -> bool:
-    """Bring a photo whose move was cut short to exactly one name, and tell whether it is the new one.
+    """Bring a photo whose move was interrupted to exactly one name, and tell whether it is the new one.
 
     Raises:
-        OSError: it cannot be told now; nothing was taken away that does not exist elsewhere.
+        OSError: it cannot be determined now; nothing was removed that does not exist elsewhere.
     """
     folder, _, base = plan.photo.name.rpartition("/")
-    with _perhaps(plan.photo.root, folder) as source, _perhaps(output, plan.folder) as target:
-        partial = _status(target, partial_name(plan.token))
-        away = _status(target, away_name(plan.token))
-        there = _status(target, plan.name)
-        if source is None and (there or partial or away) and not os.path.isdir(plan.photo.root):
+    with _opened_if_there(plan.photo.root, folder) as source, _opened_if_there(output, plan.folder) as target:
+        partial = _look(target, partial_name(plan.token))
+        hidden = _look(target, away_name(plan.token))
+        new = _look(target, plan.name)
+        if source is None and (new or partial or hidden) and not os.path.isdir(plan.photo.root):
             # A disk that is not plugged in may still have the photo: then the copy is not its only name.
-            raise FileNotFoundError(errno.ENOENT, "its inbox is away")
-        original = _original(source, base, plan)
-        if target is not None and partial is not None:
-            os.unlink(partial_name(plan.token), dir_fd=target)
-        if target is not None and away is not None:
-            _put_back(source, original, target, plan)
-            there = _status(target, plan.name)
-        mine = _status(source, base)
-        if target is not None and there is not None and original is None and mine and os.path.samestat(mine, there):
-            # Two names of one file, which has changed since it was judged: it keeps the old one, and is judged anew.
-            take_away(target, plan.name, Identity.of(there), plan.token)
-            there = None
-        if original is None or source is None:
-            arrived = there is not None and _is_it(there, plan.photo.identity)
-        else:
-            arrived = (
-                target is not None
-                and there is not None
-                and same_contents(source, original, target, plan.name)
-                and _took_away(source, original, target, there, plan)
-            )
-            if not arrived and original != base and _status(source, original) is not None:
-                give_back(source, original, source, base)
+            raise FileNotFoundError(errno.ENOENT, "its inbox is not there")
+        old = _find_old(source, base, plan)
+        if partial is not None:
+            os.unlink(partial.name, dir_fd=partial.folder)
+        if hidden is not None:
+            _finish_taking_back(old, hidden, plan)
+            new = _look(target, plan.name)
+        arrived = _leave_one(old, new, _look(source, base), plan)
+        if not arrived and old is not None and old.name != base and _look(source, old.name) is not None:
+            give_back(old.folder, old.name, old.folder, base)
         for touched in (target, source):
             if touched is not None:
                 sync_folder(touched)
         return arrived
 
 
-def _put_back(source: int | None, original: str | None, target: int, plan: Plan) -> None:
-    """End the undoing of a move: what the destination had goes if it is the photo's copy, and back if it is not."""
-    hidden = away_name(plan.token)
-    if source is not None and original is not None and same_contents(source, original, target, hidden):
-        os.unlink(hidden, dir_fd=target)
-    else:
-        give_back(target, hidden, target, plan.name)
-
-
-def _original(source: int | None, base: str, plan: Plan) -> str | None:
-    """The name that the photo has in its old folder, its own or the hidden one; somebody else's file is put back."""
-    hidden = away_name(plan.token)
-    mine, away = _status(source, base), _status(source, hidden)
-    is_mine = mine is not None and _is_version(mine, plan.photo.identity)
-    if source is not None and away is not None:
-        if mine is not None and os.path.samestat(mine, away):  # put back by a link, but not unlinked yet
-            os.unlink(hidden, dir_fd=source)
-        elif _is_version(away, plan.photo.identity):
+def _find_old(source: int | None, base: str, plan: Plan) -> _File | None:
+    """The photo in its old folder, under its own or the hidden name; anybody else's hidden file gets its name back."""
+    named, hidden = _look(source, base), _look(source, away_name(plan.token))
+    if hidden is not None:
+        if named is not None and os.path.samestat(named.status, hidden.status):
+            os.unlink(hidden.name, dir_fd=hidden.folder)  # put back by a link, but not unlinked yet
+        elif _is_version(hidden.status, plan.photo.identity):
             return hidden
         else:
-            give_back(source, hidden, source, base)
-    return base if is_mine else None
+            give_back(hidden.folder, hidden.name, hidden.folder, base)
+    return named if named is not None and _is_version(named.status, plan.photo.identity) else None
 
 
-def _took_away(source: int, original: str, target: int, there: os.stat_result, plan: Plan) -> bool:
-    """Take the old name away; where that is refused, take back the new one, so that none has two for good."""
-    sync_folder(target)
-    hidden, base = away_name(plan.token), os.path.basename(plan.photo.name)
+def _finish_taking_back(old: _File | None, hidden: _File, plan: Plan) -> None:
+    """Remove what the destination had if it is the photo's copy, and give it its name back if it is not."""
+    if old is not None and same_contents(old.folder, old.name, hidden.folder, hidden.name):
+        os.unlink(hidden.name, dir_fd=hidden.folder)
+    else:
+        give_back(hidden.folder, hidden.name, hidden.folder, plan.name)
+
+
+def _leave_one(old: _File | None, new: _File | None, under_old_name: _File | None, plan: Plan) -> bool:
+    """Of the photo's two names leave one, and tell whether it is the new one.
+
+    Args:
+        old: the photo in its old folder, None if it is not there or has changed.
+        new: what has the planned name.
+        under_old_name: what has the old name now, the photo or not.
+        plan: of the move.
+    """
+    match old, new:
+        case _, None:
+            return False
+        case None, _File() if under_old_name is not None and os.path.samestat(under_old_name.status, new.status):
+            # Its owner edited it since it was classified: it keeps its old name and is classified again.
+            take_away(new.folder, new.name, Identity.of(new.status), plan.token)
+            return False
+        case None, _File():
+            return _looks_like_photo(new.status, plan.photo.identity)
+        case _File(), _File():
+            # Without the same contents it is somebody else's file that has the planned name.
+            return same_contents(old.folder, old.name, new.folder, new.name) and _remove_old(old, new, plan)
+
+
+def _remove_old(old: _File, new: _File, plan: Plan) -> bool:
+    """Remove the old name; if that is refused, remove the new one, so that no photo keeps two names."""
+    sync_folder(new.folder)
+    base = os.path.basename(plan.photo.name)
+    is_hidden = old.name != base
     try:
-        if original == hidden:
-            os.unlink(hidden, dir_fd=source)
+        if is_hidden:
+            os.unlink(old.name, dir_fd=old.folder)
         else:
             # The version whose contents were compared, not whatever has the name by now.
-            compared = plan.photo.identity._replace(device=os.fstat(source).st_dev)
-            take_away(source, base, compared, plan.token)
-    except ChangedError:  # another photo now has the old name
+            compared = plan.photo.identity._replace(device=os.fstat(old.folder).st_dev)
+            take_away(old.folder, base, compared, plan.token)
+    except ChangedError:  # another photo has the old name now
         return True
     except OSError:
-        if original == hidden:
-            give_back(source, hidden, source, base)
-        take_away(target, plan.name, Identity.of(there), plan.token)
+        if is_hidden:
+            give_back(old.folder, old.name, old.folder, base)
+        take_away(new.folder, new.name, Identity.of(new.status), plan.token)
         return False
     return True
 
 
 def _is_version(status: os.stat_result, identity: Identity) -> bool:
-    # Devices get other numbers when the machine starts again.
+    # The device is left out: it may have another number after a reboot.
     return stat.S_ISREG(status.st_mode) and Identity.of(status)[1:4] == identity[1:4]
 
 
-def _is_it(status: os.stat_result, identity: Identity) -> bool:
-    """Tell whether a file under the planned name is the photo: the same inode, or what a copy of it looks like."""
+def _looks_like_photo(status: os.stat_result, identity: Identity) -> bool:
+    """Tell whether a file can be the photo that is gone: it has its inode, or its size and time as a copy has."""
     alike = status.st_size == identity.size and abs(status.st_mtime_ns - identity.mtime_ns) <= COARSE_NS
     return stat.S_ISREG(status.st_mode) and (alike or status.st_ino == identity.inode)
 
 
-def _status(folder: int | None, name: str) -> os.stat_result | None:
+def _look(folder: int | None, name: str) -> _File | None:
     if folder is None:
         return None
     try:
-        return os.stat(name, dir_fd=folder, follow_symlinks=False)
+        return _File(folder, name, os.stat(name, dir_fd=folder, follow_symlinks=False))
     except OSError as error:
         if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
             raise
@@ -153,8 +181,8 @@ def _status(folder: int | None, name: str) -> os.stat_result | None:
 
 
 @contextlib.contextmanager
-def _perhaps(root: Path, relative: str) -> Iterator[int | None]:
-    """An open folder, or None where it is gone or was replaced by something else."""
+def _opened_if_there(root: Path, relative: str) -> Iterator[int | None]:
+    """An open folder, or None where it is gone or something else has its name."""
     with contextlib.ExitStack() as stack:
         try:
             folder: int | None = stack.enter_context(opened_folder(root, relative))
@@ -172,8 +200,9 @@ class Recovered:
     """What became of the moves that a crash left unfinished.
 
     Attributes:
-        moved: arrived; `stayed` did not.
-        waiting: cannot be told yet: paths, and why.
+        moved: how many photos arrived.
+        stayed: how many did not.
+        waiting: paths of photos that cannot be looked at yet, and why.
     """
 
     moved: int
@@ -182,13 +211,13 @@ class Recovered:
 
 
 def recover(history: History, output: Path, *, sorting: bool = True, undoing: bool = True) -> Recovered:
-    """Finish or withdraw what a crash left unfinished, and record which.
+    """Finish or withdraw the moves that a crash left unfinished, and record which.
 
     Args:
         history: of the output.
         output: the folder that has `cats/` and the others.
-        sorting: take the moves into the output; its lock is held.
-        undoing: take those back out of it; the lock of undo is held.
+        sorting: include the moves into the output; the caller holds its lock.
+        undoing: include the moves back out of it; the caller holds the lock of undo.
 
     Raises:
         StorageError: the history cannot be written.
@@ -199,17 +228,21 @@ def recover(history: History, output: Path, *, sorting: bool = True, undoing: bo
     for move in history.unfinished():
         if not (sorting if move.target is None else undoing):
             continue
-        photo = Photo(move.root, move.source, move.identity, 0.0)
-        into, plan = output, Plan(photo, move.folder, move.name, move.token)
-        if move.target is not None:
-            folder, base = os.path.split(move.name)
-            into, plan = move.target, Plan(photo, folder, base, move.token)
+        plan = _plan_of(move)
         try:
-            arrived = resolve(into, plan)
+            arrived = resolve(move.target or output, plan)
         except OSError as error:
-            waiting.append((photo.path, error.strerror or str(error)))
+            waiting.append((plan.photo.path, error.strerror or str(error)))
             continue
         (done if arrived else withdrawn).append(move)
     if done or withdrawn:
         history.settle(done, withdrawn)
     return Recovered(len(done), len(withdrawn), tuple(waiting))
+
+
+def _plan_of(move: Move) -> Plan:
+    photo = Photo(move.root, move.source, move.identity, 0.0)
+    if move.target is None:
+        return Plan(photo, move.folder, move.name, move.token)
+    folder, base = os.path.split(move.name)
+    return Plan(photo, folder, base, move.token)
