@@ -21,16 +21,31 @@ from PIL import Image
 
 from sorter.classifier.engine import Engine
 from sorter.classifier.manifest import Class, Input, Manifest
+from sorter.classifier.manifest import read as read_manifest
 from sorter.decoding.images import Preprocessing
 from sorter.files import FOLDER
 from sorter.history.store import History, Run
 from sorter.moving.mover import Mover
 from sorter.pipeline.measures import Measures
 from sorter.pipeline.pipeline import Pipeline
-from sorter.settings import Settings
+from sorter.settings import SHIPPED_MODEL, Settings
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONG_AGO = time.time() - 3600
+
+
+@pytest.fixture(scope="session")
+def shipped() -> Manifest:
+    """The manifest of the shipped model."""
+    return read_manifest(SHIPPED_MODEL)
+
+
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder of the module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -56,9 +56,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _own_cache_and_one_thread(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _one_thread(own_cache: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         # torch's threads spin while they wait for each other: with several, tests side by side take many times as long.
         patch.setattr(fit, "available_cpus", lambda: 1)
         yield

@@ -11,7 +11,7 @@ import torch
 from pictures import smooth
 from torch import nn
 
-from sorter.classifier import manifest, network
+from sorter.classifier import network
 from sorter.classifier.engine import Engine, open_engine
 from sorter.classifier.manifest import WEIGHTS, Manifest
 from sorter.classifier.torch_engine import choose_device
@@ -20,11 +20,6 @@ from sorter.settings import SHIPPED_MODEL
 
 NOISE = 0.02
 """How far bf16 alone, with its 8 bits of precision, may move a probability."""
-
-
-@pytest.fixture(scope="module")
-def shipped() -> Manifest:
-    return manifest.read(SHIPPED_MODEL)
 
 
 @pytest.fixture(scope="module")

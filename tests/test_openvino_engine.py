@@ -10,7 +10,6 @@ from conftest import SHARED
 from pictures import smooth
 from PIL import Image
 
-from sorter.classifier import manifest
 from sorter.classifier.engine import open_engine
 from sorter.classifier.manifest import OPENVINO_INT8, Manifest
 from sorter.classifier.openvino_engine import OpenVinoEngine
@@ -22,11 +21,6 @@ from sorter.settings import SHIPPED_MODEL
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "sorter"
-
-
-@pytest.fixture(scope="module")
-def shipped() -> Manifest:
-    return manifest.read(SHIPPED_MODEL)
 
 
 def full_size_only(shipped: Manifest) -> OpenVinoEngine:

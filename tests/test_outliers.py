@@ -34,19 +34,9 @@ from trainer.data.pixels import read
 from trainer.fitting import features
 from trainer.packaging.outliers import describe, detector_of
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 Floats = npt.NDArray[np.float32]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> "object":
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def shipped() -> Manifest:
-    return manifests.read(SHIPPED_MODEL)
 
 
 def rows(seed: int, count: int, active: slice) -> Floats:

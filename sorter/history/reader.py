@@ -131,7 +131,7 @@ class HistoryReader:
             since: moved at this time or later, seconds since the epoch.
             limit: the last so many; all where it is negative.
         """
-        conditions, values = _chosen(run, since)
+        conditions, values = _moved("m", run, since)
         found = self._all(f"{_ENTRY}{conditions} ORDER BY m.id DESC LIMIT ?", (*values, limit))
         return [self._entry(row) for row in reversed(found)]
 
@@ -147,12 +147,10 @@ class HistoryReader:
             since: moved at this time or later, seconds since the epoch.
             path: of where a photo is or was, or of a folder that it is or was in.
         """
-        chosen, values = _chosen(run, since)
-        if path is not None:
-            at, where = self._at(path)
-            chosen, values = chosen + at, [*values, *where]
-        # What followed a photo goes with it, whichever run moved it.
-        its_photo = "SELECT 1 FROM moves p WHERE p.id = m.follows" + chosen.replace("m.", "p.")  # noqa: S608
+        chosen, values = self._wanted("m", run, since, path)
+        photo_chosen, _ = self._wanted("p", run, since, path)
+        # A sidecar is restored with its photo, whichever run moved it.
+        its_photo = f"SELECT 1 FROM moves p WHERE p.id = m.follows{photo_chosen}"  # noqa: S608
         for kind, values_ in (
             (f" AND m.kind <> '{SIDECAR}'{chosen}", values),
             (f" AND m.kind = '{SIDECAR}' AND ((TRUE{chosen}) OR EXISTS ({its_photo}))", values + values),
@@ -163,7 +161,15 @@ class HistoryReader:
                 last = rows[-1][0]
                 yield from map(self._entry, rows)
 
-    def _at(self, path: str) -> tuple[str, list[bytes]]:
+    def _wanted(self, alias: str, run: str | None, since: float | None, path: str | None) -> tuple[str, list[object]]:
+        """The condition of `undoable` for a row of `moves` under an alias, and its values."""
+        chosen, values = _moved(alias, run, since)
+        if path is None:
+            return chosen, values
+        at, where = self._at(alias, path)
+        return chosen + at, [*values, *where]
+
+    def _at(self, alias: str, path: str) -> tuple[str, list[bytes]]:
         """A condition for what is or was at a path, or below it."""
         named = os.path.abspath(path)
         folder, base = os.path.split(named)
@@ -173,16 +179,18 @@ class HistoryReader:
         values: list[bytes] = []
         for whole in map(Path, dict.fromkeys((real, named))):
             name = os.fsencode(whole)
-            found += ["m.root = ?", "(m.root > ? AND m.root < ?)"]  # "0" is next to "/"
+            found += [f"{alias}.root = ?", f"({alias}.root > ? AND {alias}.root < ?)"]  # "0" follows "/" in ASCII
             values += [name, name + b"/", name + b"0"]
             for root in whole.parents:
                 source = os.fsencode(whole.relative_to(root))
-                found += ["(m.root = ? AND m.source = ?)", "(m.root = ? AND m.source > ? AND m.source < ?)"]
+                found.append(f"({alias}.root = ? AND {alias}.source = ?)")
+                found.append(f"({alias}.root = ? AND {alias}.source > ? AND {alias}.source < ?)")
                 values += [os.fsencode(root), source, os.fsencode(root), source + b"/", source + b"0"]
         if Path(real).is_relative_to(self._output):
             parts = [os.fsencode(part) for part in Path(real).relative_to(self._output).parts]
             if len(parts) < 3:  # the output, a folder in it, a name in that
-                found.append(" AND ".join(["TRUE", *("CAST(m.folder AS BLOB) = ?", "m.name = ?")[: len(parts)]]))
+                equal = (f"CAST({alias}.folder AS BLOB) = ?", f"{alias}.name = ?")[: len(parts)]
+                found.append(" AND ".join(["TRUE", *equal]))
                 values += parts
         return f" AND ({' OR '.join(found)})", values
 
@@ -285,9 +293,9 @@ class HistoryReader:
         )
 
 
-def _chosen(run: str | None, since: float | None) -> tuple[str, list[object]]:
-    """A condition, and its values."""
-    wanted = [("m.run = ?", run), ("m.done >= ?", since)]
+def _moved(alias: str, run: str | None, since: float | None) -> tuple[str, list[object]]:
+    """A condition for rows of `moves` by when they were moved, and its values."""
+    wanted = [(f"{alias}.run = ?", run), (f"{alias}.done >= ?", since)]
     given = [(condition, value) for condition, value in wanted if value is not None]
     return "".join(f" AND {condition}" for condition, _ in given), [value for _, value in given]
 

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable
 
 from watchdog.events import DirAttribEvent, FileSystemEvent, FileSystemEventHandler
-from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver
 
 from sorter.inbox.emitter import InboxEmitter, WatchLostEvent
@@ -83,5 +82,7 @@ class Listener(FileSystemEventHandler):
 def open_observer(inbox: Inbox) -> BaseObserver:
     """The observer for this operating system, not started yet."""
     if sys.platform != "linux":
+        from watchdog.observers import Observer  # on Linux it would load the stock emitter for nothing
+
         return Observer()
     return BaseObserver(functools.partial(InboxEmitter, inbox=inbox))  # type: ignore[arg-type]
