@@ -209,14 +209,14 @@ def test_a_history_whose_moves_are_damaged_is_refused_with_what_to_do(output: Pa
     with (output / FOLDER / NAME).open("r+b") as file:
         file.seek((page - 1) * size)
         file.write(b"\xff" * size)
-    with pytest.raises(ConfigurationError, match="move it away"):
+    with pytest.raises(ConfigurationError, match="move it elsewhere"):
         History(output).unfinished()
 
 
 @pytest.mark.parametrize("content", [b"not a database at all" * 100, b"SQLite format 3\0" + b"\xff" * 5000])
 def test_a_damaged_history_is_refused_with_what_to_do(output: Path, content: bytes) -> None:
     make_tree(output, {f"{FOLDER}/{NAME}": content})
-    with pytest.raises(ConfigurationError, match="move it away"):
+    with pytest.raises(ConfigurationError, match="move it elsewhere"):
         History(output)
     assert (output / FOLDER / NAME).read_bytes() == content
 

@@ -104,7 +104,7 @@ def test_a_photo_that_does_not_fit_holds_up_nobody_else(
     with (tmp_path / "in/large.jpg").open("r+b") as file:
         file.truncate(1 << 42)
     photo = found(tmp_path / "in")
-    with pytest.raises(StayedError, match="make room"):
+    with pytest.raises(StayedError, match="free some space"):
         move(Mover(other_file_system), photo)
     monkeypatch.setattr(mover_module, "_ROOM_BYTES", 1 << 60)  # a disk that is full for all
     monkeypatch.setattr(mover_module, "copy_contents", no_space)
@@ -302,7 +302,7 @@ def test_an_output_that_became_another_folder_takes_no_photos(tmp_path: Path) ->
     make_tree(tmp_path / "in", {"b.jpg": b"photo"})
     (tmp_path / "out").rename(tmp_path / "unmounted")
     (tmp_path / "out").mkdir()
-    with pytest.raises(StorageError, match="not the folder any more"):
+    with pytest.raises(StorageError, match="no longer the folder"):
         move(target, found(tmp_path / "in"))
     assert read_tree(tmp_path / "in") == {"b.jpg": b"photo"}
     assert read_tree(tmp_path / "out") == {}

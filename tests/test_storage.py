@@ -145,7 +145,7 @@ def test_an_output_that_is_renamed_away_is_waited_for(daemons: dict[str, Daemon]
     daemon = daemons["full"]
     away = daemon.output.rename(daemon.output.with_name("away"))
     daemon.drop(away=photo(10))
-    with daemon.waiting("mount or make it again"):
+    with daemon.waiting("mount or recreate it"):
         assert [path.name for path in daemon.output.parent.iterdir()] == ["away"]
         daemon.check_history(away)
         away.rename(daemon.output)
@@ -155,7 +155,7 @@ def test_nothing_is_written_where_an_output_is_not_mounted(daemons: dict[str, Da
     daemon = daemons["mounted"]
     umount("-l", daemon.output)
     daemon.drop(unmounted=photo(20))
-    with daemon.waiting("mount or make it again"):
+    with daemon.waiting("mount or recreate it"):
         assert os.listdir(daemon.output) == []
         assert mount("--bind", daemon.output.parent / "disk", daemon.output)
 

@@ -107,7 +107,7 @@ def test_what_cannot_go_back_is_said_and_the_rest_goes(tmp_path: Path) -> None:
     said = {Path(path).name: problem for path, problem in lines}
     assert said == {
         "0.jpg": "another file has its old name",
-        "1.jpg": "it is not there any more",
+        "1.jpg": "it is gone",
         "2.jpg": "it was changed or replaced since it was sorted",
         "3.jpg": "it was changed or replaced since it was sorted",
     }

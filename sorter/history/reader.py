@@ -197,7 +197,7 @@ class HistoryReader:
     def last_sorted(self, root: Path, names: Sequence[str], since: float) -> Entry | None:
         """The last photo with one of these names that was sorted since then and is where it was sorted to.
 
-        None also where the history cannot be read at present.
+        None also if the history cannot be read at present.
 
         Args:
             root: the inbox.
@@ -257,7 +257,7 @@ class HistoryReader:
 
     def _all(self, query: str, values: Sequence[object]) -> list[Any]:
         try:
-            if self._file != file_of(self.path):  # taken away, and perhaps begun anew, or its disk is back
+            if self._file != file_of(self.path):  # removed, perhaps recreated, or its disk is back
                 self._connection.close()
                 self._file = None
                 self._open()

@@ -107,7 +107,7 @@ class Run:
     """One process lifetime.
 
     Attributes:
-        kind: `run` sorts, `undo` brings back; such a one has no model.
+        kind: `run` sorts; `undo` restores, and has no model.
     """
 
     id: str
@@ -169,7 +169,9 @@ class History:
         try:
             self._connect()
         except sqlite3.OperationalError as error:  # no permission, no space, no such folder
-            raise ConfigurationError(f"the history {self.path} cannot be opened ({error}): mend its folder") from None
+            raise ConfigurationError(
+                f"the history {self.path} cannot be opened ({error}): check its folder and permissions"
+            ) from None
         except sqlite3.DatabaseError as error:
             raise self._damaged(error) from None
 
@@ -204,7 +206,7 @@ class History:
         (owner,) = self._connection.execute("PRAGMA application_id").fetchone()
         (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         if owner != _APPLICATION_ID and tables:
-            raise ConfigurationError(f"{self.path} is another program's database: move it away and start again")
+            raise ConfigurationError(f"{self.path} is another program's database: move it elsewhere and restart sorter")
         if version > len(_MIGRATIONS):
             raise ConfigurationError(f"the history {self.path} was written by a newer sorter: upgrade this one")
         for number in range(version, len(_MIGRATIONS)):
@@ -229,10 +231,10 @@ class History:
 
     @contextlib.contextmanager
     def _writing(self, *, durably: bool = True) -> Iterator[None]:
-        """One transaction, in a file begun anew if it was taken away."""
+        """One transaction, in a new file if the old one was removed."""
         try:
             if self._file is None or self._file != file_of(self.path):
-                # Its disk was away, or somebody took the file away: what is open now would be written for nobody.
+                # Its disk was away, or somebody removed the file: the open one would be written for nobody.
                 self._connection.close()
                 self._connect()
                 if self._run is not None:
@@ -242,7 +244,7 @@ class History:
         except (sqlite3.DatabaseError, ConfigurationError) as error:
             self._file = None
             raise StorageError(
-                f"the history {self.path} cannot be written ({error}): make room or mend its folder"
+                f"the history {self.path} cannot be written ({error}): free some space and check its folder"
             ) from error
 
     def close(self) -> None:
@@ -284,16 +286,16 @@ class History:
             self._connection.executemany(_INSERT, map(_row, moves))
 
     def settle(self, done: Sequence[Move], withdrawn: Sequence[Move]) -> None:
-        """Record what did happen, in one transaction; what was withdrawn leaves no row.
+        """Record what happened, in one transaction; withdrawn moves leave no row.
 
-        It is durable with the next intents: after a power cut before them the recovery finds out anew.
+        It is durable with the next intents; after a power cut before them, recovery looks at the photos again.
 
         Raises:
-            StorageError: the disk refused; the moves are intents still.
+            StorageError: the disk refused; the moves are still intents.
         """
         now = time.time()
         with self._writing(durably=False):
-            # Somebody may have taken the history away since the intents were written.
+            # Somebody may have removed the history since the intents were written.
             self._connection.executemany(f"{_INSERT} ON CONFLICT (token) DO NOTHING", map(_row, done))
             self._connection.executemany("UPDATE moves SET done = ? WHERE token = ?", [(now, m.token) for m in done])
             self._connection.executemany(
@@ -301,7 +303,7 @@ class History:
             )
 
     def unfinished(self) -> list[Move]:
-        """The intents without their done, in the order of their making.
+        """The intents that were never marked done, oldest first.
 
         Raises:
             ConfigurationError: the file is damaged.
@@ -314,8 +316,8 @@ class History:
 
     def _damaged(self, error: sqlite3.DatabaseError) -> ConfigurationError:
         return ConfigurationError(
-            f"the history {self.path} is damaged ({error}): move it away, the photos are not touched by that, "
-            "and start again"
+            f"the history {self.path} is damaged ({error}): move it elsewhere and restart sorter; that does not "
+            "affect the photos"
         )
 
 

@@ -178,7 +178,7 @@ class InboxEmitter(EventEmitter):
         return inner
 
     def _forget(self, folder: str) -> None:
-        """Stop watching a folder that was moved away; its new place, if that is in the inbox, is watched anew."""
+        """Stop watching a folder that was moved away; if it arrives elsewhere in the inbox, it is watched there."""
         assert self._inotify is not None
         for watch, path in list(self._folders.items()):
             if path == folder or path.startswith(folder + "/"):

@@ -2,13 +2,13 @@
 
 In: a `Plan`, which photo gets which name. Out: where it is now, or why it stayed.
 
-Promise: at every instant, and after `kill -9` at any instant, the photo exists whole under at least one of its two
+Promise: at every instant, and after `kill -9` at any instant, the photo exists intact under at least one of its two
 names, and nothing that was there before is overwritten or deleted.
 
 - One file system: `renameat2(RENAME_NOREPLACE)`, then a look at what arrived; another file's arrival is undone.
-- A file system without it: hard link, then the old name is taken away.
+- A file system without it: hard link, then the old name is removed.
 - Another file system: copy to a hidden partial name with mode, times and extended attributes, fsync, publish without
-  replacing, fsync the folder, then the old name is taken away.
+  replacing, fsync the folder, then the old name is removed.
 
 `shutil.move` and `os.rename` overwrite or half-copy, so they have no place here.
 """
@@ -48,7 +48,7 @@ from sorter.moving.recovery import Plan, resolve
 # What a hard link is refused with where there are none, or no more.
 _NO_LINKS = (*UNSUPPORTED, errno.EPERM, errno.EMLINK)
 _GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
-# Nothing can be moved until somebody makes room or mends the disk.
+# Nothing can be moved until somebody frees space or repairs the disk.
 _STORAGE = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -141,13 +141,13 @@ class Mover:
                 self._place(plan, source, target, base)
 
     def _arrived(self, plan: Plan) -> bool:
-        """Look where a photo is after something failed, and clear away what the move left half done."""
+        """Find out where a photo is after a failure, and finish or withdraw its move."""
         self._unresolved.add(plan.token)
         try:
             arrived = resolve(self.output, plan)
         except OSError as error:
             raise StorageError(
-                f"{plan.photo.path} or its place in the output cannot be looked at ({error.strerror}): mend the disk"
+                f"{plan.photo.path} or its destination cannot be read ({error.strerror}): check the disk"
             ) from error
         self._unresolved.discard(plan.token)
         return arrived
@@ -184,16 +184,16 @@ class Mover:
             # history, and perhaps another number.
             known = self._folder in (None, folder) or comes_with_inbox or (self.output / FOLDER / NAME).is_file()
             if not known:
-                raise OSError(errno.ENODEV, "it is not the folder any more that it was at the start")
+                raise OSError(errno.ENODEV, "it is no longer the folder that it was at the start")
             self._folder = folder
         except OSError as error:
             raise StorageError(
-                f"{self.output} takes no photos ({error.strerror}): mount or make it again, or start again"
+                f"{self.output} accepts no photos ({error.strerror}): mount or recreate it, or restart sorter"
             ) from error
 
     @contextlib.contextmanager
     def _target(self, inbox: Path, folder: str) -> Iterator[int]:
-        """The descriptor of a destination folder, made where it is missing."""
+        """The descriptor of a destination folder, which is created if it is missing."""
         self.check_output(inbox)
         try:
             if not os.path.lexists(self.output / folder):
@@ -209,7 +209,8 @@ class Mover:
 
     def _refused(self, folder: str, error: OSError) -> StorageError:
         return StorageError(
-            f"{self.output / folder} takes no photos ({error.strerror}): make room or mend the folder, and start again"
+            f"{self.output / folder} accepts no photos ({error.strerror}): free some space or check its permissions, "
+            "then restart sorter"
         )
 
     def settle(self) -> None:
@@ -223,10 +224,12 @@ class Mover:
                 with opened_folder(root, folder) as descriptor:
                     sync_folder(descriptor)
             except OSError as error:
-                # A folder that was taken away since holds nothing that could be lost by not syncing it, and a rename is
+                # A folder that was removed since holds nothing that could be lost by not syncing it, and a rename is
                 # durable with its new folder: one that may not be read any more holds up nobody else.
                 if error.errno not in _GONE and not (root != self.output and isinstance(error, PermissionError)):
-                    raise StorageError(f"{root / folder} cannot be synced ({error.strerror}): mend its disk") from error
+                    raise StorageError(
+                        f"{root / folder} cannot be synced ({error.strerror}): check its disk"
+                    ) from error
             self._touched.discard((root, folder))
 
     def _place(self, plan: Plan, source: int, target: int, base: str) -> None:
@@ -354,4 +357,4 @@ def _check_room(folder: int, size: int) -> None:
     room = os.fstatvfs(folder)
     free = room.f_bavail * room.f_frsize
     if size > free >= _ROOM_BYTES:
-        raise StayedError(f"needs {size / 1e6:.0f} MB and the output has {free / 1e6:.0f} MB free: make room")
+        raise StayedError(f"needs {size / 1e6:.0f} MB and the output has {free / 1e6:.0f} MB free: free some space")

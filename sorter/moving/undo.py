@@ -51,7 +51,7 @@ def check(entry: Entry) -> Identity:
         with opened_folder(Path(folder), "") as descriptor:
             status = os.stat(base, dir_fd=descriptor, follow_symlinks=False)
     except OSError:
-        raise StayedError("it is not there any more") from None
+        raise StayedError("it is gone") from None
     # What is written about a photo changes as its owner edits that, and goes back as it is.
     alike = entry.kind == SIDECAR or (
         status.st_size == entry.size and abs(status.st_mtime_ns - entry.mtime_ns) <= COARSE_NS
@@ -67,7 +67,7 @@ def check(entry: Entry) -> Identity:
 
 
 def _check_folder(entry: Entry) -> None:
-    """Make sure that a photo's old folder takes it; one that is gone is made anew."""
+    """Make sure that a photo's old folder accepts it; a missing one will be created."""
     try:
         with opened_folder(Path(entry.root), os.path.dirname(entry.name)) as descriptor:
             if not os.access(".", os.W_OK | os.X_OK, dir_fd=descriptor):
@@ -175,7 +175,7 @@ class Undo:
 
     def _move(self, entry: Entry, plan: Plan) -> None:
         try:
-            make_folder(Path(entry.root, plan.folder))  # a subfolder that was taken away when it was empty
+            make_folder(Path(entry.root, plan.folder))  # a subfolder that was removed when it was empty
         except OSError as error:
             raise StayedError(f"its folder cannot be made ({error.strerror})") from None
         self._movers[entry.root].move(plan)
