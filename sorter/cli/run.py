@@ -19,7 +19,7 @@ from sorter import logs
 from sorter.classifier.manifest import Manifest
 from sorter.cli import console, preflight
 from sorter.errors import ConfigurationError, ExitCode, StorageError
-from sorter.files import FOLDER, lock
+from sorter.files import FOLDER, inodes, lock
 from sorter.files.atomic import make_folder
 from sorter.files.lock import Lock
 from sorter.history.reader import HistoryReader
@@ -80,8 +80,9 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
         if not settings.dry_run:
             inbox_lock = _take_lock(inbox.root, stack)
             history = _open_history(inbox.root, output, this_run, stack)
+            inodes.look((inbox.root, output))
         _log_start(settings, model, engine, inbox.root, output, log_fields)
-        mover = Mover(output)
+        mover = Mover(output, settle_seconds=settings.settle_seconds)
         shutdown.move_lock = mover.lock
         reader = _open_reader(output, stack)
         bar = _show_bar(settings, stream, stack)

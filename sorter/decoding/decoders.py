@@ -27,6 +27,7 @@ from sorter.decoding.decoded import Decoded
 from sorter.decoding.images import Limits, Preprocessing
 from sorter.decoding.worker import OK, READY, REPLY, REQUEST, UNREADABLE
 from sorter.errors import PhotoError, Reason, SorterError
+from sorter.files import inodes
 from sorter.files.photo import Identity, Photo, open_file
 from sorter.processors import available_cpus
 
@@ -155,6 +156,8 @@ class Decoders:
         try:
             status = os.fstat(descriptor)
             opened = Identity.of(status)
+            if not opened.is_same_file(photo.identity) and _is_renumbered(photo, status):
+                opened = Identity.of(status)
             if not stat.S_ISREG(status.st_mode) or not opened.is_same_file(photo.identity):
                 return Decoded(photo, "gone", detail="changed since it was settled")
             photo = replace(photo, identity=opened)
@@ -179,6 +182,15 @@ class Decoders:
             return Decoded(photo, "left", detail=f"cannot be read now: {text}")
         reason, _, detail = text.partition(" ")
         return Decoded(photo, "failed", reason=Reason(reason), detail=detail, milliseconds=seconds * 1000)
+
+
+def _is_renumbered(photo: Photo, opened: os.stat_result) -> bool:
+    """Tell whether a file has another inode number only because it was opened, and remember file systems that do so."""
+    with contextlib.suppress(OSError):
+        if Identity.of(os.lstat(photo.path)) == photo.identity and opened.st_ino != photo.identity.inode:
+            inodes.distrust(opened.st_dev)
+            return True
+    return False
 
 
 class _Worker:

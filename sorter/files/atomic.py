@@ -1,4 +1,4 @@
-"""The file system operations of the mover; none of them ever overwrites a file.
+"""The file system operations of the mover; none of them ever overwrites a file with something in it.
 
 No system call unlinks "this name if it is still this file". So `take_away` renames it to a hidden name that nobody else
 knows, checks which file it got, and unlinks it only if it is the right one; otherwise it renames it back.
@@ -11,9 +11,10 @@ import os
 import secrets
 import stat
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from sorter.files import inodes
 from sorter.files.photo import FILE_FLAGS, Identity, opened_folder
 
 _PARTIAL_SUFFIX, _AWAY_SUFFIX = ".sorter-part", ".sorter-away"
@@ -22,6 +23,7 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 """Errors of a file system that does not support an operation; nothing has changed."""
 
 _RENAME_NOREPLACE = 1
+_RESERVATION = b"sorter is moving a photo here.\n"
 _COPY_BYTES = 1 << 20
 _LONGEST_BYTES = 255 - len(".json")  # of a numbered name: file systems allow 255, and a sidecar appends to it
 
@@ -49,21 +51,31 @@ def away_name(token: str) -> str:
     return f".{token}{_AWAY_SUFFIX}"
 
 
-def take_away(folder: int, base: str, identity: Identity, token: str) -> bool:
+def take_away(
+    folder: int, base: str, identity: Identity, token: str, is_wanted: Callable[[], bool] = lambda: False
+) -> bool:
     """Unlink a name if it is still this file. The file must exist, durably, under another name.
+
+    Args:
+        folder: that the name is in.
+        base: the name.
+        identity: of the file.
+        token: of the move, for the hidden name.
+        is_wanted: asked at the last moment: True if another program has begun to use the file.
 
     Returns:
         False if the name is already gone.
 
     Raises:
-        ChangedError: the name belongs to another file, or the file has changed.
+        ChangedError: the name belongs to another file, the file has changed, or it is wanted.
     """
     hidden = away_name(token)
     try:
         _rename_away(folder, base, hidden)
     except FileNotFoundError:
         return False
-    if Identity.of(os.stat(hidden, dir_fd=folder, follow_symlinks=False)).is_same_file(identity):
+    found = Identity.of(os.stat(hidden, dir_fd=folder, follow_symlinks=False))
+    if found.is_same_file(identity) and not is_wanted():
         try:
             os.unlink(hidden, dir_fd=folder)
         except OSError:
@@ -108,7 +120,10 @@ def give_back(target: int, name: str, source: int, base: str) -> None:
 
 
 def publish(folder: int, name: str, target: int, names: Sequence[str]) -> str:
-    """Rename a file to the first free one of `names`, and return that name.
+    """Rename a file to the first free one of `names`, and return that name; never replaces a file.
+
+    Where the file system cannot rename without replacing, a hard link takes the free name and the old one is removed;
+    where it has no hard links either, see `rename_onto_reservation`.
 
     Raises:
         OSError: the file system refused, or all names are taken.
@@ -122,9 +137,60 @@ def publish(folder: int, name: str, target: int, names: Sequence[str]) -> str:
     def link(free: str) -> None:
         os.link(name, free, src_dir_fd=folder, dst_dir_fd=target, follow_symlinks=False)
 
+    if not inodes.are_real(target):
+        return _first_free(names, lambda free: rename_onto_reservation(folder, name, target, free))
     published = _first_free(names, link)
     os.unlink(name, dir_fd=folder)
     return published
+
+
+def rename_onto_reservation(source: int, old: str, target: int, new: str) -> None:
+    """Take a free name with a file that says so, then rename onto that.
+
+    The one way where a file system can neither rename without replacing nor make hard links. Between the look at the
+    reservation and the rename another program could replace it, and would lose its file: a moment, and only for a
+    program that uses a name which another one has just taken.
+
+    Raises:
+        FileExistsError: the name is taken.
+        OSError: the file system refused; the name is free again.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    reservation = os.open(new, flags, 0o600, dir_fd=target)
+    try:
+        try:
+            # Not left empty: rclone would upload an empty file at some time after it was closed, over the renamed one.
+            os.write(reservation, _RESERVATION)
+        finally:
+            os.close(reservation)
+        if not is_reservation(target, new):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), new)
+        os.rename(old, new, src_dir_fd=source, dst_dir_fd=target)
+    except FileExistsError:
+        raise
+    except OSError:
+        with contextlib.suppress(OSError):
+            drop_reservation(target, new)
+        raise
+
+
+def is_reservation(folder: int, name: str) -> bool:
+    """True if a name is taken by a reservation, or by one that was never written, and nothing else."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(name, FILE_FLAGS, dir_fd=folder)
+        try:
+            is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            return is_file and os.pread(descriptor, len(_RESERVATION) + 1, 0) in (b"", _RESERVATION)
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def drop_reservation(folder: int, name: str) -> None:
+    """Remove a reservation; what has replaced it stays."""
+    if is_reservation(folder, name):
+        with contextlib.suppress(ChangedError):
+            take_away(folder, name, Identity.of(os.stat(name, dir_fd=folder, follow_symlinks=False)), new_token())
 
 
 def _first_free(names: Sequence[str], place: Callable[[str], None]) -> str:
@@ -150,7 +216,12 @@ def numbered(base: str, number: int) -> str:
     tail = os.fsencode(f"-{number}{extension}")
     if len(tail) >= _LONGEST_BYTES:  # too long to be an extension
         stem, tail = base, os.fsencode(f"-{number}")
-    return os.fsdecode(os.fsencode(stem)[: _LONGEST_BYTES - len(tail)] + tail)
+    encoded, end = os.fsencode(stem), _LONGEST_BYTES - len(tail)
+    # Not in the middle of a character, whose other bytes begin with the bits 10: many file systems want UTF-8.
+    for _ in range(3):
+        if end < len(encoded) and encoded[end] & 0xC0 == 0x80:
+            end -= 1
+    return os.fsdecode(encoded[:end] + tail)
 
 
 def check_removable(folder: int, base: str) -> None:
@@ -182,9 +253,20 @@ def copy_contents(original: int, copy: int, status: os.stat_result) -> None:
                 with contextlib.suppress(OSError):
                     os.setxattr(copy, attribute, os.getxattr(original, attribute))
     # If the owner could not be kept, a setuid file would run as the sorter's user.
-    os.fchmod(copy, stat.S_IMODE(status.st_mode) & ~(stat.S_ISUID | stat.S_ISGID))
-    with contextlib.suppress(OverflowError):  # a date beyond the range of the other file system
+    with _if_possible():
+        os.fchmod(copy, stat.S_IMODE(status.st_mode) & ~(stat.S_ISUID | stat.S_ISGID))
+    with _if_possible(), contextlib.suppress(OverflowError):  # a date beyond the range of the other file system
         os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@contextlib.contextmanager
+def _if_possible() -> Iterator[None]:
+    """Go on where a file system stores no modes or times."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (*UNSUPPORTED, errno.EPERM):
+            raise
 
 
 def same_contents(folder: int, name: str, other_folder: int, other_name: str) -> bool:

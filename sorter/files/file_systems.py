@@ -10,13 +10,20 @@ NETWORK = ("nfs", "cifs", "smb", "9p", "fuse", "afs", "ceph", "glusterfs", "lust
 def kind(folder: Path) -> str:
     """The file system's type, such as `ext4` or `nfs4`; empty if it cannot be determined."""
     try:
-        device = os.stat(folder).st_dev
+        return kind_of_device(os.stat(folder).st_dev)
+    except OSError:  # the folder does not exist
+        return ""
+
+
+def kind_of_device(device: int) -> str:
+    """The type of a mounted file system, by the device number of its files; empty if it cannot be determined."""
+    try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
             for line in mounts:
                 fields = line.split()
                 if fields[2] == f"{os.major(device)}:{os.minor(device)}":
                     return fields[fields.index("-") + 1]
-    except OSError:  # no /proc, or the folder does not exist
+    except OSError:  # no /proc
         pass
     return ""
 

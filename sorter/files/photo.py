@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from sorter.files import inodes
+
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 """For opening what may be a photo: follows no symbolic link, does not wait for a FIFO's writer, takes no terminal."""
@@ -19,7 +21,8 @@ class Identity(NamedTuple):
     """Distinguishes versions of a file: any write or replacement changes it.
 
     The status change time catches a writer who sets the modification time back. A rename or a new hard link changes it
-    too, so after a move only the other four fields are comparable: `is_same_file`.
+    too, so after a move only the other four fields are comparable: `is_same_file`. Where a file system makes its inode
+    numbers up, the number is 0 and tells nothing: then another file of the same size, with the same times, passes.
     """
 
     device: int
@@ -31,11 +34,16 @@ class Identity(NamedTuple):
     @classmethod
     def of(cls, status: os.stat_result) -> "Identity":
         """The identity in a stat result."""
-        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return cls(status.st_dev, inodes.number(status), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     def is_same_file(self, other: "Identity") -> bool:
         """True if this is the same version of the same file, perhaps under another name."""
-        return self[:4] == other[:4]
+        same_inode = self.inode == other.inode or not (self.inode and other.inode)
+        return same_inode and (self.device, *self[2:4]) == (other.device, *other[2:4])
+
+    def is_same_version(self, other: "Identity") -> bool:
+        """True if this is the same version of the same file, and nobody has touched it."""
+        return self.is_same_file(other) and self.ctime_ns == other.ctime_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,4 +118,4 @@ def file_of(path: Path | str | int) -> tuple[int, int] | None:
         status = os.stat(path)
     except OSError:
         return None
-    return status.st_dev, status.st_ino
+    return status.st_dev, inodes.number(status)

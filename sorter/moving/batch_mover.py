@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -78,9 +79,13 @@ class BatchMover:
             # Before the history, which belongs into the output and not where its disk is not mounted.
             self._patiently(lambda: self._mover.check_output(plans[0].photo.root))
             self._patiently(lambda: history.intend(moves))
+            for plan in plans:
+                self._patiently(partial(self._mover.copy_ahead, plan), own_seconds=_seconds(plan))
             for decision, plan in zip(batch, plans, strict=True):
                 outcomes.append(self._move_one(decision, plan))
         finally:
+            for plan in plans:
+                self._mover.withdraw_copy(plan)
             # What was moved is recorded and told, also when the next one could not be.
             done = [move for move, outcome in zip(moves, outcomes, strict=False) if outcome.destination is not None]
             kept = {move.token for move in done}
@@ -100,7 +105,7 @@ class BatchMover:
 
     def _move_one(self, decision: Decision, plan: Plan) -> Outcome:
         try:
-            self._patiently(lambda: self._mover.move(plan), own_seconds=plan.photo.identity.size / 1e6)
+            self._patiently(lambda: self._mover.move(plan), own_seconds=_seconds(plan) + self._mover.settle_seconds)
         except ChangedError as error:
             return Outcome(plan.photo, "again", decision, detail=str(error))
         except StayedError as error:
@@ -150,3 +155,8 @@ class BatchMover:
             detail=decision.detail or decoded.detail or None,
             follows=decision.follows,
         )
+
+
+def _seconds(plan: Plan) -> float:
+    """How long a slow disk may take to copy a photo."""
+    return plan.photo.identity.size / 1e6

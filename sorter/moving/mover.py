@@ -6,9 +6,10 @@ Promise: at every instant, and after `kill -9` at any instant, the photo exists 
 names, and nothing that was there before is overwritten or deleted.
 
 - One file system: `renameat2(RENAME_NOREPLACE)`, then a look at what arrived; another file's arrival is undone.
-- A file system without it: hard link, then the old name is removed.
-- Another file system: copy to a hidden partial name with mode, times and extended attributes, fsync, publish without
-  replacing, fsync the folder, then the old name is removed.
+- A file system without it: hard link, then the old name is removed. One that has no hard links either: an empty file
+  reserves the name, and the photo is renamed onto that.
+- Another file system: copy to a hidden partial name with mode, times and extended attributes, fsync, make sure that
+  nobody has the photo open for writing, publish without replacing, fsync the folder, then the old name is removed.
 
 `shutil.move` and `os.rename` overwrite or half-copy, so they have no place here.
 """
@@ -18,12 +19,13 @@ import errno
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from sorter.errors import StorageError
-from sorter.files import FOLDER
+from sorter.files import FOLDER, inodes
 from sorter.files.atomic import (
     UNSUPPORTED,
     ChangedError,
@@ -37,9 +39,11 @@ from sorter.files.atomic import (
     partial_name,
     publish,
     rename_noreplace,
+    rename_onto_reservation,
     sync_folder,
     take_away,
 )
+from sorter.files.lease import Lease, OpenForWritingError
 from sorter.files.photo import Identity, Photo, open_file, open_folder, opened_folder
 from sorter.history.store import NAME
 from sorter.inbox.sidecars import exists, sidecars
@@ -65,6 +69,8 @@ _STORAGE = (
 
 # With less room than this a disk is full for all photos, and waited for.
 _ROOM_BYTES = 20_000_000
+# Whoever wrote to a photo so long ago has finished, also by a clock that is some minutes off.
+_FINISHED_SECONDS = 600.0
 
 
 class Mover:
@@ -72,10 +78,12 @@ class Mover:
 
     Args:
         output: the folder that has `cats/` and the others; folders are made when first needed.
+        settle_seconds: how long a copied photo must stay unchanged before the original is removed, where it cannot be
+            known otherwise that nobody writes to it.
     """
 
-    def __init__(self, output: Path) -> None:
-        self.output = output.absolute()
+    def __init__(self, output: Path, *, settle_seconds: float = 2.0) -> None:
+        self.output, self.settle_seconds = output.absolute(), settle_seconds
         self.lock = threading.Lock()
         """Held while one photo moves: whoever holds it can end the process with nothing half moved."""
         self._touched: set[tuple[Path, str]] = set()
@@ -84,6 +92,7 @@ class Mover:
         self._unresolved: set[str] = set()  # tokens of the plans of which nobody could tell how far they came
         self._promised: set[tuple[str, str]] = set()  # folders and names of the plans that are not forgotten yet
         self._folder: tuple[int, int] | None = None  # the output's own device and inode, once it was used
+        self._copied: dict[str, float] = {}  # tokens of the plans whose copies are complete -> when (monotonic)
 
     def plan(self, photo: Photo, folder: str, name: str = "") -> Plan:
         """Promise a name, or else the first free of `name.jpg`, `name-1.jpg`, `name-2.jpg` …; changes no file."""
@@ -119,26 +128,62 @@ class Mover:
                 or its planned name was taken meanwhile.
             StorageError: no photo can be moved now.
         """
-        photo, folder = plan.photo, plan.folder
-        source_folder, _, base = photo.name.rpartition("/")
+        self.copy_ahead(plan)
+        self._wait(plan)  # not under the lock: nothing is half moved yet, and somebody may want to end the process
+        source_folder, _, base = plan.photo.name.rpartition("/")
         with self.lock:
             try:
-                self._forward(plan, source_folder, base)
+                with self._opened(plan) as (source, target):
+                    self._place(plan, source, target, base)
             except (OSError, StayedError, StorageError) as error:
                 # A name that was taken before we ever used it is somebody else's, whatever is in that file.
                 ours = not isinstance(error, FileExistsError) or self.is_unresolved(plan)
                 if not (ours and self._arrived(plan)):
-                    raise self._told(error, folder) from error
-            self._touched |= {(photo.root, source_folder), (self.output, folder)}
+                    raise self._told(error, plan.folder) from error
+            finally:
+                self._copied.pop(plan.token, None)
+            self._touched |= {(plan.photo.root, source_folder), (self.output, plan.folder)}
 
-    def _forward(self, plan: Plan, source_folder: str, base: str) -> None:
+    def copy_ahead(self, plan: Plan) -> None:
+        """Copy a photo that must be seen unchanged again after that, before `move` removes the original.
+
+        Called for a whole batch, so that the photos wait together. It skips those that need not wait, and those that
+        cannot be copied, for `move` to tell.
+        """
+        age_seconds = time.time() - plan.photo.identity.mtime_ns / 1e9
+        if plan.token in self._copied or not self.settle_seconds or age_seconds > _FINISHED_SECONDS:
+            return
+        with contextlib.suppress(OSError, StayedError, StorageError), self.lock, self._opened(plan) as (source, target):
+            if os.fstat(source).st_dev == os.fstat(target).st_dev:
+                return
+            original = open_file(plan.photo)
+            try:
+                if not _lease(original).is_certain:
+                    self._copy(plan, original, target)
+            finally:
+                os.close(original)
+
+    def _wait(self, plan: Plan) -> None:
+        if plan.token in self._copied:
+            time.sleep(max(0.0, self._copied[plan.token] + self.settle_seconds - time.monotonic()))
+
+    def withdraw_copy(self, plan: Plan) -> None:
+        """Remove the copy of a photo that will not be moved now."""
+        if self._copied.pop(plan.token, None) is not None:
+            with contextlib.suppress(OSError), opened_folder(self.output, plan.folder) as target:
+                os.unlink(partial_name(plan.token), dir_fd=target)
+
+    @contextlib.contextmanager
+    def _opened(self, plan: Plan) -> Iterator[tuple[int, int]]:
+        """The descriptors of a photo's folder and of its destination, once it is known that it may be moved."""
+        source_folder, _, base = plan.photo.name.rpartition("/")
         with opened_folder(plan.photo.root, source_folder) as source:
             self._check(source, base, plan.photo.identity)
             check_removable(source, base)
             with self._target(plan.photo.root, plan.folder) as target:
                 if os.path.sameopenfile(source, target):
                     raise StayedError("is in its folder already: the output is a part of the inbox under another path")
-                self._place(plan, source, target, base)
+                yield source, target
 
     def _arrived(self, plan: Plan) -> bool:
         """Find out where a photo is after a failure, and finish or withdraw its move."""
@@ -234,19 +279,26 @@ class Mover:
 
     def _place(self, plan: Plan, source: int, target: int, base: str) -> None:
         """Put the file under its planned name, or raise FileExistsError."""
-        if os.fstat(source).st_dev != os.fstat(target).st_dev:
+        if plan.token in self._copied or os.fstat(source).st_dev != os.fstat(target).st_dev:
             self._copy_across(plan, source, target, base)
             return
         try:
+            self._rename(plan, source, target, base)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # Two bind mounts of one file system, or two disks that are shown as one.
+            self._copy_across(plan, source, target, base)
+
+    def _rename(self, plan: Plan, source: int, target: int, base: str) -> None:
+        try:
             rename_noreplace(source, base, target, plan.name)
         except OSError as error:
-            if error.errno == errno.EXDEV:  # two bind mounts of one file system
-                self._copy_across(plan, source, target, base)
-            elif error.errno in UNSUPPORTED:
-                self._link_across(plan, source, target, base)
-            else:
+            if error.errno not in UNSUPPORTED:
                 raise
-            return
+            if inodes.are_real(source) and self._link_across(plan, source, target, base):
+                return
+            rename_onto_reservation(source, base, target, plan.name)
         arrived = os.stat(plan.name, dir_fd=target, follow_symlinks=False)
         if not Identity.of(arrived).is_same_file(plan.photo.identity):
             # Somebody put another file under the name between the look and the rename: it goes back.
@@ -254,16 +306,14 @@ class Mover:
             raise ChangedError("changed while it was moved")
         self._note_links(arrived)
 
-    def _link_across(self, plan: Plan, source: int, target: int, base: str) -> None:
+    def _link_across(self, plan: Plan, source: int, target: int, base: str) -> bool:
+        """Move with a hard link; False if there can be none, or no more."""
         partial = partial_name(plan.token)
         try:
             os.link(base, partial, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
         except OSError as error:
             if error.errno in _NO_LINKS:
-                raise StayedError(
-                    "its file system can neither rename without replacing nor make hard links: sort into a folder on "
-                    "another file system with --output"
-                ) from error
+                return False
             raise
         linked = os.stat(partial, dir_fd=target, follow_symlinks=False)
         if not Identity.of(linked).is_same_file(plan.photo.identity):
@@ -273,28 +323,42 @@ class Mover:
         self._note_links(linked)
         if not self._finish(plan, source, base, target):
             self._check_only(plan, target, os.stat(plan.name, dir_fd=target, follow_symlinks=False), own_names=1)
+        return True
 
     def _copy_across(self, plan: Plan, source: int, target: int, base: str) -> None:
-        photo, partial = plan.photo, partial_name(plan.token)
-        original = open_file(photo)
+        original = open_file(plan.photo)
         try:
+            lease = _lease(original)
             status = os.fstat(original)
-            if not Identity.of(status).is_same_file(photo.identity):
-                raise ChangedError("changed while it was moved")
-            _check_room(target, status.st_size)
-            copy = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
+            if plan.token not in self._copied:
+                self._copy(plan, original, target)
+                if not lease.is_certain and time.time() - status.st_mtime < _FINISHED_SECONDS:
+                    self._wait(plan)
+            self._check(source, base, plan.photo.identity)
+            self._publish(plan, target)
+            self._note_links(status)
+            if not self._finish(plan, source, base, target, lease):
+                self._check_only(plan, target, os.fstat(original), own_names=0)
+        finally:
+            os.close(original)
+
+    def _copy(self, plan: Plan, original: int, target: int) -> None:
+        """Copy an open photo, durably, to the plan's hidden name; the caller checks the original again afterwards."""
+        status, partial = os.fstat(original), partial_name(plan.token)
+        if not Identity.of(status).is_same_file(plan.photo.identity):
+            raise ChangedError("changed while it was moved")
+        _check_room(target, status.st_size)
+        copy = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
+        try:
             try:
                 copy_contents(original, copy, status)
                 os.fsync(copy)
             finally:
                 os.close(copy)
-            self._check(source, base, photo.identity)
-            self._publish(plan, target)
-            self._note_links(status)
-            if not self._finish(plan, source, base, target):
-                self._check_only(plan, target, os.fstat(original), own_names=0)
-        finally:
-            os.close(original)
+        except BaseException:
+            os.unlink(partial, dir_fd=target)
+            raise
+        self._copied[plan.token] = time.monotonic()
 
     def _publish(self, plan: Plan, target: int) -> None:
         """Give what has the hidden name the planned one, if that is free."""
@@ -306,11 +370,16 @@ class Mover:
             os.unlink(partial, dir_fd=target)
             raise
 
-    def _finish(self, plan: Plan, source: int, base: str, target: int) -> bool:
-        """Make the new name durable, then take the old one away; False if it was not the photo's any more."""
+    def _finish(self, plan: Plan, source: int, base: str, target: int, lease: Lease | None = None) -> bool:
+        """Make the new name durable, then take the old one away.
+
+        Returns:
+            False if that was not the photo's any more, or if its lease says that somebody wants to write to it.
+        """
         sync_folder(target)
         try:
-            return take_away(source, base, plan.photo.identity, plan.token)
+            is_wanted = (lambda: False) if lease is None else (lambda: lease.is_broken)
+            return take_away(source, base, plan.photo.identity, plan.token, is_wanted)
         except ChangedError:
             return False
         except OSError as error:
@@ -341,7 +410,9 @@ class Mover:
         found = Identity.of(status)
         # The status of a file with several names changes when one of them moves.
         by_us = found.is_same_file(identity) and (found.device, found.inode) in self._linked
-        if not stat.S_ISREG(status.st_mode) or (found != identity and not by_us):
+        if found.inode != identity.inode and not inodes.are_real(folder):
+            found = Identity.of(status)  # without the number, which has just been found to be made up
+        if not stat.S_ISREG(status.st_mode) or not (found.is_same_version(identity) or by_us):
             raise ChangedError("changed after it was classified")
 
     def _names(self, base: str, folder: str) -> Iterator[str]:
@@ -350,6 +421,13 @@ class Mover:
         while True:
             number = self._next_number[folder, base] = self._next_number.get((folder, base), 0) + 1
             yield numbered(base, number)
+
+
+def _lease(original: int) -> Lease:
+    try:
+        return Lease(original)
+    except OpenForWritingError:
+        raise ChangedError("is open for writing in another program, which may not have finished") from None
 
 
 def _check_room(folder: int, size: int) -> None:

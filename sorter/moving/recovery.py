@@ -18,6 +18,7 @@ removing it, in the old folder or, when a move is undone, in the new one; it may
     while a copy was being taken back                   old, hidden new             removes the hidden one
     before it, and somebody took the name               old, new: other contents    nothing
     after a link, and the owner edited the photo        one edited file, two names  removes the new name
+    after the new name was reserved                     old, new: a reservation     removes the new one
 
 A hidden file that is not removed gets its own name back. The photo has arrived if only `new` is left.
 """
@@ -30,7 +31,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sorter.files.atomic import ChangedError, away_name, give_back, partial_name, same_contents, sync_folder, take_away
+from sorter.files import inodes
+from sorter.files.atomic import (
+    ChangedError,
+    away_name,
+    drop_reservation,
+    give_back,
+    partial_name,
+    same_contents,
+    sync_folder,
+    take_away,
+)
 from sorter.files.photo import Identity, Photo, opened_folder
 from sorter.history.store import History, Move
 
@@ -82,6 +93,9 @@ def resolve(output: Path, plan: Plan) -> bool:
             os.unlink(partial.name, dir_fd=partial.folder)
         if hidden is not None:
             _finish_taking_back(old, hidden, plan)
+            new = _look(target, plan.name)
+        if new is not None and new.status.st_size != plan.photo.identity.size and not inodes.are_real(new.folder):
+            drop_reservation(new.folder, new.name)
             new = _look(target, plan.name)
         arrived = _leave_one(old, new, _look(source, base), plan)
         if not arrived and old is not None and old.name != base and _look(source, old.name) is not None:
@@ -160,13 +174,13 @@ def _remove_old(old: _File, new: _File, plan: Plan) -> bool:
 
 def _is_version(status: os.stat_result, identity: Identity) -> bool:
     # The device is left out: it may have another number after a reboot.
-    return stat.S_ISREG(status.st_mode) and Identity.of(status)[1:4] == identity[1:4]
+    return stat.S_ISREG(status.st_mode) and Identity.of(status)._replace(device=identity.device).is_same_file(identity)
 
 
 def _looks_like_photo(status: os.stat_result, identity: Identity) -> bool:
     """Tell whether a file can be the photo that is gone: it has its inode, or its size and time as a copy has."""
     alike = status.st_size == identity.size and abs(status.st_mtime_ns - identity.mtime_ns) <= COARSE_NS
-    return stat.S_ISREG(status.st_mode) and (alike or status.st_ino == identity.inode)
+    return stat.S_ISREG(status.st_mode) and (alike or inodes.number(status) == identity.inode != 0)
 
 
 def _look(folder: int | None, name: str) -> _File | None:
@@ -225,7 +239,9 @@ def recover(history: History, output: Path, *, sorting: bool = True, undoing: bo
     done: list[Move] = []
     withdrawn: list[Move] = []
     waiting: list[tuple[str, str]] = []
-    for move in history.unfinished():
+    unfinished = history.unfinished()
+    inodes.look({output, *(move.root for move in unfinished), *(move.target for move in unfinished if move.target)})
+    for move in unfinished:
         if not (sorting if move.target is None else undoing):
             continue
         plan = _plan_of(move)

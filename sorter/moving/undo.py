@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sorter.errors import StorageError
+from sorter.files import inodes
 from sorter.files.atomic import StayedError, make_folder, new_token
 from sorter.files.photo import Identity, Photo, opened_folder
 from sorter.history.reader import Entry
@@ -168,7 +169,9 @@ class Undo:
         return Undone(entry, problem)
 
     def _plan(self, entry: Entry, identity: Identity) -> Plan:
-        self._movers.setdefault(entry.root, Mover(Path(entry.root)))
+        if entry.root not in self._movers:
+            inodes.look((Path(entry.root),))
+            self._movers[entry.root] = Mover(Path(entry.root))
         folder, base = os.path.split(entry.name)
         photo = Photo(self._output, os.path.relpath(entry.destination, self._output), identity, 0.0)
         return Plan(photo, folder, base, new_token())
