@@ -66,7 +66,9 @@ def undo(
         if not settings.dry_run:
             HistoryReader(output).close()  # refuses an output without a history before anything is created in it
             restore = _open(output, stopping, stack).bring_back
-        reader = HistoryReader(output)  # opened after the recovery, to include what that finished
+        reader = HistoryReader(
+            output, beside_writer=not settings.dry_run
+        )  # opened after the recovery, to include what that finished
         stack.callback(reader.close)
         run = _check_run(reader, output, last=last, run=run)
         chosen = _at_paths(reader, paths, unknown) if paths else reader.undoable(run=run, since=since)

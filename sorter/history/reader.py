@@ -3,6 +3,7 @@
 In: the history file of an output. Out: `Entry`s. A sorter may write it meanwhile.
 """
 
+import contextlib
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,8 @@ from typing import Any
 from sorter.errors import ConfigurationError
 from sorter.files import FOLDER
 from sorter.files.photo import Photo, file_of
-from sorter.history import store as history
-from sorter.history.store import FAILED, NAME, SIDECAR, UNSURE, History
+from sorter.history import schema
+from sorter.history.store import BUSY_SECONDS, FAILED, NAME, SIDECAR, UNSURE
 
 _ENTRY = """
     SELECT m.id, m.run, m.done, m.root, m.source, m.target, m.folder, m.name, m.size, m.mtime_ns, m.kind, m.label,
@@ -84,16 +85,18 @@ class Counts:
 
 
 class HistoryReader:
-    """An open history; reads only.
+    """An open history; changes nothing on the disk, so that anyone who may read the file can use it.
 
     Args:
         output: the folder that has `cats/` and the others.
+        beside_writer: this process also has the history open as a `History`.
 
     Raises:
         ConfigurationError: there is none, or it cannot be read.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, *, beside_writer: bool = False) -> None:
+        self._beside_writer = beside_writer
         self._output = Path(os.path.realpath(output))
         self.path = self._output / FOLDER / NAME
         self._real_roots: dict[tuple[int, int] | None, bytes] = {}  # by device and inode
@@ -111,13 +114,33 @@ class HistoryReader:
             ) from None
 
     def _open(self) -> None:
-        self._connection = _opened(self.path)
-        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version != history.VERSION:
+        self._connection = self._connect()
+        try:
+            self._is_copy = schema.version_of(self._connection, self.path) < schema.NEWEST
+            if self._is_copy:
+                self._connection = _upgraded_copy(self._connection, self.path)
+        except BaseException:
             self._connection.close()
-            History(self._output).close()  # migrates an older one, and refuses a newer one
-            self._connection = _opened(self.path)
+            raise
         self._file = file_of(self.path)
+
+    def _connect(self) -> sqlite3.Connection:
+        # A write-ahead log that nobody has open is not there. Then nobody writes the file, and SQLite may be told so:
+        # otherwise it would create a log to read the file. Without such a log, in SQLite's other mode, it may not.
+        logged = self.path.with_name(f"{NAME}-wal").exists()
+        at_rest = "" if logged or self._beside_writer or not _uses_log(self.path) else "&immutable=1"
+        return sqlite3.connect(
+            f"{self.path.as_uri()}?mode=ro{at_rest}", uri=True, timeout=BUSY_SECONDS, check_same_thread=False
+        )
+
+    def _is_stale(self) -> bool:
+        """Whether what is open is not the history any more."""
+        if self._file != file_of(self.path):  # removed, perhaps recreated, or its disk is back
+            return True
+        if not self._is_copy:
+            return False
+        with contextlib.closing(self._connect()) as connection:  # a sorter may have upgraded it since
+            return schema.version_of(connection, self.path) == schema.NEWEST
 
     def close(self) -> None:
         """Close the file; idempotent."""
@@ -257,7 +280,7 @@ class HistoryReader:
 
     def _all(self, query: str, values: Sequence[object]) -> list[Any]:
         try:
-            if self._file != file_of(self.path):  # removed, perhaps recreated, or its disk is back
+            if self._is_stale():
                 self._connection.close()
                 self._file = None
                 self._open()
@@ -300,11 +323,24 @@ def _moved(alias: str, run: str | None, since: float | None) -> tuple[str, list[
     return "".join(f" AND {condition}" for condition, _ in given), [value for _, value in given]
 
 
-def _opened(path: Path) -> sqlite3.Connection:
+def _uses_log(path: Path) -> bool:
+    """Whether a history is in SQLite's mode with a write-ahead log.
+
+    Never called beside a writer: POSIX drops all locks that a process has on a file when the process closes any of its
+    descriptors of it. SQLite would not notice, and another process that ends would remove the writer's log.
+    """
     with path.open("rb") as file:
-        has_log = file.read(20)[18:20] == b"\2\2"  # sqlite.org/fileformat.html: how it is read and written
-    # Without its log beside it nobody writes the file, and to read it nothing has to be made beside it.
-    at_rest = "&immutable=1" if has_log and not path.with_name(f"{NAME}-wal").exists() else ""
-    return sqlite3.connect(
-        f"{path.as_uri()}?mode=ro{at_rest}", uri=True, timeout=history.BUSY_SECONDS, check_same_thread=False
-    )
+        return file.read(20)[18:20] == b"\2\2"  # sqlite.org/fileformat.html: how it is read and written
+
+
+def _upgraded_copy(connection: sqlite3.Connection, path: Path) -> sqlite3.Connection:
+    """A temporary copy of an older history, in the newest version; closes the connection to the older one."""
+    with contextlib.closing(connection):
+        copy = sqlite3.connect("", isolation_level=None, check_same_thread=False)  # on disk once it outgrows memory
+        try:
+            connection.backup(copy)
+            schema.upgrade(copy, path)
+        except BaseException:
+            copy.close()
+            raise
+    return copy

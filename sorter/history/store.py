@@ -19,73 +19,14 @@ from typing import Any, Final
 from sorter.errors import ConfigurationError, StorageError
 from sorter.files import FOLDER, file_systems
 from sorter.files.photo import Identity, file_of
+from sorter.history import schema
 
 NAME = "history.sqlite3"
 FAILED, UNSURE = "failed", "unsure"
 SIDECAR: Final = "sidecar"
 """Kinds of moves; the first two are folders too."""
 
-_APPLICATION_ID = 0x736F7274  # "sort": tells our file from somebody else's
 BUSY_SECONDS = 30.0
-
-# One script for each version of the schema. A script that was released is never changed: add another.
-_MIGRATIONS = (
-    """
-    CREATE TABLE runs (
-        id TEXT PRIMARY KEY,
-        started REAL NOT NULL, -- seconds since the epoch
-        finished REAL,
-        version TEXT NOT NULL,
-        model TEXT NOT NULL
-    ) STRICT;
-    CREATE TABLE moves (
-        id INTEGER PRIMARY KEY,
-        token TEXT NOT NULL UNIQUE, -- in the hidden names that the move uses
-        run TEXT NOT NULL REFERENCES runs (id),
-        done REAL, -- seconds since the epoch; NULL is an intent
-        root BLOB NOT NULL, -- the inbox; paths are bytes, they need not be UTF-8
-        source BLOB NOT NULL, -- inside the inbox
-        folder TEXT NOT NULL, -- inside the output
-        name BLOB NOT NULL, -- inside the folder
-        device INTEGER NOT NULL,
-        inode INTEGER NOT NULL,
-        size INTEGER NOT NULL, -- bytes
-        mtime_ns TEXT NOT NULL, -- a number that may need more than 64 bits
-        kind TEXT NOT NULL, -- sorted, unsure, failed
-        label TEXT,
-        confidence REAL,
-        reason TEXT,
-        detail TEXT
-    ) STRICT;
-    CREATE INDEX moves_unfinished ON moves (id) WHERE done IS NULL;
-    """,
-    """
-    -- run, undo
-    ALTER TABLE runs ADD COLUMN kind TEXT NOT NULL DEFAULT 'run';
-    -- what the folder is inside of, where that is not the output
-    ALTER TABLE moves ADD COLUMN target BLOB;
-    ALTER TABLE moves ADD COLUMN undoes INTEGER REFERENCES moves (id);
-    CREATE INDEX moves_source ON moves (source);
-    CREATE INDEX moves_undone ON moves (target, name) WHERE undoes IS NOT NULL;
-    CREATE UNIQUE INDEX moves_undone_once ON moves (undoes) WHERE undoes IS NOT NULL;
-    """,
-    """
-    -- the photo that a companion went with
-    ALTER TABLE moves ADD COLUMN follows INTEGER REFERENCES moves (id);
-    CREATE INDEX moves_following ON moves (follows) WHERE follows IS NOT NULL;
-    CREATE INDEX moves_companions ON moves (id) WHERE kind = 'companion';
-    CREATE INDEX moves_place ON moves (name, folder);
-    DROP INDEX moves_source;
-    CREATE INDEX moves_source ON moves (root, source);
-    """,
-    """
-    -- "sidecar" is the field's word for what was called a companion
-    UPDATE moves SET kind = 'sidecar' WHERE kind = 'companion';
-    DROP INDEX moves_companions;
-    CREATE INDEX moves_sidecars ON moves (id) WHERE kind = 'sidecar';
-    """,
-)
-VERSION = len(_MIGRATIONS)
 
 _COLUMNS = (
     "token, run, root, source, folder, name, device, inode, size, mtime_ns, kind, label, confidence, reason, detail, "
@@ -183,7 +124,6 @@ class History:
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
         try:
-            self._on_network = file_systems.is_network(self.path.parent)
             self._prepare()
         except BaseException:
             self._connection.close()
@@ -199,27 +139,20 @@ class History:
                     raise ConfigurationError(f"{self.path.with_name(name)} is not a file of the sorter: move it away")
 
     def _prepare(self) -> None:
+        schema.version_of(self._connection, self.path)  # nothing is changed in a file that is not ours
         # WAL needs memory shared between its users, which machines on a network do not have.
-        self._connection.execute(f"PRAGMA journal_mode = {'DELETE' if self._on_network else 'WAL'}")
+        wanted = "DELETE" if file_systems.is_network(self.path.parent) else "WAL"
+        (mode,) = self._connection.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
+        self._writes_ahead = mode == "wal"  # SQLite may refuse, and answers with the mode it uses instead
         self._connection.execute("PRAGMA foreign_keys = ON")
-        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        (owner,) = self._connection.execute("PRAGMA application_id").fetchone()
-        (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        if owner != _APPLICATION_ID and tables:
-            raise ConfigurationError(f"{self.path} is another program's database: move it elsewhere and restart sorter")
-        if version > len(_MIGRATIONS):
-            raise ConfigurationError(f"the history {self.path} was written by a newer sorter: upgrade this one")
-        for number in range(version, len(_MIGRATIONS)):
-            with self._transaction():
-                for statement in _MIGRATIONS[number].split(";\n"):
-                    self._connection.execute(statement)
-                self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-                self._connection.execute(f"PRAGMA user_version = {number + 1}")
+        with self._transaction():
+            schema.upgrade(self._connection, self.path)
 
     @contextlib.contextmanager
     def _transaction(self, *, durably: bool = True) -> Iterator[None]:
-        # Only a write-ahead log may lose its end and nothing else; NORMAL spares it the wait for the disk.
-        self._connection.execute(f"PRAGMA synchronous = {'FULL' if durably or self._on_network else 'NORMAL'}")
+        # NORMAL does not wait for the disk. At a power cut, a write-ahead log then loses its last transactions and
+        # nothing else, but a rollback journal may leave a damaged file.
+        self._connection.execute(f"PRAGMA synchronous = {'FULL' if durably or not self._writes_ahead else 'NORMAL'}")
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield
