@@ -65,7 +65,7 @@ def undo(
         restore = planned_undo
         if not settings.dry_run:
             HistoryReader(output).close()  # refuses an output without a history before anything is created in it
-            restore = _open(output, stopping, stack).bring_back
+            restore = _open(output, stopping, stack).restore
         reader = HistoryReader(
             output, beside_writer=not settings.dry_run
         )  # opened after the recovery, to include what that finished

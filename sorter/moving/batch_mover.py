@@ -1,7 +1,7 @@
 """Moves a batch of photos and records it: intents, moves, syncs, done.
 
-In: `Decision`s. Out: an `Outcome` for each. The order is the promise: what is about to happen is durable before the
-first photo is touched, and nothing is recorded as done before the folders are synced.
+In: `Decision`s. Out: an `Outcome` for each. The safety is in the order: the intents are durable before the first photo
+is touched, and nothing is recorded as done before the folders are synced.
 """
 
 import os
@@ -19,7 +19,7 @@ from sorter.moving.mover import Mover
 from sorter.moving.recovery import Plan
 
 STEP_SECONDS = 60.0
-"""What any step may take beside its own time before it counts as hung: slow machines, cold disks, new processes."""
+"""How long a step may take, in addition to the time that its work needs, before it counts as hung."""
 NEVER = float("inf")
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 1.0, 60.0
 
@@ -27,16 +27,16 @@ Result = TypeVar("Result")
 
 
 class GivenUpError(StorageError):
-    """The storage still refused when the daemon was told to stop."""
+    """The storage still failed when the daemon was told to stop."""
 
 
 class BatchMover:
-    """The mover and the history, in the right order; used by one thread only.
+    """Uses the mover and the history in the right order; used by one thread only.
 
     Args:
-        history: None for a dry run, which names destinations and touches nothing.
-        run: the id that the history has this process under.
-        patient: wait and try again where storage refuses, as a daemon does, instead of raising.
+        history: None for a dry run, which determines destinations and changes nothing.
+        run: the ID of this process's run in the history.
+        patient: if the storage fails, wait and try again, as a daemon does, instead of raising.
         stopping: ends the waiting.
     """
 
@@ -46,15 +46,15 @@ class BatchMover:
         self._mover, self._history, self._run = mover, history, run
         self._patient, self._stopping = patient, stopping
         self.blocked: str | None = None
-        """Why nothing can be moved at present, while that is so."""
+        """Why nothing can be moved at present; None if moving works."""
         self.deadline = NEVER
-        """By when the step in hand has to be done, a monotonic time; later it counts as hung."""
+        """The monotonic time after which the current step counts as hung."""
 
     def move(self, batch: list[Decision], tell: Callable[[Outcome], None]) -> None:
-        """Move a batch; `tell` gets each outcome once, when it is recorded, also when the rest could not be moved.
+        """Move a batch. `tell` gets the outcome of each photo that was tried, once, even if the others fail.
 
         Raises:
-            StorageError: nothing more can be moved; nothing is lost or half moved.
+            StorageError: nothing more can be moved; no photo is lost, and the next start finds any that is half moved.
         """
         plans = [self._mover.plan(decision.decoded.photo, decision.folder, decision.name) for decision in batch]
         if self._history is None:
@@ -64,8 +64,9 @@ class BatchMover:
         try:
             self._move(self._history, batch, plans, tell)
         except GivenUpError as error:
-            self.blocked = str(error)
+            self.blocked = str(error)  # told to stop, which is no failure: the photos that are left stay in the inbox
         finally:
+            # Planning reserved these names, so that no two photos of a batch get the same one.
             for plan in plans:
                 self._mover.forget(plan)
 
@@ -75,13 +76,15 @@ class BatchMover:
         moves = [self._intent(decision, plan) for decision, plan in zip(batch, plans, strict=True)]
         outcomes: list[Outcome] = []
         try:
-            # Before the history, which belongs into the output and not where its disk is not mounted.
+            # First, because the history must not be created in the empty mount point of an output that is away.
             self._patiently(lambda: self._mover.check_output(plans[0].photo.root))
             self._patiently(lambda: history.intend(moves))
             for decision, plan in zip(batch, plans, strict=True):
                 outcomes.append(self._move_one(decision, plan))
         finally:
-            # What was moved is recorded and told, also when the next one could not be.
+            # If one photo cannot be moved, and the error is on its way to the caller, those before it have been moved
+            # all the same: they must be recorded as done. Those that were not reached must not remain as intents. An
+            # unresolved one may have two names now: its intent stays, for recovery at the next start.
             done = [move for move, outcome in zip(moves, outcomes, strict=False) if outcome.destination is not None]
             kept = {move.token for move in done}
             kept |= {plan.token for plan in plans if self._mover.is_unresolved(plan)}
@@ -91,6 +94,7 @@ class BatchMover:
                 if done or withdrawn:
                     self._patiently(lambda: self._settle(history, plans[0].photo.root, done, withdrawn))
             finally:
+                # Moved is moved, even if it could not be recorded: then its intent is left, and recovery records it.
                 for outcome in outcomes:
                     tell(outcome)
 
@@ -108,13 +112,17 @@ class BatchMover:
         return Outcome(plan.photo, decision.kind, decision, self._mover.path(plan))
 
     def _patiently(self, step: Callable[[], Result], *, own_seconds: float = 0.0) -> Result:
-        """Do one step; where storage refuses, a daemon tries it again until it is told to stop.
+        """Do one step; if the storage fails, a daemon tries again until it is told to stop.
 
-        Everything before this stage fills up and stands still meanwhile, and no photo is lost.
+        Meanwhile the queues before this stage fill up, and sorting stops.
 
         Args:
-            step: raises StorageError where nothing can be moved now.
-            own_seconds: what the step may take beside `STEP_SECONDS`.
+            step: raises a StorageError if nothing can be moved now.
+            own_seconds: what the step may take in addition to `STEP_SECONDS`.
+
+        Raises:
+            GivenUpError: the storage still failed when the daemon was told to stop.
+            StorageError: the storage failed, and this is not a daemon.
         """
         delay_seconds = _FIRST_DELAY_SECONDS
         while True:
@@ -137,7 +145,7 @@ class BatchMover:
         return Move(
             token=plan.token,
             run=self._run,
-            # What the history calls it holds also for those who come to it another way, by a link or from elsewhere.
+            # Resolved, so that it is found later under whatever path the inbox is named then.
             root=Path(os.path.realpath(plan.photo.root)),
             source=plan.photo.name,
             folder=plan.folder,
