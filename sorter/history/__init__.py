@@ -1,5 +1,4 @@
 """What went where and why, in SQLite: written before a photo moves, read by `history`, `status` and `undo`.
 
-`schema.py` has the tables, `store.py` writes, `reader.py` reads. In: moves, first as intents, then as done. Out: the
-intents that a crash left unfinished, and entries. Imports `files`.
+In: moves, first as intents, then as done. Out: the intents that a crash left unfinished, and entries. Imports `files`.
 """

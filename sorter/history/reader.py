@@ -3,9 +3,7 @@
 In: the history file of an output. Out: `Entry`s. A sorter may be writing to the file meanwhile.
 """
 
-import contextlib
 import os
-import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +12,8 @@ from typing import Any
 from sorter.errors import ConfigurationError
 from sorter.files import FOLDER
 from sorter.files.photo import Photo, file_of
-from sorter.history import schema
-from sorter.history.store import BUSY_SECONDS, FAILED, NAME, SIDECAR, UNSURE
+from sorter.history.database import ReadOnlyDatabase
+from sorter.history.store import FAILED, NAME, SIDECAR, UNSURE
 
 _ENTRY = """
     SELECT m.id, m.run, m.done, m.root, m.source, m.target, m.folder, m.name, m.size, m.mtime_ns, m.kind, m.label,
@@ -97,56 +95,13 @@ class HistoryReader:
     """
 
     def __init__(self, output: Path, *, beside_writer: bool = False) -> None:
-        self._beside_writer = beside_writer
         self._output = Path(os.path.realpath(output))
-        self.path = self._output / FOLDER / NAME
         self._real_roots: dict[tuple[int, int] | None, bytes] = {}  # by device and inode
-        try:
-            if not self.path.is_file():
-                raise ConfigurationError(
-                    f"{output} has no history, so nothing was sorted into it: name the right folder with --output"
-                )
-            self._open()
-        except sqlite3.DatabaseError as error:
-            raise ConfigurationError(f"the history {self.path} cannot be read ({error})") from None
-        except OSError as error:
-            raise ConfigurationError(
-                f"the history {self.path} cannot be read ({error.strerror}): give this user permission to"
-            ) from None
-
-    def _open(self) -> None:
-        self._connection = self._connect()
-        try:
-            self._is_copy = schema.version_of(self._connection, self.path) < schema.NEWEST
-            if self._is_copy:
-                self._connection = _upgraded_copy(self._connection, self.path)
-        except BaseException:
-            self._connection.close()
-            raise
-        self._file = file_of(self.path)
-
-    def _connect(self) -> sqlite3.Connection:
-        # To read a history in WAL mode, SQLite creates its log and shared memory beside the file. If there is no log,
-        # nobody has the history open, and SQLite need not: `immutable` says that nobody writes. In the mode with a
-        # rollback journal, a missing log says nothing.
-        has_log = self.path.with_name(f"{NAME}-wal").exists()
-        at_rest = "" if has_log or self._beside_writer or not _is_in_wal_mode(self.path) else "&immutable=1"
-        return sqlite3.connect(
-            f"{self.path.as_uri()}?mode=ro{at_rest}", uri=True, timeout=BUSY_SECONDS, check_same_thread=False
-        )
-
-    def _is_stale(self) -> bool:
-        """Whether the open connection no longer shows the history at this path."""
-        if self._file != file_of(self.path):  # removed, perhaps recreated, or its disk is back
-            return True
-        if not self._is_copy:
-            return False
-        with contextlib.closing(self._connect()) as connection:  # a sorter may have upgraded it since
-            return schema.version_of(connection, self.path) == schema.NEWEST
+        self._database = ReadOnlyDatabase(self._output / FOLDER / NAME, beside_writer=beside_writer)
 
     def close(self) -> None:
         """Close the file; idempotent."""
-        self._connection.close()
+        self._database.close()
 
     def entries(self, *, run: str | None = None, since: float | None = None, limit: int = -1) -> list[Entry]:
         """The photos that were moved, in that order.
@@ -157,7 +112,7 @@ class HistoryReader:
             limit: only the last so many; all if it is negative.
         """
         conditions, values = _moved("m", run, since)
-        found = self._all(f"{_ENTRY}{conditions} ORDER BY m.id DESC LIMIT ?", (*values, limit))
+        found = self._database.rows(f"{_ENTRY}{conditions} ORDER BY m.id DESC LIMIT ?", (*values, limit))
         return [self._entry(row) for row in reversed(found)]
 
     def undoable(
@@ -182,7 +137,7 @@ class HistoryReader:
         ):
             query = f"{_ENTRY}{kind}{_UNDOABLE} AND m.id < ?"
             last = _LARGEST_ID
-            while rows := self._all(f"{query} ORDER BY m.id DESC LIMIT ?", (*values_, last, _PAGE_ROWS)):
+            while rows := self._database.rows(f"{query} ORDER BY m.id DESC LIMIT ?", (*values_, last, _PAGE_ROWS)):
                 last = rows[-1][0]
                 yield from map(self._entry, rows)
 
@@ -234,7 +189,7 @@ class HistoryReader:
         query = f"{_ENTRY} AND m.source IN ({marks}) AND m.root = ? AND m.kind <> '{SIDECAR}' AND m.done >= ?"
         try:
             values = (*map(os.fsencode, names), self._real(root), since)
-            rows = self._all(f"{query} ORDER BY m.id DESC LIMIT 1", values)
+            rows = self._database.rows(f"{query} ORDER BY m.id DESC LIMIT 1", values)
         except ConfigurationError:
             return None
         entry = next(map(self._entry, rows), None)
@@ -243,17 +198,17 @@ class HistoryReader:
     def last_run(self) -> str | None:
         """The ID of the last run that sorted a photo which can be restored; None if there is none."""
         query = f"SELECT m.run FROM moves m WHERE m.done IS NOT NULL AND m.kind <> '{SIDECAR}'{_UNDOABLE}"  # noqa: S608
-        found = self._all(f"{query} ORDER BY m.id DESC LIMIT 1", ())
+        found = self._database.rows(f"{query} ORDER BY m.id DESC LIMIT 1", ())
         return str(found[0][0]) if found else None
 
     def last_failure(self) -> Entry | None:
         """The last photo that went to `failed` and was not restored."""
-        found = self._all(f"{_ENTRY} AND m.kind = 'failed'{_UNDOABLE} ORDER BY m.id DESC LIMIT 1", ())
+        found = self._database.rows(f"{_ENTRY} AND m.kind = 'failed'{_UNDOABLE} ORDER BY m.id DESC LIMIT 1", ())
         return self._entry(found[0]) if found else None
 
     def counts(self, since: float = 0.0) -> Counts:
         """How many photos were moved at this time or later, in seconds since the epoch."""
-        rows = self._all(
+        rows = self._database.rows(
             "SELECT folder, EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL) AS undone, "
             "count(*) FROM moves m WHERE done IS NOT NULL AND undoes IS NULL AND done >= ? "
             "AND kind <> ? GROUP BY folder, undone",
@@ -269,7 +224,9 @@ class HistoryReader:
         """
         query = "SELECT size, mtime_ns FROM moves WHERE undoes IS NOT NULL AND target = ? AND name = ?"
         try:
-            rows = self._all(f"{query} ORDER BY id DESC LIMIT 1", (self._real(photo.root), os.fsencode(photo.name)))
+            rows = self._database.rows(
+                f"{query} ORDER BY id DESC LIMIT 1", (self._real(photo.root), os.fsencode(photo.name))
+            )
         except ConfigurationError:
             return False
         return [(photo.identity.size, str(photo.identity.mtime_ns))] == rows
@@ -280,18 +237,6 @@ class HistoryReader:
         if folder not in self._real_roots:
             self._real_roots = {folder: os.fsencode(os.path.realpath(root))}
         return self._real_roots[folder]
-
-    def _all(self, query: str, values: Sequence[object]) -> list[Any]:
-        try:
-            if self._is_stale():
-                self._connection.close()
-                self._file = None
-                self._open()
-            return self._connection.execute(query, values).fetchall()
-        except sqlite3.DatabaseError as error:
-            raise ConfigurationError(f"the history {self.path} cannot be read ({error})") from None
-        except OSError as error:
-            raise ConfigurationError(f"the history {self.path} cannot be read ({error.strerror})") from None
 
     def _entry(self, row: Sequence[Any]) -> Entry:
         id_, run, done, root, source, target, folder, name, size, mtime_ns, *why = row
@@ -324,31 +269,3 @@ def _moved(alias: str, run: str | None, since: float | None) -> tuple[str, list[
     wanted = [(f"{alias}.run = ?", run), (f"{alias}.done >= ?", since)]
     given = [(condition, value) for condition, value in wanted if value is not None]
     return "".join(f" AND {condition}" for condition, _ in given), [value for _, value in given]
-
-
-def _is_in_wal_mode(path: Path) -> bool:
-    """Whether a history has a write-ahead log while it is open; never asked beside a writer.
-
-    When a process closes any descriptor of a file, POSIX drops all locks that the process holds on that file. The
-    writer's SQLite would not notice, and the next other process to close the history would delete the log in use
-    (sqlite.org/howtocorrupt.html, 2.2).
-    """
-    with path.open("rb") as file:
-        return file.read(20)[18:20] == b"\2\2"  # sqlite.org/fileformat.html: versions for writing and reading
-
-
-def _upgraded_copy(connection: sqlite3.Connection, path: Path) -> sqlite3.Connection:
-    """Copy an older history to a temporary database and upgrade that; closes the connection to the older one.
-
-    So those who may only read can read it too, and a sorter of the older version may still be writing to it.
-    """
-    with contextlib.closing(connection):
-        # SQLite keeps a database without a name in memory as long as it is small, and deletes its file at the end.
-        copy = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        try:
-            connection.backup(copy)
-            schema.upgrade(copy, path)
-        except BaseException:
-            copy.close()
-            raise
-    return copy
