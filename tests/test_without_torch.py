@@ -23,7 +23,7 @@ shipped = manifest.read(SHIPPED_MODEL)
 weights_only = shipped.model_copy(update={"files": {"weights.safetensors": shipped.files["weights.safetensors"]}})
 
 def choose(gpu, name, device, model=shipped):
-    engine.GPU_DEVICE_NODES = ("/dev/null",) if gpu else ()
+    engine.GPU_FILES = ("/dev/null",) if gpu else ()
     try:
         opened = engine.open_engine(SHIPPED_MODEL, model, name, device, 4)
     except ConfigurationError as error:
@@ -45,7 +45,7 @@ print(json.dumps({
 
 SORT = """
 from sorter.cli.main import main
-engine.GPU_DEVICE_NODES = ("/dev/null",)
+engine.GPU_FILES = ("/dev/null",)
 inbox = ["--inbox", sys.argv[1]]
 codes = [main(["check", *inbox]), main(["check", *inbox, "--device", "cpu"])]
 codes.append(main(["run", "--once", *inbox]))

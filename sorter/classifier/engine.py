@@ -19,8 +19,10 @@ from sorter.classifier.manifest import Manifest
 from sorter.classifier.outliers import OutlierDetector
 from sorter.errors import ConfigurationError, ModelError
 
-GPU_DEVICE_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""What the drivers of NVIDIA and AMD GPUs, and of GPUs under WSL, create. Asking PyTorch would take seconds."""
+NVIDIA_FILES = ("/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
+"""What NVIDIA's driver creates on Linux, and under WSL. `config/environment` looks for the same files."""
+GPU_FILES = (*NVIDIA_FILES, "/dev/kfd")
+"""And what AMD's driver creates. Asking PyTorch instead would take seconds."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -119,7 +121,7 @@ def _has_torch() -> bool:
 
 
 def _may_have_gpu() -> bool:
-    return sys.platform == "darwin" or any(map(os.path.exists, GPU_DEVICE_NODES))
+    return sys.platform == "darwin" or any(map(os.path.exists, GPU_FILES))
 
 
 def _open(
