@@ -6,11 +6,11 @@ first photo is touched, and nothing is recorded as done before the folders are s
 
 import os
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from sorter.deadlines import Deadline
 from sorter.decisions import Decision, Outcome
 from sorter.errors import StorageError
 from sorter.files.atomic import ChangedError, StayedError
@@ -18,9 +18,6 @@ from sorter.history.store import History, Move
 from sorter.moving.mover import Mover
 from sorter.moving.recovery import Plan
 
-STEP_SECONDS = 60.0
-"""What any step may take beside its own time before it counts as hung: slow machines, cold disks, new processes."""
-NEVER = float("inf")
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 1.0, 60.0
 
 Result = TypeVar("Result")
@@ -47,8 +44,8 @@ class BatchMover:
         self._patient, self._stopping = patient, stopping
         self.blocked: str | None = None
         """Why nothing can be moved at present, while that is so."""
-        self.deadline = NEVER
-        """By when the step in hand has to be done, a monotonic time; later it counts as hung."""
+        self.deadline = Deadline()
+        """Of the step in hand; waiting for space on the disk is none."""
 
     def move(self, batch: list[Decision], tell: Callable[[Outcome], None]) -> None:
         """Move a batch; `tell` gets each outcome once, when it is recorded, also when the rest could not be moved.
@@ -114,22 +111,25 @@ class BatchMover:
 
         Args:
             step: raises StorageError where nothing can be moved now.
-            own_seconds: what the step may take beside `STEP_SECONDS`.
+            own_seconds: what the step may take in addition to `STEP_SECONDS`.
         """
         delay_seconds = _FIRST_DELAY_SECONDS
         while True:
-            self.deadline = time.monotonic() + STEP_SECONDS + own_seconds
             try:
-                result = step()
+                self.deadline.begin(own_seconds)
+                try:
+                    result = step()
+                finally:
+                    self.deadline.finish()
             except StorageError as error:
                 if not self._patient:
                     raise
-                self.blocked, self.deadline = str(error), NEVER
+                self.blocked = str(error)
                 if self._stopping.wait(delay_seconds):
                     raise GivenUpError(str(error)) from error
                 delay_seconds = min(_LONGEST_DELAY_SECONDS, 2 * delay_seconds)
             else:
-                self.blocked, self.deadline = None, NEVER
+                self.blocked = None
                 return result
 
     def _intent(self, decision: Decision, plan: Plan) -> Move:
