@@ -1,4 +1,4 @@
-"""The mover's promise: each photo exists whole, and nothing is overwritten."""
+"""The mover's promise: each photo stays intact, and nothing is overwritten."""
 
 import errno
 import os

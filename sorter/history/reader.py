@@ -35,7 +35,7 @@ class Entry:
     Attributes:
         id: of its row; later ones are larger.
         done: when, in seconds since the epoch.
-        source: where it was, a whole path.
+        source: where it was, an absolute path.
         destination: where it went.
         root, name: of the source, the folder that was sorted and the path inside it.
         size: bytes.
@@ -177,12 +177,12 @@ class HistoryReader:
         real = os.path.realpath(path) if os.path.isdir(path) else os.path.join(os.path.realpath(folder), base)
         found: list[str] = []
         values: list[bytes] = []
-        for whole in map(Path, dict.fromkeys((real, named))):
-            name = os.fsencode(whole)
+        for full in map(Path, dict.fromkeys((real, named))):
+            name = os.fsencode(full)
             found += [f"{alias}.root = ?", f"({alias}.root > ? AND {alias}.root < ?)"]  # "0" follows "/" in ASCII
             values += [name, name + b"/", name + b"0"]
-            for root in whole.parents:
-                source = os.fsencode(whole.relative_to(root))
+            for root in full.parents:
+                source = os.fsencode(full.relative_to(root))
                 found.append(f"({alias}.root = ? AND {alias}.source = ?)")
                 found.append(f"({alias}.root = ? AND {alias}.source > ? AND {alias}.source < ?)")
                 values += [os.fsencode(root), source, os.fsencode(root), source + b"/", source + b"0"]

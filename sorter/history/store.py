@@ -1,6 +1,6 @@
 """What went where and why, in `<output>/.sorter/history.sqlite3`: one row a photo, written before it moves.
 
-In: `Move`s, first as intents, then as done. Out: the intents that a crash left unfinished, and later the whole story.
+In: `Move`s, first as intents, then as done. Out: the intents that a crash left unfinished, and later the full story.
 
 An intent is durable before its photo is touched, and a row says done only after the folders are synced, so after any
 crash the rows without done are exactly the photos whose place has to be looked at: `recovery.py` does that.
@@ -268,7 +268,7 @@ class History:
         )
 
     def finish(self, run: Run) -> None:
-        """Record that a run has ended by itself.
+        """Record that a run has ended without a crash.
 
         Raises:
             StorageError: the disk refused.
