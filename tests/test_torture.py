@@ -105,7 +105,6 @@ def test_no_kill_and_no_error_at_any_call_loses_anything(
     proved(f"{fault.partition('=')[2]} at each of {len(points)} calls that change a file, {_where(parents)}: zero lost")
 
 
-@pytest.mark.long
 def test_what_is_durable_comes_in_the_right_order(parents: tuple[Path, Path]) -> None:
     """A kill cannot show what a power cut takes: the order of the syncs is read from the trace."""
     place = sweep.Place(*parents)
