@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import LONG_AGO, Running, photo, read_tree
+from conftest import LONG_AGO, Running, make_tree, photo, read_tree
 
 AT_A_TIME = 8
 
@@ -55,11 +55,14 @@ def test_photos_over_a_slow_link_are_each_sorted_once_and_intact(
     command = [sys.executable, str(Path(__file__).with_name("light_daemon.py")), json.dumps(values)]
     running = Running(command, tmp_path / "log", {})
     try:
+        make_tree(inbox, {"first.jpg": photo(photos)})
+        running.wait_for_event("photo.sorted")  # it is watching now
         upload(inbox, contents, stalled, 3 * settle_seconds)
         running.wait_for(lambda: not any(inbox.glob("*.jpg")), seconds=90)
     finally:
         running.process.terminate()
         running.finish()
+    contents["first.jpg"] = photo(photos)
     sorted_ = Counter(Path(event["path"]).name for event in running.events("photo.sorted"))
     assert running.events("photo.failed") == []
     assert sorted_ == Counter(dict.fromkeys(contents, 1))
