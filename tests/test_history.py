@@ -93,7 +93,7 @@ def test_a_done_move_is_never_withdrawn(output: Path) -> None:
     assert rows(output, "SELECT count(*) FROM moves") == [(1,)]
 
 
-def test_a_batch_is_recorded_whole_or_not_at_all(output: Path) -> None:
+def test_a_batch_is_recorded_completely_or_not_at_all(output: Path) -> None:
     history = History(output)
     history.begin(RUN)
     with pytest.raises(StorageError):
@@ -325,7 +325,7 @@ def test_another_programs_database_is_refused(output: Path) -> None:
     assert (output / FOLDER / NAME).read_bytes() == content
 
 
-def test_a_history_that_was_taken_away_is_started_again(output: Path) -> None:
+def test_a_history_that_was_removed_is_started_again(output: Path) -> None:
     history = History(output)
     history.begin(RUN)
     history.intend([move(1)])

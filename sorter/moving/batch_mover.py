@@ -6,11 +6,11 @@ is touched, and nothing is recorded as done before the folders are synced.
 
 import os
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from sorter.deadlines import Deadline
 from sorter.decisions import Decision, Outcome
 from sorter.errors import StorageError
 from sorter.files.atomic import ChangedError, StayedError
@@ -18,9 +18,6 @@ from sorter.history.store import History, Move
 from sorter.moving.mover import Mover
 from sorter.moving.recovery import Plan
 
-STEP_SECONDS = 60.0
-"""How long a step may take, in addition to the time that its work needs, before it counts as hung."""
-NEVER = float("inf")
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 1.0, 60.0
 
 Result = TypeVar("Result")
@@ -46,9 +43,9 @@ class BatchMover:
         self._mover, self._history, self._run = mover, history, run
         self._patient, self._stopping = patient, stopping
         self.blocked: str | None = None
-        """Why nothing can be moved at present; None if moving works."""
-        self.deadline = NEVER
-        """The monotonic time after which the current step counts as hung."""
+        """Why nothing can be moved at present, while that is so."""
+        self.deadline = Deadline()
+        """Of the step in hand; waiting for space on the disk is none."""
 
     def move(self, batch: list[Decision], tell: Callable[[Outcome], None]) -> None:
         """Move a batch. `tell` gets the outcome of each photo that was tried, once, even if the others fail.
@@ -126,18 +123,21 @@ class BatchMover:
         """
         delay_seconds = _FIRST_DELAY_SECONDS
         while True:
-            self.deadline = time.monotonic() + STEP_SECONDS + own_seconds
             try:
-                result = step()
+                self.deadline.begin(own_seconds)
+                try:
+                    result = step()
+                finally:
+                    self.deadline.finish()
             except StorageError as error:
                 if not self._patient:
                     raise
-                self.blocked, self.deadline = str(error), NEVER
+                self.blocked = str(error)
                 if self._stopping.wait(delay_seconds):
                     raise GivenUpError(str(error)) from error
                 delay_seconds = min(_LONGEST_DELAY_SECONDS, 2 * delay_seconds)
             else:
-                self.blocked, self.deadline = None, NEVER
+                self.blocked = None
                 return result
 
     def _intent(self, decision: Decision, plan: Plan) -> Move:
