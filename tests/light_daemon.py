@@ -4,6 +4,7 @@ Takes the settings as a JSON object, and besides them:
 check_seconds: how often the watcher looks at the folder, and how often it polls (1 s here).
 fail_on: a file; as long as it exists, the handler of events raises.
 retry_seconds: how often inotify watches are asked for again.
+storage_seconds: how long the mover waits before it first tries again where storage refuses (0.1 s here).
 stock: watch with watchdog's stock emitter instead of ours.
 """
 
@@ -18,6 +19,7 @@ from sorter import logs
 from sorter.cli import preflight
 from sorter.files.lock import Lock
 from sorter.inbox import listener, watcher
+from sorter.moving import batch_mover
 from sorter.moving.mover import Mover
 from sorter.service.loop import Service
 from sorter.service.shutdown import Shutdown
@@ -39,6 +41,7 @@ def main() -> None:
     watcher.CHECK_SECONDS = watcher.POLL_SECONDS = values.pop("check_seconds", 1.0)
     if values.pop("stock", False):
         listener.open_observer = lambda inbox: Observer()
+    batch_mover._FIRST_DELAY_SECONDS = values.pop("storage_seconds", 0.1)
     watcher.RETRY_SECONDS = values.pop("retry_seconds", watcher.RETRY_SECONDS)
     settings, manifest = Settings(**values), small_manifest()
     logs.configure("json", "info")

@@ -58,10 +58,10 @@ def test_without_pytorch_the_plain_loop_is_skipped_with_a_sentence(
     said: list[str] = []
     before = read_tree(photos)
     found = report.measure(Settings(), photos, 12, 1, said.append)
-    assert "skipping the plain loop: it needs PyTorch (pip install '.[gpu]')" in said
+    assert "skipping: the plain loop needs the extra 'gpu': run pip install '.[gpu]' in sorter's folder" in said
     assert (found.photos, found.distinct, found.compared, found.plain_loop, found.ratio) == (12, 10, 0, None, None)
     assert min(found.decode, found.classify, found.move, found.sorter, found.start_seconds, found.peak_mb) > 0
-    assert "plain loop      not measured: it needs PyTorch" in report.as_text(found)
+    assert "plain loop      not measured: it needs the extra 'gpu'" in report.as_text(found)
     assert json.loads(report.as_json(found))["plain_loop_runs"] == []
     assert read_tree(photos) == before
 

@@ -4,11 +4,12 @@ Python, pip and df are scripts here, so that nothing is installed and any machin
 """
 
 import os
+import re
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
+from sorter.classifier.engine import NVIDIA_FILES
 
 SCRIPT = Path(__file__).resolve().parents[1] / "config" / "environment"
 
@@ -43,9 +44,8 @@ class Result:
 def environment(tmp_path: Path, extras: str, *, gpu: bool = False, free: int = 9000, **fakes: str) -> Result:
     folder = tmp_path / f"case-{len(list(tmp_path.iterdir()))}"
     (folder / "bin").mkdir(parents=True)
-    (folder / "gpus").mkdir()
     if gpu:
-        (folder / "gpus" / "0000:01:00.0").mkdir()
+        (folder / "nvidiactl").touch()
     for name, text in (("python", _PYTHON), ("df", _DF)):
         (folder / "bin" / name).write_text(text)
         (folder / "bin" / name).chmod(0o755)
@@ -56,7 +56,7 @@ def environment(tmp_path: Path, extras: str, *, gpu: bool = False, free: int = 9
     variables = {
         "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
         "PYTHON": "python",
-        "NVIDIA_GPUS": str(folder / "gpus"),
+        "GPU_FILES": f"{folder}/nvidiactl {folder}/libcuda.so.1",
         "FAKE_FREE": str(free),
         "FAKE_PIP": str(pip),
         **dict.fromkeys(("FAKE_OLD", "FAKE_NO_VENV", "FAKE_PIP_FAILS"), "0"),
@@ -68,7 +68,6 @@ def environment(tmp_path: Path, extras: str, *, gpu: bool = False, free: int = 9
     return Result(done.returncode, done.stdout, done.stderr, pip.read_text() if pip.exists() else "")
 
 
-@pytest.mark.skipif(os.path.exists("/usr/lib/wsl/lib/libcuda.so.1"), reason="has a GPU, whatever is pretended")
 def test_pytorch_is_installed_only_for_a_gpu_or_for_training_and_the_size_is_said(tmp_path: Path) -> None:
     cases = [
         ("", False, "1", "/clone", "without PyTorch, because this machine has no NVIDIA GPU (about 500 MB)."),
@@ -84,6 +83,11 @@ def test_pytorch_is_installed_only_for_a_gpu_or_for_training_and_the_size_is_sai
         assert (result.code, result.errors) == (0, ""), (extras, gpu)
         assert said in result.output, (extras, gpu)
         assert result.pip.split()[-2:] == ["--editable", installed], (extras, gpu)
+
+
+def test_pytorch_is_installed_where_the_sorter_would_look_for_an_nvidia_gpu() -> None:
+    (files,) = re.findall(r"\$\{GPU_FILES:-(.*)\}", SCRIPT.read_text())
+    assert tuple(files.split()) == NVIDIA_FILES
 
 
 def test_what_is_missing_is_said_before_anything_is_installed(tmp_path: Path) -> None:

@@ -213,7 +213,8 @@ def run_without(module: str, commands: list[list[str]], folder: Path) -> list[tu
 def test_without_pytorch_every_command_says_what_to_install(tmp_path: Path) -> None:
     for name, (code, error) in zip(COMMANDS, run_without("torch", list(COMMANDS.values()), tmp_path), strict=True):
         assert code == 2, name
-        assert error == "trainer: the Python package torch is not installed: run pip install '.[train]'\n", name
+        needs = f"trainer {name.split()[0]} needs the extra 'train': run pip install '.[train]' in sorter's folder"
+        assert error == f"trainer: the Python package torch is not installed; {needs}\n", name
 
 
 def test_the_help_needs_no_pytorch(tmp_path: Path) -> None:
@@ -226,7 +227,8 @@ def test_without_another_package_of_the_extra_a_fit_says_what_to_install(tmp_pat
     ((code, error),) = run_without("imagehash", [COMMANDS["fit"]], tmp_path)
     assert (code, error.splitlines()[-1]) == (
         2,
-        "trainer: the Python package imagehash is not installed: run pip install '.[train]'",
+        "trainer: the Python package imagehash is not installed; "
+        "trainer fit needs the extra 'train': run pip install '.[train]' in sorter's folder",
     )
 
 

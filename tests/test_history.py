@@ -1,6 +1,13 @@
 """The history on a real disk, with real SQLite."""
 
+import contextlib
+import re
+import shutil
 import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,7 +16,7 @@ from conftest import make_tree
 from sorter.errors import ConfigurationError, StorageError
 from sorter.files import FOLDER, file_systems
 from sorter.files.photo import Identity
-from sorter.history import store as history_module
+from sorter.history import schema
 from sorter.history.reader import HistoryReader
 from sorter.history.store import NAME, History, Move, Run
 
@@ -46,6 +53,18 @@ def rows(output: Path, query: str) -> list[tuple[object, ...]]:
         connection.close()
 
 
+def python(code: str, output: Path, *command: str) -> "subprocess.Popen[str]":
+    """Start code that uses the history of an output in a process of its own."""
+    setup = "import sys, pathlib; from sorter.history.store import History; output = pathlib.Path(sys.argv[1])\n"
+    return subprocess.Popen(
+        [*command, sys.executable, "-c", setup + code, str(output)],
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
 def test_intents_come_back_as_they_were_whatever_their_bytes(output: Path) -> None:
     failed = move(2, kind="failed", label=None, confidence=None, reason="truncated", detail="ends early")
     history = History(output)
@@ -74,7 +93,7 @@ def test_a_done_move_is_never_withdrawn(output: Path) -> None:
     assert rows(output, "SELECT count(*) FROM moves") == [(1,)]
 
 
-def test_a_batch_is_recorded_whole_or_not_at_all(output: Path) -> None:
+def test_a_batch_is_recorded_completely_or_not_at_all(output: Path) -> None:
     history = History(output)
     history.begin(RUN)
     with pytest.raises(StorageError):
@@ -82,36 +101,73 @@ def test_a_batch_is_recorded_whole_or_not_at_all(output: Path) -> None:
     assert history.unfinished() == []
 
 
+STEPS = """
+import os
+from test_history import RUN, move
+history = History(output)
+steps = {
+    "begin": lambda: history.begin(RUN),
+    "intend": lambda: history.intend([move(1)]),
+    "settle": lambda: history.settle([move(1)], []),
+    "intend again": lambda: history.intend([move(2)]),
+    "finish": lambda: history.finish(RUN),
+}
+for name, step in steps.items():
+    os.write(2, f"step {name}.".encode())
+    step()
+os.write(2, b"step end.")
+os._exit(0)
+"""
+WITHOUT_SHARED_MEMORY = """
+import sqlite3
+connect = sqlite3.connect
+sqlite3.connect = lambda path, **kwargs: connect(f"file:{path}?vfs=unix-dotfile", uri=True, **kwargs)
+"""
+
+
+def syncs(output: Path, code: str) -> dict[str, int]:
+    """How often the history waited for the disk, for each step during which it did."""
+    if shutil.which("strace") is None or subprocess.run(["strace", "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs strace, and the right to use it")
+    trace = output / "trace"
+    strace = ("strace", "-f", "-y", "-e", "trace=fsync,fdatasync,write", "-o", str(trace))
+    with python(code, output, *strace) as process:
+        assert process.communicate(timeout=60)[0] == ""
+    assert process.returncode == 0
+    step, found = "", Counter[str]()
+    for line in trace.read_text(errors="replace").splitlines():
+        if started := re.search(r'write\(2<.*"step (.*)\."', line):
+            step = started[1]
+        elif "sync(" in line and f"{FOLDER}/{NAME}" in line:
+            found[step] += step != ""
+    return +found
+
+
 def test_intents_are_synced_and_what_is_done_follows_with_the_next_ones(output: Path) -> None:
-    history = History(output)
-    assert history._connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    full, normal = (2,), (1,)
-    planned = move(1)
-    seen = []
+    assert list(syncs(output, STEPS)) == ["begin", "intend", "intend again", "finish"]
+    assert rows(output, "PRAGMA journal_mode") == [("wal",)]
 
-    def note() -> None:
-        seen.append(history._connection.execute("PRAGMA synchronous").fetchone())
 
-    history.begin(RUN)
-    note()
-    history.intend([planned])
-    note()
-    history.settle([planned], [])
-    note()
-    history.intend([move(2)])
-    note()
-    history.finish(RUN)
-    note()
-    assert seen == [full, full, normal, full, full]
+def test_where_sqlite_refuses_a_write_ahead_log_everything_is_synced_as_intents_are(output: Path) -> None:
+    found = syncs(output, WITHOUT_SHARED_MEMORY + STEPS)
+    assert found["settle"] == found["intend again"] > 2
+    assert rows(output, "PRAGMA journal_mode") == [("delete",)]
 
 
 def test_on_a_network_file_system_the_journal_is_rolled_back(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_systems, "is_network", lambda _: True)
     history = History(output)
-    assert history._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
     history.begin(RUN)
     history.intend([move(1)])
+    assert rows(output, "PRAGMA journal_mode") == [("delete",)]
     assert sorted(p.name for p in (output / FOLDER).iterdir()) == [NAME]
+
+
+def test_too_old_an_sqlite_is_refused_before_anything_is_written(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 36, 0))
+    with pytest.raises(ConfigurationError, match=r"needs SQLite 3\.37"):
+        History(output)
+    assert (output / FOLDER / NAME).stat().st_size == 0
 
 
 def test_a_newer_history_is_refused(output: Path) -> None:
@@ -129,9 +185,10 @@ def test_the_next_version_of_the_schema_keeps_what_is_there(output: Path, monkey
     history.intend([move(1)])
     history.close()
     added = "ALTER TABLE moves ADD COLUMN stars INTEGER;\nCREATE TABLE extra (x INTEGER) STRICT;\n"
-    monkeypatch.setattr(history_module, "_MIGRATIONS", (*history_module._MIGRATIONS, added))
+    monkeypatch.setattr(schema, "_MIGRATIONS", (*schema._MIGRATIONS, added))
+    monkeypatch.setattr(schema, "NEWEST", schema.NEWEST + 1)
     assert History(output).unfinished() == [move(1)]
-    assert rows(output, "PRAGMA user_version") == [(history_module.VERSION + 1,)]
+    assert rows(output, "PRAGMA user_version") == [(schema.NEWEST,)]
     assert rows(output, "SELECT stars FROM moves") == [(None,)]
 
 
@@ -139,7 +196,8 @@ def test_the_next_version_of_the_schema_keeps_what_is_there(output: Path, monkey
 def version_3(output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An output whose history is from before sidecars were called that: one photo, and its sidecar."""
     with monkeypatch.context() as patch:
-        patch.setattr(history_module, "_MIGRATIONS", history_module._MIGRATIONS[:3])
+        patch.setattr(schema, "_MIGRATIONS", schema._MIGRATIONS[:3])
+        patch.setattr(schema, "NEWEST", 3)
         history = History(output)
         history.begin(RUN)
         moves = [move(1, name="a.jpg"), move(2, name="a.xmp", source="a.xmp", kind="companion", follows="a.jpg")]
@@ -150,6 +208,19 @@ def version_3(output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         history.close()
     assert rows(output, "PRAGMA user_version") == [(3,)]
     return output
+
+
+def test_two_processes_that_upgrade_a_history_at_once_both_open_it(version_3: Path) -> None:
+    with contextlib.closing(sqlite3.connect(version_3 / FOLDER / NAME, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        both = [python("print('opening', flush=True); History(output).close()", version_3) for _ in range(2)]
+        for process in both:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "opening\n"
+        time.sleep(0.3)  # both have looked at the version by now, if they look before they may write
+        connection.execute("ROLLBACK")
+    assert [process.communicate(timeout=60)[1] for process in both] == ["", ""]
+    assert rows(version_3, "SELECT kind, follows FROM moves ORDER BY id") == [("sorted", None), ("sidecar", 1)]
 
 
 def test_the_companions_of_version_3_become_sidecars(version_3: Path) -> None:
@@ -165,6 +236,27 @@ def test_a_reader_that_opens_a_history_of_version_3_takes_its_companions_for_sid
     assert [(entry.kind, entry.follows) for entry in reader.entries()] == [("sorted", None), ("sidecar", 1)]
     assert reader.counts().folders == {"cats": 1}
     assert [entry.kind for entry in reader.undoable()] == ["sorted", "sidecar"]
+    reader.close()
+
+
+def test_reading_a_history_of_version_3_changes_nothing(version_3: Path) -> None:
+    def files() -> dict[str, tuple[bytes, int]]:
+        return {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in (version_3 / FOLDER).iterdir()}
+
+    before = files()
+    reader = HistoryReader(version_3)
+    assert len(reader.entries()) == 2
+    reader.close()
+    assert files() == before
+
+
+def test_a_reader_of_a_history_of_version_3_sees_what_is_sorted_after_its_upgrade(version_3: Path) -> None:
+    reader = HistoryReader(version_3)
+    history = History(version_3)
+    history.intend([move(3)])
+    history.settle([move(3)], [])
+    assert [entry.kind for entry in reader.entries()] == ["sorted", "sidecar", "sorted"]
+    history.close()
     reader.close()
 
 
@@ -225,12 +317,15 @@ def test_another_programs_database_is_refused(output: Path) -> None:
     connection = sqlite3.connect(output / FOLDER / NAME)
     connection.execute("CREATE TABLE theirs (x)")
     connection.close()
+    content = (output / FOLDER / NAME).read_bytes()
     with pytest.raises(ConfigurationError, match="another program"):
         History(output)
-    assert rows(output, "SELECT name FROM sqlite_schema") == [("theirs",)]
+    with pytest.raises(ConfigurationError, match="another program"):
+        HistoryReader(output)
+    assert (output / FOLDER / NAME).read_bytes() == content
 
 
-def test_a_history_that_was_taken_away_is_begun_anew(output: Path) -> None:
+def test_a_history_that_was_removed_is_started_again(output: Path) -> None:
     history = History(output)
     history.begin(RUN)
     history.intend([move(1)])
@@ -238,7 +333,18 @@ def test_a_history_that_was_taken_away_is_begun_anew(output: Path) -> None:
     history.settle([move(1)], [])
     history.intend([move(2)])
     assert history.unfinished() == [move(2)]
-    assert rows(output, "SELECT token FROM moves WHERE done IS NOT NULL") == [(move(1).token,)], (
-        "what did happen is told"
-    )
+    assert rows(output, "SELECT token FROM moves WHERE done IS NOT NULL") == [(move(1).token,)], "it was moved"
     assert rows(output, "SELECT id FROM runs") == [("r1",)]
+
+
+def test_a_writer_keeps_its_log_when_another_writer_ends_although_it_also_reads(output: Path) -> None:
+    history = History(output)
+    history.begin(RUN)
+    reader = HistoryReader(output, beside_writer=True)
+    assert python("History(output).close()", output).communicate(timeout=60) == ("", "")
+    history.intend([move(1)])
+    history.settle([move(1)], [])
+    assert rows(output, "SELECT token FROM moves") == [(move(1).token,)]
+    assert [entry.name for entry in reader.entries()] == [move(1).source]
+    reader.close()
+    history.close()

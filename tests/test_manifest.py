@@ -1,6 +1,8 @@
 """The model folder: `read` accepts what `write` writes, and refuses what is damaged or foreign with one sentence."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +59,48 @@ def test_a_second_model_replaces_the_first(folder: Path, manifest: Manifest) -> 
     write(folder, manifest.model_copy(update={"name": "second"}), {WEIGHTS: b"other weights"}, "card")
     assert read(folder).name == "second"
     assert (folder / WEIGHTS).read_bytes() == b"other weights"
+
+
+TWO_FILES = {WEIGHTS: b"other weights", "openvino.bin": b"other network"}
+
+
+def test_a_write_that_fails_leaves_the_older_model(folder: Path, manifest: Manifest) -> None:
+    before = read(folder)
+    (folder / ".openvino.bin.part").mkdir()  # the second file cannot be written
+    with pytest.raises(OSError, match="Is a directory"):
+        write(folder, manifest.model_copy(update={"name": "second"}), TWO_FILES, "card")
+    assert read(folder) == before
+
+
+def test_a_write_that_is_killed_leaves_the_older_model_the_new_one_or_a_folder_that_is_refused(
+    tmp_path: Path, manifest: Manifest
+) -> None:
+    def write_until_killed(folder: Path, renames: int) -> None:
+        replace = Path.replace
+
+        def counted(part: Path, target: Path) -> Path:
+            nonlocal renames
+            renames -= 1
+            if renames < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(part, target)
+
+        if (child := os.fork()) == 0:
+            Path.replace = counted  # type: ignore[assignment,method-assign]
+            write(folder, manifest.model_copy(update={"name": "second"}), TWO_FILES, "card")
+            os._exit(0)
+        os.waitpid(child, 0)
+
+    found = []
+    for renames in range(5):
+        folder = tmp_path / str(renames)
+        write(folder, manifest.model_copy(update={"name": "first"}), {WEIGHTS: b"first weights"}, "card")
+        write_until_killed(folder, renames)
+        try:
+            found.append(read(folder).name)
+        except ModelError as error:
+            found.append("refused" if "is damaged" in str(error) else str(error))
+    assert found == ["first", "first", "refused", "refused", "second"]
 
 
 def test_the_manifest_says_how_a_photo_is_prepared(manifest: Manifest) -> None:

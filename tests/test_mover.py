@@ -1,4 +1,4 @@
-"""The mover's promise: each photo exists whole, and nothing is overwritten."""
+"""The mover's promise: each photo stays intact, and nothing is overwritten."""
 
 import errno
 import os
@@ -54,7 +54,7 @@ def output(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     return tmp_path / "out"
 
 
-def test_a_photo_moves_whole(tmp_path: Path, output: Path) -> None:
+def test_a_photo_moves_intact(tmp_path: Path, output: Path) -> None:
     make_tree(tmp_path / "in", {"a.jpg": b"photo"})
     assert move(Mover(output), found(tmp_path / "in")) == str(output / "cats/a.jpg")
     assert read_tree(tmp_path / "in") == {}
@@ -118,7 +118,7 @@ def no_space(*_: object) -> None:
 
 
 @pytest.mark.parametrize("output", [".", "deep/out"])
-def test_an_inbox_that_is_gone_is_not_made_anew_for_its_output(tmp_path: Path, output: str) -> None:
+def test_an_inbox_that_is_gone_is_not_recreated_for_its_output(tmp_path: Path, output: str) -> None:
     inbox = make_tree(tmp_path / "in", {"a.jpg": b"photo"})
     target = Mover(inbox / output)
     move(target, found(inbox))

@@ -12,16 +12,15 @@ from pathlib import Path
 import pytest
 from conftest import GREEN, RED, RedGreenEngine, Running, make_tree, photo, pipeline_to, plain, read_tree
 
+from sorter import deadlines
 from sorter.classifier.manifest import Manifest
 from sorter.errors import StorageError
 from sorter.files.photo import Photo
 from sorter.inbox import watcher
 from sorter.inbox.scan import Inbox
 from sorter.inbox.watcher import Watcher
-from sorter.moving import batch_mover
 from sorter.moving.mover import Mover
 from sorter.moving.recovery import Plan
-from sorter.pipeline import deadlines
 from sorter.service.loop import Service
 from sorter.service.notify import Notifier
 from sorter.service.shutdown import Shutdown
@@ -170,8 +169,7 @@ def loop(tmp_path: Path, manifest: Manifest, manager: Manager, monkeypatch: pyte
     monkeypatch.setenv("NOTIFY_SOCKET", manager.address)
     monkeypatch.setenv("WATCHDOG_USEC", str(int(WATCHDOG_SECONDS * 1e6)))
     monkeypatch.setenv("WATCHDOG_PID", str(os.getpid()))
-    for module in (deadlines, batch_mover):
-        monkeypatch.setattr(module, "STEP_SECONDS", 0.5)
+    monkeypatch.setattr(deadlines, "STEP_SECONDS", 0.5)
     loops: list[Loop] = []
 
     def run(box: type[Inbox] = Inbox, mover: type[Mover] = Mover, rescan_seconds: float = 60) -> Loop:

@@ -178,8 +178,10 @@ class Machine(RuleBasedStateMachine):
         """At every instant."""
         found = self.files()
         assert self.there <= set(found.values()), f"lost: {self.there - set(found.values())}, found: {found}"
-        whole = {content for path, content in found.items() if not path.name.endswith((".sorter-part", ".sorter-away"))}
-        assert whole <= self.there | self.gone, "something half is under a name that people see"
+        visible = {
+            content for path, content in found.items() if not path.name.endswith((".sorter-part", ".sorter-away"))
+        }
+        assert visible <= self.there | self.gone, "something half is under a name that people see"
         assert {path.name: path.read_text() for path in (self.outside / "trap").iterdir()} == TRAP
         assert all((self.output / name).read_text() == content for name, content in self.placed.items())
 
@@ -206,10 +208,10 @@ class Machine(RuleBasedStateMachine):
         told = [f"{folder}/{os.fsdecode(name)}" for folder, name, _ in rows]
         assert len(set(told)) == len(told)
         assert set(told) <= set(sorted_), "the history tells something else"
-        # What its owner overwrote between two kills, or put in a photo's place in the instant before one, is whole
+        # What its owner overwrote between two kills, or put in a photo's place in the instant before one, is intact
         # under a name that nothing may be known of.
         untold = {content for name, content in sorted_.items() if name not in told}
-        assert untold <= self.gone | self.slipped_in, "the history does not tell of a photo"
+        assert untold <= self.gone | self.slipped_in, "a photo is missing from the history"
         for name in told:
             content = sorted_[name]
             assert content in self.judged, f"{name} was never judged"

@@ -9,14 +9,13 @@ import pytest
 from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, hashes, make_tree, photo, pipeline_to, plain, read_tree
 
 from sorter.classifier.manifest import Manifest
+from sorter.deadlines import STEP_SECONDS, Deadline
 from sorter.decisions import Outcome, complete_after, decide, decide_unclassified
 from sorter.decoding.decoded import Decoded, Verdict
 from sorter.errors import Reason, StorageError
 from sorter.files.photo import Identity, Photo
 from sorter.inbox.scan import Inbox
-from sorter.moving.batch_mover import STEP_SECONDS
 from sorter.pipeline.batcher import Batcher
-from sorter.pipeline.deadlines import Deadline
 from sorter.pipeline.pipeline import Pipeline
 from sorter.settings import Settings
 

@@ -285,7 +285,7 @@ def test_thousands_of_replaced_photos_are_each_judged_by_themselves(
 def test_a_photo_that_arrives_while_a_crash_is_cleared_up_is_not_taken_for_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The crash came after the copy had its name and before the original was taken away.
+    # The crash came after the copy had its name and before the original was removed.
     make_tree(tmp_path, {"in/a.jpg": b"photo", "out/cats/a.jpg": b"photo"})
     identity = Identity.of((tmp_path / "in/a.jpg").stat())
 

@@ -378,22 +378,24 @@ def test_another_model_sorts_into_its_own_folders(tmp_path: Path, start: Start) 
     assert set(read_tree(inbox)) <= {"katzen/a.jpg", "hunde/a.jpg"}
 
 
-@pytest.mark.long
 @pytest.mark.shared
+@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.long)])
 def test_the_shipped_model_sorts_real_photos_as_well_as_its_manifest_says(
-    shared: Path, tmp_path: Path, start: Start
+    every: int, shared: Path, tmp_path: Path, start: Start
 ) -> None:
     inbox = tmp_path / "in"
-    shutil.copytree(shared / "photos", inbox)
+    inbox.mkdir()
+    with (shared / "photos/labels.csv").open() as rows:
+        labels = {row["name"]: row["label"] + "s" for row in list(csv.DictReader(rows))[::every]}
+    for name in labels:
+        shutil.copy2(shared / "photos" / name, inbox)
     code, out = start("run", "--once", "--inbox", inbox).finish()
     assert code == 0
-    with (shared / "photos/labels.csv").open() as rows:
-        labels = {row["name"]: row["label"] + "s" for row in csv.DictReader(rows)}
     right = sum((inbox / folder / name).exists() for name, folder in labels.items())
     stated = json.loads((SHIPPED_MODEL / "manifest.json").read_text())["evaluations"][0]
-    assert abs(right - stated["right"]) <= 3, "arithmetic differs a little between processors"
-    assert sorted(p.name for p in inbox.iterdir()) == [".sorter", "cats", "dogs", "labels.csv"]
-    assert "500 photos sorted" in out
+    assert abs(right - stated["accuracy"] * len(labels)) <= 3, "arithmetic differs a little between processors"
+    assert sorted(p.name for p in inbox.iterdir()) == [".sorter", "cats", "dogs"]
+    assert f"{len(labels)} photos sorted" in out
 
 
 @pytest.mark.long

@@ -135,12 +135,12 @@ def test_a_photo_that_was_put_back_while_it_waited_for_another_look_is_counted_o
     engine.before_batch = lambda: os.utime(inbox / "a.jpg", (0, len(engine.batches)))
     put_back: list[str] = []
 
-    def was_put_back(_reader: HistoryReader, photo: Photo) -> bool:
+    def was_restored(_reader: HistoryReader, photo: Photo) -> bool:
         if engine.batches:
             put_back.append(photo.name)
         return bool(put_back)
 
-    monkeypatch.setattr(HistoryReader, "was_put_back", was_put_back)
+    monkeypatch.setattr(HistoryReader, "was_restored", was_restored)
     started = time.monotonic()
     counters = sort_once(inbox, manifest, engine)
     assert time.monotonic() - started < 20  # not `settle_timeout_seconds`

@@ -133,5 +133,5 @@ def test_without_their_extra_the_commands_say_what_to_install(
     for command in (["completion", "bash"], ["manpage"]):
         assert main(command) == 2
         out, err = capsys.readouterr()
-        needs = f"sorter: sorter {command[0]} needs the extra 'shell': pip install '.[shell]' in sorter's folder\n"
+        needs = f"sorter: sorter {command[0]} needs the extra 'shell': run pip install '.[shell]' in sorter's folder\n"
         assert (out, err) == ("", needs)

@@ -4,6 +4,7 @@ Real daemons on real mounts, started side by side; each test continues with one 
 """
 
 import contextlib
+import json
 import os
 import signal
 import sqlite3
@@ -19,21 +20,26 @@ from conftest import Running, make_tree, photo, read_tree
 from pictures import encoded
 from PIL import Image
 
-# Longer than the first wait of the backoff: a message that is repeated has been by then.
-SILENCE_SECONDS = 1.5
-
-pytestmark = pytest.mark.long
-
 
 class Daemon(Running):
-    """A running daemon and all photos that it was given."""
+    """A running daemon and all photos that it was given.
 
-    def __init__(self, folder: Path, inbox: Path, output: Path) -> None:
+    Args:
+        light: with an engine and a backoff that need no time.
+    """
+
+    def __init__(self, folder: Path, inbox: Path, output: Path, *, light: bool = False) -> None:
         self.inbox, self.output = inbox, output
+        # Longer than the first wait of the backoff: a message that is repeated has been by then.
+        self._silence_seconds = 0.3 if light else 1.5
         self.given: list[bytes] = []
         inbox.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "sorter", "run", "--inbox", str(inbox), "--output", str(output)]
-        super().__init__([*command, "--settle-seconds", "0.2"], folder / "log", {"OMP_NUM_THREADS": "1"})
+        command += ["--settle-seconds", "0.2"]
+        if light:
+            values = {"inbox": str(inbox), "output": str(output), "settle_seconds": 0.1}
+            command = [sys.executable, str(Path(__file__).with_name("light_daemon.py")), json.dumps(values)]
+        super().__init__(command, folder / "log", {"OMP_NUM_THREADS": "1"})
 
     def drop(self, **files: bytes) -> None:
         make_tree(self.inbox, {f"{name}.jpg": content for name, content in files.items()})
@@ -60,7 +66,7 @@ class Daemon(Running):
         """The daemon waits in here and goes on after it; it reports each of the two once."""
         before = [len(self.events(name)) for name in ("storage.waiting", "storage.ready")]
         self.wait_for_event("storage.waiting", before[0] + 1, seconds=20)
-        time.sleep(SILENCE_SECONDS)
+        time.sleep(self._silence_seconds)
         assert any(word in self.events("storage.waiting")[-1]["detail"] for word in words), self.events()[-1]
         yield
         self.wait_for_event("storage.ready", before[1] + 1, seconds=20)
@@ -131,6 +137,7 @@ def big(seed: int) -> bytes:
     return encoded(Image.fromarray(np.random.default_rng(seed).integers(0, 255, (250, 400, 3), np.uint8)), "BMP")
 
 
+@pytest.mark.long
 def test_a_full_disk_is_waited_for_and_reported_once(daemons: dict[str, Daemon]) -> None:
     daemon = daemons["full"]
     filler = fill(daemon.output.parent, 150_000)
@@ -141,16 +148,24 @@ def test_a_full_disk_is_waited_for_and_reported_once(daemons: dict[str, Daemon])
         filler.unlink()
 
 
-def test_an_output_that_is_renamed_away_is_waited_for(daemons: dict[str, Daemon]) -> None:
-    daemon = daemons["full"]
-    away = daemon.output.rename(daemon.output.with_name("away"))
-    daemon.drop(away=photo(10))
-    with daemon.waiting("mount or recreate it"):
-        assert [path.name for path in daemon.output.parent.iterdir()] == ["away"]
-        daemon.check_history(away)
-        away.rename(daemon.output)
+def test_an_output_that_is_renamed_away_is_waited_for(tmp_path: Path) -> None:
+    daemon = Daemon(tmp_path, tmp_path / "in", tmp_path / "disk/out", light=True)
+    try:
+        daemon.drop(first=photo(0))
+        daemon.wait_until_sorted()
+        away = daemon.output.rename(daemon.output.with_name("away"))
+        daemon.drop(away=photo(10))
+        with daemon.waiting("mount or recreate it"):
+            assert [path.name for path in daemon.output.parent.iterdir()] == ["away"]
+            daemon.check_history(away)
+            away.rename(daemon.output)
+        daemon.end()
+    finally:
+        daemon.process.kill()
+        daemon.process.communicate()
 
 
+@pytest.mark.long
 def test_nothing_is_written_where_an_output_is_not_mounted(daemons: dict[str, Daemon]) -> None:
     daemon = daemons["mounted"]
     umount("-l", daemon.output)
@@ -160,6 +175,7 @@ def test_nothing_is_written_where_an_output_is_not_mounted(daemons: dict[str, Da
         assert mount("--bind", daemon.output.parent / "disk", daemon.output)
 
 
+@pytest.mark.long
 def test_an_output_that_becomes_read_only_is_waited_for(daemons: dict[str, Daemon]) -> None:
     # Open files keep a file system writable, so a read-only mount of the same folder is put over it.
     daemon = daemons["mounted"]
@@ -187,6 +203,7 @@ def drop_and_fill(daemon: Daemon, first: int, count: int) -> Path:
     return filler
 
 
+@pytest.mark.long
 def test_no_photo_moves_while_there_is_no_space_for_its_history(daemons: dict[str, Daemon]) -> None:
     daemon = daemons["history"]
     filler = drop_and_fill(daemon, 100, 100)
@@ -195,6 +212,7 @@ def test_no_photo_moves_while_there_is_no_space_for_its_history(daemons: dict[st
         filler.unlink()
 
 
+@pytest.mark.long
 def test_a_daemon_that_waits_for_space_ends_with_0_at_sigterm_and_loses_nothing(daemons: dict[str, Daemon]) -> None:
     for kind, words in (("history", "history"), ("full", "space")):
         daemon = daemons[kind]

@@ -105,7 +105,6 @@ def test_no_kill_and_no_error_at_any_call_loses_anything(
     proved(f"{fault.partition('=')[2]} at each of {len(points)} calls that change a file, {_where(parents)}: zero lost")
 
 
-@pytest.mark.long
 def test_what_is_durable_comes_in_the_right_order(parents: tuple[Path, Path]) -> None:
     """A kill cannot show what a power cut takes: the order of the syncs is read from the trace."""
     place = sweep.Place(*parents)
@@ -119,8 +118,8 @@ def test_what_is_durable_comes_in_the_right_order(parents: tuple[Path, Path]) ->
         return next((i for i in range(start, len(calls)) if re.search(pattern, calls[i])), len(calls))
 
     written, synced = r"^pwrite64\(.*-wal>", r"^f(data)?sync\(.*-wal>"
-    taken_away = rf'^renameat2\(.*/in>, "b\.jpg", .*{"sorter-away" if across else "b.jpg"}"'
-    published = r'^renameat2\(.*/out/cats>, ".*sorter-part", .*"b\.jpg"' if across else taken_away
+    removed = rf'^renameat2\(.*/in>, "b\.jpg", .*{"sorter-away" if across else "b.jpg"}"'
+    published = r'^renameat2\(.*/out/cats>, ".*sorter-part", .*"b\.jpg"' if across else removed
     intent = max(i for i in range(find(published)) if re.search(written, calls[i]))
     assert intent < find(synced, intent) < find(published), "the intent is on the disk before its photo moves"
     if across:
@@ -128,12 +127,10 @@ def test_what_is_durable_comes_in_the_right_order(parents: tuple[Path, Path]) ->
         assert copied < find(r"^fsync\(.*sorter-part>", copied) < find(published), (
             "the copy is, before it gets its name"
         )
-        assert find(published) < find(r"^fsync\(.*/out/cats>", find(published)) < find(taken_away), (
-            "its name is, before"
-        )
-    done = find(written, find(taken_away))
+        assert find(published) < find(r"^fsync\(.*/out/cats>", find(published)) < find(removed), "its name is, before"
+    done = find(written, find(removed))
     new = find(r"^fsync\(.*/out/cats>", find(published))
-    old = find(r"^fsync\(.*/in>", find(taken_away))
+    old = find(r"^fsync\(.*/in>", find(removed))
     assert find(published) < new < old < done < len(calls), "both folders are, before the move is recorded as done"
     made = find(r"^mkdir\(.*/out/dogs")
     assert made < find(r"^fsync\(.*/out>", made) < len(calls), "a new folder is"

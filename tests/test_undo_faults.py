@@ -30,9 +30,9 @@ def killed(method: str, moment: int, *arguments: str | Path) -> None:
         "import os, signal, sys\n"
         f"from sorter.{package} import {module}\n"
         "from sorter.cli.main import main\n"
-        f"whole, calls = {module}.{owner}.{method}, []\n"
+        f"original, calls = {module}.{owner}.{method}, []\n"
         "def deadly(self, *arguments):\n"
-        "    whole(self, *arguments)\n"
+        "    original(self, *arguments)\n"
         "    calls.append(1)\n"
         f"    if len(calls) == {moment}: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"{module}.{owner}.{method} = deadly\n"
@@ -263,6 +263,22 @@ def test_standard_output_is_json_also_after_a_kill(tmp_path: Path) -> None:
 
 
 # --- beside a daemon ---
+
+
+@pytest.mark.long
+def test_what_a_daemon_sorts_after_an_undo_is_in_the_history_although_it_is_killed(
+    tmp_path: Path, start: Start
+) -> None:
+    inbox = make_tree(tmp_path / "in", photos(1))
+    daemon = start("run", "--inbox", inbox, "--rescan-seconds", "0.3")
+    daemon.wait_for_event("photo.sorted", 1)
+    undo(inbox, "--last")
+    make_tree(inbox, photos(1, first=1), modified=LONG_AGO)
+    daemon.wait_for_event("photo.sorted", 2)
+    daemon.process.kill()
+    daemon.process.wait()
+    entries = [json.loads(line) for line in sorter("history", "--json", "--inbox", inbox).splitlines()]
+    assert [Path(entry["path"]).name for entry in entries if entry["kind"] == "sorted"] == ["0.jpg", "1.jpg"]
 
 
 def test_a_daemon_whose_history_was_taken_away_leaves_alone_what_is_put_back(tmp_path: Path, start: Start) -> None:

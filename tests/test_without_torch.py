@@ -23,7 +23,7 @@ shipped = manifest.read(SHIPPED_MODEL)
 weights_only = shipped.model_copy(update={"files": {"weights.safetensors": shipped.files["weights.safetensors"]}})
 
 def choose(gpu, name, device, model=shipped):
-    engine.GPU_DEVICE_NODES = ("/dev/null",) if gpu else ()
+    engine.GPU_FILES = ("/dev/null",) if gpu else ()
     try:
         opened = engine.open_engine(SHIPPED_MODEL, model, name, device, 4)
     except ConfigurationError as error:
@@ -45,7 +45,7 @@ print(json.dumps({
 
 SORT = """
 from sorter.cli.main import main
-engine.GPU_DEVICE_NODES = ("/dev/null",)
+engine.GPU_FILES = ("/dev/null",)
 inbox = ["--inbox", sys.argv[1]]
 codes = [main(["check", *inbox]), main(["check", *inbox, "--device", "cpu"])]
 codes.append(main(["run", "--once", *inbox]))
@@ -71,19 +71,14 @@ def run(code: str, home: Path, *arguments: str) -> tuple[list[str], list[dict[st
 def test_the_engine_is_openvino_and_what_needs_pytorch_is_refused_with_what_to_install(tmp_path: Path) -> None:
     (line,), _ = run(CHOICES, tmp_path / "home")
     chosen = json.loads(line)
-    folder, install = chosen.pop("folder"), "pip install 'catdog-sorter[gpu]'"
-    no_network = (
-        f"the model in {folder} has no OpenVINO network, and PyTorch is not installed to run it: {install}, "
-        "or use a model that has one"
-    )
+    folder, needs = chosen.pop("folder"), "needs the extra 'gpu': run pip install '.[gpu]' in sorter's folder"
+    no_network = f"the model in {folder} has no OpenVINO network and {needs}, or use a model that has one"
     assert chosen == {
         "auto": ["openvino", "cpu", "int8"],
         "auto beside a GPU": ["openvino", "cpu", "int8"],
-        "torch": f"--engine torch needs PyTorch, which is not installed: {install}, "
-        "or drop --engine torch to run on the CPU",
-        "cuda": f"--device cuda needs PyTorch, which is not installed: {install}, "
-        "or drop --device cuda to run on the CPU",
-        "torch on cuda": f"--engine torch --device cuda:1 needs PyTorch, which is not installed: {install}, "
+        "torch": f"--engine torch {needs}, or drop --engine torch to run on the CPU",
+        "cuda": f"--device cuda {needs}, or drop --device cuda to run on the CPU",
+        "torch on cuda": f"--engine torch --device cuda:1 {needs}, "
         "or drop --engine torch --device cuda:1 to run on the CPU",
         "weights only": no_network,
         "weights only, torch": no_network,
@@ -100,7 +95,7 @@ def test_beside_a_gpu_a_sort_succeeds_hints_at_pytorch_once_and_leaves_nothing_i
     hints = [line for line in lines if line.startswith("note ")]
     assert len(hints) == 1, "`check` says it, unless the CPU was asked for"
     assert hints[0].endswith(
-        "seems to have a GPU, which sorter uses only with PyTorch: pip install 'catdog-sorter[gpu]'"
+        "seems to have a GPU; using it needs the extra 'gpu': run pip install '.[gpu]' in sorter's folder"
     )
     (event,) = [event for event in log if event["event"] == "engine.unused_gpu"]
     assert event["level"] == "warning"

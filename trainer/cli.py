@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import track
 
+from sorter import extras
 from sorter.classifier import manifest
 from sorter.errors import ConfigurationError, ExitCode, SorterError
 from trainer.arguments import build_parser
@@ -43,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         module = str(error.name).split(".")[0]
         extra = _EXTRAS.get(module, "train")
-        sys.stderr.write(f"trainer: the Python package {module} is not installed: run pip install '.[{extra}]'\n")
+        needs = extras.hint(f"trainer {options.command}", extra)
+        sys.stderr.write(f"trainer: the Python package {module} is not installed; {needs}\n")
         return int(ExitCode.USAGE)
     except SorterError as error:
         sys.stderr.write(f"trainer: {error}\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from sorter import extras
 from sorter.bench import parts, photos, programs
 from sorter.bench.programs import Sorted
 from sorter.classifier import manifest as manifests
@@ -20,7 +21,6 @@ from sorter.processors import available_cpus
 from sorter.settings import Settings
 
 _MAX_COMPARED = _MAX_IN_MEMORY = 500
-_NEEDS_TORCH = "it needs PyTorch (pip install '.[gpu]')"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def _prepare(settings: Settings, source: Path | None, count: int, work: Path, sa
         compared = min(len(originals), _MAX_COMPARED, count)
         photos.copy(originals[:compared], work / "some", compared)
     else:
-        say(f"skipping the plain loop: {_NEEDS_TORCH}")
+        say(f"skipping: {extras.hint('the plain loop', 'gpu')}")
     engine = open_engine(settings.model, model, settings.engine, settings.device, settings.batch_size)
     return _Setup(settings, model, engine, work, count, min(count, len(originals)), pixels, compared)
 
@@ -207,7 +207,7 @@ def as_text(report: Report) -> str:
         ("sorter", _rate(report.sorter) + (f"   {share:.0%} of what decoder and engine allow" if share else "")),
     ]
     if report.plain_loop is None:
-        rows.append(("plain loop", f"not measured: {_NEEDS_TORCH}"))
+        rows.append(("plain loop", f"not measured: {extras.hint('it', 'gpu')}"))
     else:
         rows.append(("plain loop", f"{_rate(report.plain_loop)}   sorter is {report.ratio:.1f} times as fast"))
         rows.append(("other labels", f"{report.differing:8} of {report.compared}"))

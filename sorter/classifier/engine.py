@@ -13,13 +13,16 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sorter import extras
 from sorter.classifier import outliers
 from sorter.classifier.manifest import Manifest
 from sorter.classifier.outliers import OutlierDetector
 from sorter.errors import ConfigurationError, ModelError
 
-GPU_DEVICE_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""What the drivers of NVIDIA and AMD GPUs, and of GPUs under WSL, create. Asking PyTorch would take seconds."""
+NVIDIA_FILES = ("/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
+"""What NVIDIA's driver creates on Linux, and under WSL. `config/environment` looks for the same files."""
+GPU_FILES = (*NVIDIA_FILES, "/dev/kfd")
+"""And what AMD's driver creates. Asking PyTorch instead would take seconds."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -110,7 +113,7 @@ def unused_gpu() -> str | None:
     """A hint for a machine whose GPU stays idle because PyTorch is not installed; None on any other machine."""
     if _has_torch() or not _may_have_gpu():
         return None
-    return "this machine seems to have a GPU, which sorter uses only with PyTorch: pip install 'catdog-sorter[gpu]'"
+    return "this machine seems to have a GPU; " + extras.hint("using it", "gpu")
 
 
 def _has_torch() -> bool:
@@ -118,7 +121,7 @@ def _has_torch() -> bool:
 
 
 def _may_have_gpu() -> bool:
-    return sys.platform == "darwin" or any(map(os.path.exists, GPU_DEVICE_NODES))
+    return sys.platform == "darwin" or any(map(os.path.exists, GPU_FILES))
 
 
 def _open(
@@ -160,12 +163,9 @@ def _prefers_openvino(engine: str, device: str) -> bool:
 
 
 def _torch_is_missing(folder: Path, engine: str, device: str, *, has_network: bool) -> str:
-    install = "pip install 'catdog-sorter[gpu]'"
     if not has_network:
-        return (
-            f"the model in {folder} has no OpenVINO network, and PyTorch is not installed to run it: {install}, or "
-            "use a model that has one"
-        )
+        without = extras.hint(f"the model in {folder} has no OpenVINO network and", "gpu")
+        return f"{without}, or use a model that has one"
     flags = {"--engine torch": engine == "torch", f"--device {device}": device not in ("auto", "cpu")}
     wanted = " ".join(flag for flag, given in flags.items() if given)
-    return f"{wanted} needs PyTorch, which is not installed: {install}, or drop {wanted} to run on the CPU"
+    return f"{extras.hint(wanted, 'gpu')}, or drop {wanted} to run on the CPU"

@@ -19,6 +19,7 @@ import re
 import stat
 import unicodedata
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -177,9 +178,9 @@ class Manifest(_Part):
         if self.input.crop == "center" and self.input.resize < self.input.size:
             raise ValueError("a center crop needs a resize of at least the input size")
         if self.first_look is not None and self.first_look.size >= self.input.size:
-            raise ValueError("the first look is not smaller than the input")
+            raise ValueError("the low-resolution pass is not smaller than the input")
         if self.neither is not None and not self.head_hidden:
-            raise ValueError("neither needs a head with a hidden layer")
+            raise ValueError("the outlier detector needs a head with a hidden layer")
         return self
 
     @property
@@ -262,10 +263,11 @@ def _opened(path: Path) -> io.BufferedReader:
 
 
 def write(folder: Path, manifest: Manifest, files: Mapping[str, bytes], card: str) -> Manifest:
-    """Write a model folder: its files, model card, and last the manifest with their digests.
+    """Write a model folder: its files, model card, and the manifest with their digests.
 
-    Each file is written beside its name and renamed, so an older model in the folder stays intact until the new one is
-    complete.
+    Everything is written under hidden names before anything is renamed, so an older model in the folder stays intact if
+    the disk fills up. An end in the middle of the renames leaves the older model, the new one, or a folder that `read`
+    refuses by its digests: the manifest is renamed last.
 
     Args:
         folder: created if missing.
@@ -277,14 +279,10 @@ def write(folder: Path, manifest: Manifest, files: Mapping[str, bytes], card: st
         The manifest as written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        _write(folder / name, content)
-    _write(folder / "README.md", card.encode())
-    written = manifest.model_copy(update={"files": {name: digest_of(folder / name) for name in sorted(files)}})
-    _write(folder / MANIFEST, (written.model_dump_json(indent=2) + "\n").encode())
+    digests = {name: f"sha256:{hashlib.sha256(files[name]).hexdigest()}" for name in sorted(files)}
+    written = manifest.model_copy(update={"files": digests})
+    described = (written.model_dump_json(indent=2) + "\n").encode()
+    with ExitStack() as renames:  # in reverse order
+        for name, content in {MANIFEST: described, "README.md": card.encode(), **files}.items():
+            renames.enter_context(replaced(folder / name)).write_bytes(content)
     return written
-
-
-def _write(path: Path, content: bytes) -> None:
-    with replaced(path) as part:
-        part.write_bytes(content)

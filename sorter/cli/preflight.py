@@ -8,9 +8,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sorter import extras
 from sorter.classifier import manifest as manifests
 from sorter.classifier.manifest import RESERVED_FOLDERS, Manifest
-from sorter.cli import extras
 from sorter.errors import ConfigurationError
 from sorter.inbox.scan import Inbox
 from sorter.service import hook

@@ -84,7 +84,7 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
         _log_start(settings, model, engine, inbox.root, output, log_fields)
         mover = Mover(output, settle_seconds=settings.settle_seconds)
         shutdown.move_lock = mover.lock
-        reader = _open_reader(output, stack)
+        reader = _open_reader(output, stack, beside_writer=history is not None)
         bar = _show_bar(settings, stream, stack)
         hook = None if command is None or settings.dry_run else _start_hook(command, log_fields, shutdown, stack)
         pipeline = Pipeline.start(
@@ -196,11 +196,11 @@ def _log_start(
         log.warning("engine.unused_gpu", detail=hint)
 
 
-def _open_reader(output: Path, stack: ExitStack) -> HistoryReader | None:
+def _open_reader(output: Path, stack: ExitStack, *, beside_writer: bool) -> HistoryReader | None:
     """The history for looking up earlier moves; a dry run may find none."""
     if not (output / FOLDER / NAME).is_file():
         return None
-    reader = HistoryReader(output)
+    reader = HistoryReader(output, beside_writer=beside_writer)
     stack.callback(reader.close)
     return reader
 

@@ -5,7 +5,7 @@ import textwrap
 from typing import Literal, get_args, get_origin
 
 import sorter
-from sorter.cli import extras
+from sorter import extras
 from sorter.cli.parser import Parser
 from sorter.settings import Settings
 

@@ -65,8 +65,10 @@ def undo(
         restore = planned_undo
         if not settings.dry_run:
             HistoryReader(output).close()  # refuses an output without a history before anything is created in it
-            restore = _open(output, stopping, stack).bring_back
-        reader = HistoryReader(output)  # opened after the recovery, to include what that finished
+            restore = _open(output, stopping, stack).restore
+        reader = HistoryReader(
+            output, beside_writer=not settings.dry_run
+        )  # opened after the recovery, to include what that finished
         stack.callback(reader.close)
         run = _check_run(reader, output, last=last, run=run)
         chosen = _at_paths(reader, paths, unknown) if paths else reader.undoable(run=run, since=since)

@@ -14,6 +14,7 @@ import struct
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from sorter import extras
 from sorter.decoding import formats, images
 from sorter.decoding.images import Limits, Preprocessing
 from sorter.errors import PhotoError, Reason
@@ -47,8 +48,7 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
     try:
         import rawpy
     except ImportError:
-        hint = "sorting it by its preview needs rawpy: pip install 'catdog-sorter[raw]'"
-        raise PhotoError(Reason.NOT_A_PHOTO, hint) from None
+        raise PhotoError(Reason.NOT_A_PHOTO, extras.hint("sorting it by its preview", "raw")) from None
     with open(descriptor, "rb", closefd=False) as file:
         file.seek(0)
         content = file.read()

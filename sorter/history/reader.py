@@ -1,10 +1,9 @@
-"""What the history says, read only: photos and where they went, runs, and what may be taken back.
+"""Reads the history: which photos went where, in which run, and which of them can be restored.
 
-In: the history file of an output. Out: `Entry`s. A sorter may write it meanwhile.
+In: the history file of an output. Out: `Entry`s. A sorter may be writing to the file meanwhile.
 """
 
 import os
-import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 from sorter.errors import ConfigurationError
 from sorter.files import FOLDER
 from sorter.files.photo import Photo, file_of
-from sorter.history import store as history
-from sorter.history.store import FAILED, NAME, SIDECAR, UNSURE, History
+from sorter.history.database import ReadOnlyDatabase
+from sorter.history.store import FAILED, NAME, SIDECAR, UNSURE
 
 _ENTRY = """
     SELECT m.id, m.run, m.done, m.root, m.source, m.target, m.folder, m.name, m.size, m.mtime_ns, m.kind, m.label,
@@ -25,7 +24,8 @@ _ENTRY = """
 """
 
 _UNDOABLE = " AND m.undoes IS NULL AND NOT EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id)"
-_SOME, _ALL = 1000, (1 << 63) - 1
+_PAGE_ROWS = 1000
+_LARGEST_ID = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +33,16 @@ class Entry:
     """One photo that was moved.
 
     Attributes:
-        id: of its row; later ones are larger.
-        done: when, in seconds since the epoch.
-        source: where it was, a whole path.
-        destination: where it went.
-        root, name: of the source, the folder that was sorted and the path inside it.
-        size: bytes.
-        mtime_ns: of the file, nanoseconds since the epoch.
-        kind: `sorted`, `unsure`, `failed`, `sidecar`, `undone`.
-        follows: of a sidecar, its photo's `id`.
-        undone: whether it was brought back since.
+        id: of its row; later moves have larger ones.
+        done: when it was recorded as moved, in seconds since the epoch.
+        source: the absolute path where it was.
+        destination: the absolute path where it went.
+        root, name: the two parts of `source`: the folder that was sorted, and the path inside it.
+        size: in bytes.
+        mtime_ns: of the file, in nanoseconds since the epoch.
+        kind: `sorted`, `unsure`, `failed`, `sidecar` or `undone`.
+        follows: the `id` of its photo, for a sidecar.
+        undone: whether it was restored since.
     """
 
     id: int
@@ -66,11 +66,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many photos there are of each kind that were not brought back.
+    """How many photos were moved.
 
     Attributes:
-        folders: by the folder they went to.
-        undone: that were brought back.
+        folders: those that were not restored, by the folder they went to.
+        undone: those that were restored.
     """
 
     folders: dict[str, int]
@@ -78,74 +78,54 @@ class Counts:
 
     @property
     def share_sorted(self) -> float | None:
-        """Of the photos that were classified, those that did not go to `unsure`; None if there are none."""
+        """The share of the classified photos that did not go to `unsure`; None if none were classified."""
         classified = sum(self.folders.values()) - self.folders.get(FAILED, 0)
         return (classified - self.folders.get(UNSURE, 0)) / classified if classified else None
 
 
 class HistoryReader:
-    """An open history; reads only.
+    """An open history; changes nothing on the disk, so that anyone who may read the file can use it.
 
     Args:
         output: the folder that has `cats/` and the others.
+        beside_writer: this process also has the history open as a `History`.
 
     Raises:
         ConfigurationError: there is none, or it cannot be read.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, *, beside_writer: bool = False) -> None:
         self._output = Path(os.path.realpath(output))
-        self.path = self._output / FOLDER / NAME
         self._real_roots: dict[tuple[int, int] | None, bytes] = {}  # by device and inode
-        try:
-            if not self.path.is_file():
-                raise ConfigurationError(
-                    f"{output} has no history: nothing was sorted into it yet, or name its --output"
-                )
-            self._open()
-        except sqlite3.DatabaseError as error:
-            raise ConfigurationError(f"the history {self.path} cannot be read ({error})") from None
-        except OSError as error:
-            raise ConfigurationError(
-                f"the history {self.path} cannot be read ({error.strerror}): give this user permission to"
-            ) from None
-
-    def _open(self) -> None:
-        self._connection = _opened(self.path)
-        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        if version != history.VERSION:
-            self._connection.close()
-            History(self._output).close()  # migrates an older one, and refuses a newer one
-            self._connection = _opened(self.path)
-        self._file = file_of(self.path)
+        self._database = ReadOnlyDatabase(self._output / FOLDER / NAME, beside_writer=beside_writer)
 
     def close(self) -> None:
         """Close the file; idempotent."""
-        self._connection.close()
+        self._database.close()
 
     def entries(self, *, run: str | None = None, since: float | None = None, limit: int = -1) -> list[Entry]:
-        """Photos in the order in which they were moved.
+        """The photos that were moved, in that order.
 
         Args:
-            run: of this run only.
-            since: moved at this time or later, seconds since the epoch.
-            limit: the last so many; all where it is negative.
+            run: only those of this run.
+            since: only those moved at this time or later, in seconds since the epoch.
+            limit: only the last so many; all if it is negative.
         """
         conditions, values = _moved("m", run, since)
-        found = self._all(f"{_ENTRY}{conditions} ORDER BY m.id DESC LIMIT ?", (*values, limit))
+        found = self._database.rows(f"{_ENTRY}{conditions} ORDER BY m.id DESC LIMIT ?", (*values, limit))
         return [self._entry(row) for row in reversed(found)]
 
     def undoable(
         self, *, run: str | None = None, since: float | None = None, path: str | None = None
     ) -> Iterator[Entry]:
-        """Photos that were sorted and not brought back, the last one first, and then what followed them.
+        """The photos that can be restored, the last one first, and then their sidecars.
 
-        They are read some at a time, so that neither memory nor the file is held while they are brought back.
+        They are read a page at a time: memory stays constant, and no lock is held while they are restored.
 
         Args:
-            run: of this run only.
-            since: moved at this time or later, seconds since the epoch.
-            path: of where a photo is or was, or of a folder that it is or was in.
+            run: only those of this run.
+            since: only those moved at this time or later, in seconds since the epoch.
+            path: only what is or was at this path, or below it.
         """
         chosen, values = self._wanted("m", run, since, path)
         photo_chosen, _ = self._wanted("p", run, since, path)
@@ -156,13 +136,13 @@ class HistoryReader:
             (f" AND m.kind = '{SIDECAR}' AND ((TRUE{chosen}) OR EXISTS ({its_photo}))", values + values),
         ):
             query = f"{_ENTRY}{kind}{_UNDOABLE} AND m.id < ?"
-            last = _ALL
-            while rows := self._all(f"{query} ORDER BY m.id DESC LIMIT ?", (*values_, last, _SOME)):
+            last = _LARGEST_ID
+            while rows := self._database.rows(f"{query} ORDER BY m.id DESC LIMIT ?", (*values_, last, _PAGE_ROWS)):
                 last = rows[-1][0]
                 yield from map(self._entry, rows)
 
     def _wanted(self, alias: str, run: str | None, since: float | None, path: str | None) -> tuple[str, list[object]]:
-        """The condition of `undoable` for a row of `moves` under an alias, and its values."""
+        """The condition of `undoable` for rows of `moves` under an alias, and its values."""
         chosen, values = _moved(alias, run, since)
         if path is None:
             return chosen, values
@@ -170,19 +150,20 @@ class HistoryReader:
         return chosen + at, [*values, *where]
 
     def _at(self, alias: str, path: str) -> tuple[str, list[bytes]]:
-        """A condition for what is or was at a path, or below it."""
+        """The condition for what is or was at a path or below it, and its values."""
         named = os.path.abspath(path)
         folder, base = os.path.split(named)
-        # A photo may be a link by now, which was none when it was sorted. Older histories have names as they came.
+        # What has the photo's name by now may be a link, so only its folder is resolved. Older histories have folders
+        # as they were named, through links too.
         real = os.path.realpath(path) if os.path.isdir(path) else os.path.join(os.path.realpath(folder), base)
         found: list[str] = []
         values: list[bytes] = []
-        for whole in map(Path, dict.fromkeys((real, named))):
-            name = os.fsencode(whole)
+        for wanted in map(Path, dict.fromkeys((real, named))):
+            name = os.fsencode(wanted)
             found += [f"{alias}.root = ?", f"({alias}.root > ? AND {alias}.root < ?)"]  # "0" follows "/" in ASCII
             values += [name, name + b"/", name + b"0"]
-            for root in whole.parents:
-                source = os.fsencode(whole.relative_to(root))
+            for root in wanted.parents:
+                source = os.fsencode(wanted.relative_to(root))
                 found.append(f"({alias}.root = ? AND {alias}.source = ?)")
                 found.append(f"({alias}.root = ? AND {alias}.source > ? AND {alias}.source < ?)")
                 values += [os.fsencode(root), source, os.fsencode(root), source + b"/", source + b"0"]
@@ -195,39 +176,39 @@ class HistoryReader:
         return f" AND ({' OR '.join(found)})", values
 
     def last_sorted(self, root: Path, names: Sequence[str], since: float) -> Entry | None:
-        """The last photo with one of these names that was sorted since then and is where it was sorted to.
+        """The last photo with one of these names that was sorted, if it still is where it went.
 
-        None also if the history cannot be read at present.
+        None if there is none, or if the history cannot be read at present.
 
         Args:
             root: the inbox.
-            names: inside it.
-            since: seconds since the epoch.
+            names: paths inside the inbox.
+            since: only photos sorted at this time or later, in seconds since the epoch.
         """
         marks = ", ".join("?" * len(names))
         query = f"{_ENTRY} AND m.source IN ({marks}) AND m.root = ? AND m.kind <> '{SIDECAR}' AND m.done >= ?"
         try:
             values = (*map(os.fsencode, names), self._real(root), since)
-            rows = self._all(f"{query} ORDER BY m.id DESC LIMIT 1", values)
+            rows = self._database.rows(f"{query} ORDER BY m.id DESC LIMIT 1", values)
         except ConfigurationError:
             return None
         entry = next(map(self._entry, rows), None)
         return None if entry is None or entry.undone or not os.path.lexists(entry.destination) else entry
 
     def last_run(self) -> str | None:
-        """The last run of which a photo can be brought back."""
+        """The ID of the last run that sorted a photo which can be restored; None if there is none."""
         query = f"SELECT m.run FROM moves m WHERE m.done IS NOT NULL AND m.kind <> '{SIDECAR}'{_UNDOABLE}"  # noqa: S608
-        found = self._all(f"{query} ORDER BY m.id DESC LIMIT 1", ())
+        found = self._database.rows(f"{query} ORDER BY m.id DESC LIMIT 1", ())
         return str(found[0][0]) if found else None
 
     def last_failure(self) -> Entry | None:
-        """The last photo that could not be read and was not brought back."""
-        found = self._all(f"{_ENTRY} AND m.kind = 'failed'{_UNDOABLE} ORDER BY m.id DESC LIMIT 1", ())
+        """The last photo that went to `failed` and was not restored."""
+        found = self._database.rows(f"{_ENTRY} AND m.kind = 'failed'{_UNDOABLE} ORDER BY m.id DESC LIMIT 1", ())
         return self._entry(found[0]) if found else None
 
     def counts(self, since: float = 0.0) -> Counts:
-        """How many photos went where."""
-        rows = self._all(
+        """How many photos were moved at this time or later, in seconds since the epoch."""
+        rows = self._database.rows(
             "SELECT folder, EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL) AS undone, "
             "count(*) FROM moves m WHERE done IS NOT NULL AND undoes IS NULL AND done >= ? "
             "AND kind <> ? GROUP BY folder, undone",
@@ -236,36 +217,26 @@ class HistoryReader:
         folders = {folder: count for folder, undone, count in rows if not undone}
         return Counts(folders, sum(count for _, undone, count in rows if undone))
 
-    def was_put_back(self, photo: Photo) -> bool:
-        """Tell whether a photo in the inbox is one that was brought back, and has not changed since.
+    def was_restored(self, photo: Photo) -> bool:
+        """Whether a photo in the inbox was restored by an undo and has not changed since.
 
-        Where the history cannot be read at present it is not: sorting it again loses nothing.
+        False if the history cannot be read at present: to sort the photo again loses nothing.
         """
         query = "SELECT size, mtime_ns FROM moves WHERE undoes IS NOT NULL AND target = ? AND name = ?"
         try:
-            rows = self._all(f"{query} ORDER BY id DESC LIMIT 1", (self._real(photo.root), os.fsencode(photo.name)))
+            rows = self._database.rows(
+                f"{query} ORDER BY id DESC LIMIT 1", (self._real(photo.root), os.fsencode(photo.name))
+            )
         except ConfigurationError:
             return False
         return [(photo.identity.size, str(photo.identity.mtime_ns))] == rows
 
     def _real(self, root: Path) -> bytes:
-        """An inbox as the history calls it, whichever way it was named now; asked for each photo, and so kept."""
+        """The path that the history has for an inbox; kept, because it is asked for each photo."""
         folder = file_of(root)
         if folder not in self._real_roots:
             self._real_roots = {folder: os.fsencode(os.path.realpath(root))}
         return self._real_roots[folder]
-
-    def _all(self, query: str, values: Sequence[object]) -> list[Any]:
-        try:
-            if self._file != file_of(self.path):  # removed, perhaps recreated, or its disk is back
-                self._connection.close()
-                self._file = None
-                self._open()
-            return self._connection.execute(query, values).fetchall()
-        except sqlite3.DatabaseError as error:
-            raise ConfigurationError(f"the history {self.path} cannot be read ({error})") from None
-        except OSError as error:
-            raise ConfigurationError(f"the history {self.path} cannot be read ({error.strerror})") from None
 
     def _entry(self, row: Sequence[Any]) -> Entry:
         id_, run, done, root, source, target, folder, name, size, mtime_ns, *why = row
@@ -294,17 +265,7 @@ class HistoryReader:
 
 
 def _moved(alias: str, run: str | None, since: float | None) -> tuple[str, list[object]]:
-    """A condition for rows of `moves` by when they were moved, and its values."""
+    """The condition for rows of `moves` under an alias by run and time, and its values."""
     wanted = [(f"{alias}.run = ?", run), (f"{alias}.done >= ?", since)]
     given = [(condition, value) for condition, value in wanted if value is not None]
     return "".join(f" AND {condition}" for condition, _ in given), [value for _, value in given]
-
-
-def _opened(path: Path) -> sqlite3.Connection:
-    with path.open("rb") as file:
-        has_log = file.read(20)[18:20] == b"\2\2"  # sqlite.org/fileformat.html: how it is read and written
-    # Without its log beside it nobody writes the file, and to read it nothing has to be made beside it.
-    at_rest = "&immutable=1" if has_log and not path.with_name(f"{NAME}-wal").exists() else ""
-    return sqlite3.connect(
-        f"{path.as_uri()}?mode=ro{at_rest}", uri=True, timeout=history.BUSY_SECONDS, check_same_thread=False
-    )

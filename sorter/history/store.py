@@ -1,9 +1,9 @@
-"""What went where and why, in `<output>/.sorter/history.sqlite3`: one row a photo, written before it moves.
+"""Writes the history, `<output>/.sorter/history.sqlite3`: one row per photo, written before the photo moves.
 
-In: `Move`s, first as intents, then as done. Out: the intents that a crash left unfinished, and later the whole story.
+In: `Move`s, first as intents, then as done. Out: the intents that a crash left unfinished.
 
-An intent is durable before its photo is touched, and a row says done only after the folders are synced, so after any
-crash the rows without done are exactly the photos whose place has to be looked at: `recovery.py` does that.
+An intent is durable before its photo is touched, and a row is marked done only after the folders are synced. So after a
+crash exactly the photos whose rows are not done may have either name, and `recovery.py` looks at those.
 """
 
 import contextlib
@@ -19,79 +19,20 @@ from typing import Any, Final
 from sorter.errors import ConfigurationError, StorageError
 from sorter.files import FOLDER, file_systems
 from sorter.files.photo import Identity, file_of
+from sorter.history import schema
 
 NAME = "history.sqlite3"
 FAILED, UNSURE = "failed", "unsure"
 SIDECAR: Final = "sidecar"
-"""Kinds of moves; the first two are folders too."""
+"""Kinds of moves; the first two are also the names of folders."""
 
-_APPLICATION_ID = 0x736F7274  # "sort": tells our file from somebody else's
 BUSY_SECONDS = 30.0
-
-# One script for each version of the schema. A script that was released is never changed: add another.
-_MIGRATIONS = (
-    """
-    CREATE TABLE runs (
-        id TEXT PRIMARY KEY,
-        started REAL NOT NULL, -- seconds since the epoch
-        finished REAL,
-        version TEXT NOT NULL,
-        model TEXT NOT NULL
-    ) STRICT;
-    CREATE TABLE moves (
-        id INTEGER PRIMARY KEY,
-        token TEXT NOT NULL UNIQUE, -- in the hidden names that the move uses
-        run TEXT NOT NULL REFERENCES runs (id),
-        done REAL, -- seconds since the epoch; NULL is an intent
-        root BLOB NOT NULL, -- the inbox; paths are bytes, they need not be UTF-8
-        source BLOB NOT NULL, -- inside the inbox
-        folder TEXT NOT NULL, -- inside the output
-        name BLOB NOT NULL, -- inside the folder
-        device INTEGER NOT NULL,
-        inode INTEGER NOT NULL,
-        size INTEGER NOT NULL, -- bytes
-        mtime_ns TEXT NOT NULL, -- a number that may need more than 64 bits
-        kind TEXT NOT NULL, -- sorted, unsure, failed
-        label TEXT,
-        confidence REAL,
-        reason TEXT,
-        detail TEXT
-    ) STRICT;
-    CREATE INDEX moves_unfinished ON moves (id) WHERE done IS NULL;
-    """,
-    """
-    -- run, undo
-    ALTER TABLE runs ADD COLUMN kind TEXT NOT NULL DEFAULT 'run';
-    -- what the folder is inside of, where that is not the output
-    ALTER TABLE moves ADD COLUMN target BLOB;
-    ALTER TABLE moves ADD COLUMN undoes INTEGER REFERENCES moves (id);
-    CREATE INDEX moves_source ON moves (source);
-    CREATE INDEX moves_undone ON moves (target, name) WHERE undoes IS NOT NULL;
-    CREATE UNIQUE INDEX moves_undone_once ON moves (undoes) WHERE undoes IS NOT NULL;
-    """,
-    """
-    -- the photo that a companion went with
-    ALTER TABLE moves ADD COLUMN follows INTEGER REFERENCES moves (id);
-    CREATE INDEX moves_following ON moves (follows) WHERE follows IS NOT NULL;
-    CREATE INDEX moves_companions ON moves (id) WHERE kind = 'companion';
-    CREATE INDEX moves_place ON moves (name, folder);
-    DROP INDEX moves_source;
-    CREATE INDEX moves_source ON moves (root, source);
-    """,
-    """
-    -- "sidecar" is the field's word for what was called a companion
-    UPDATE moves SET kind = 'sidecar' WHERE kind = 'companion';
-    DROP INDEX moves_companions;
-    CREATE INDEX moves_sidecars ON moves (id) WHERE kind = 'sidecar';
-    """,
-)
-VERSION = len(_MIGRATIONS)
 
 _COLUMNS = (
     "token, run, root, source, folder, name, device, inode, size, mtime_ns, kind, label, confidence, reason, detail, "
     "target, undoes"
 )
-# The last photo of that name in that folder; asked for sidecars alone.
+# The row of a sidecar's photo: the last one that took that name in that folder. NULL for anything but a sidecar.
 _FOLLOWS = (
     "CASE WHEN ? IS NOT NULL THEN (SELECT id FROM moves WHERE folder = ? AND name = ? AND kind <> 'sidecar' "
     "AND done IS NOT NULL AND undoes IS NULL ORDER BY id DESC LIMIT 1) END"
@@ -104,10 +45,13 @@ _INSERT = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One process lifetime.
+    """One process, from its start to its end.
 
     Attributes:
-        kind: `run` sorts; `undo` restores, and has no model.
+        id: unique; moves name it.
+        version: of the sorter.
+        model: its name; empty for an undo.
+        kind: `run` or `undo`.
     """
 
     id: str
@@ -118,21 +62,24 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One photo's way, planned or done.
+    """One file's move, planned or done.
 
     Attributes:
-        token: names the hidden files that the move may leave behind when it is killed.
+        token: unique; part of the hidden names that the move leaves behind if it is killed.
+        run: the `id` of the run.
         root: the inbox.
-        source: the path inside it.
-        folder: inside the output, `cats`.
-        name: inside that folder, `a-1.jpg`.
-        identity: of the file that was classified; its ctime is not kept, a move changes that.
-        kind: `sorted`, `unsure`, `failed`, `sidecar`, or `undone`.
-        confidence: 0 to 1, None if it was not classified; `reason` and `detail` then say why.
-        target: None for the output. The inbox for a photo that is brought back: `root` is the output then, `folder` is
-            empty, and `name` is a path inside the target.
-        undoes: the row of the move that it takes back.
-        follows: of a sidecar, the name that its photo has in the same folder.
+        source: the path inside the inbox.
+        folder: inside the output, such as `cats`.
+        name: inside that folder, such as `a-1.jpg`.
+        identity: of the file that was classified; its ctime is not recorded, because a move changes it.
+        kind: `sorted`, `unsure`, `failed`, `sidecar` or `undone`.
+        confidence: 0 to 1; None if it was not classified.
+        reason: why it failed.
+        detail: more about that, or why it is unsure.
+        target: None for a move into the output. For an undo the inbox: `root` is then the output, `folder` is empty,
+            and `name` is a path inside `target`.
+        undoes: the id of the row that an undo reverses.
+        follows: the name that a sidecar's photo has in the same folder.
     """
 
     token: str
@@ -153,18 +100,18 @@ class Move:
 
 
 class History:
-    """An open history; one process writes it, and there one thread at a time.
+    """A history that is open for writing, by one thread at a time.
 
     Args:
-        output: the folder that has `cats/` and the others; the history is made where it is missing.
+        output: the folder that has `cats/` and the others; a missing history is created, an older one upgraded.
 
     Raises:
-        ConfigurationError: the file is damaged, somebody else's, of a newer sorter, or cannot be opened.
+        ConfigurationError: the file is damaged, another program's, a newer sorter's, or cannot be opened.
     """
 
     def __init__(self, output: Path) -> None:
         self.path = output / FOLDER / NAME
-        self._file: tuple[int, int] | None = None  # device and inode of what is open
+        self._file: tuple[int, int] | None = None  # device and inode of the open file
         self._run: Run | None = None
         try:
             self._connect()
@@ -183,7 +130,6 @@ class History:
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
         try:
-            self._on_network = file_systems.is_network(self.path.parent)
             self._prepare()
         except BaseException:
             self._connection.close()
@@ -191,7 +137,7 @@ class History:
         self._file = file_of(self.path)
 
     def _check_files(self) -> None:
-        """Refuse links, which would have us write somewhere else."""
+        """Refuse links, through which SQLite would write to another place."""
         for name in (NAME, f"{NAME}-wal", f"{NAME}-shm", f"{NAME}-journal"):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 status = os.lstat(self.path.with_name(name))
@@ -199,27 +145,20 @@ class History:
                     raise ConfigurationError(f"{self.path.with_name(name)} is not a file of the sorter: move it away")
 
     def _prepare(self) -> None:
-        # WAL needs memory shared between its users, which machines on a network do not have.
-        self._connection.execute(f"PRAGMA journal_mode = {'DELETE' if self._on_network else 'WAL'}")
+        schema.version_of(self._connection, self.path)  # refuses a file that is not ours before it is changed
+        # WAL needs memory that all users of the file share, and two machines share none.
+        wanted = "DELETE" if file_systems.is_network(self.path.parent) else "WAL"
+        (mode,) = self._connection.execute(f"PRAGMA journal_mode = {wanted}").fetchone()
+        self._writes_ahead = mode == "wal"  # SQLite answers with another mode if it cannot
         self._connection.execute("PRAGMA foreign_keys = ON")
-        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        (owner,) = self._connection.execute("PRAGMA application_id").fetchone()
-        (tables,) = self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        if owner != _APPLICATION_ID and tables:
-            raise ConfigurationError(f"{self.path} is another program's database: move it elsewhere and restart sorter")
-        if version > len(_MIGRATIONS):
-            raise ConfigurationError(f"the history {self.path} was written by a newer sorter: upgrade this one")
-        for number in range(version, len(_MIGRATIONS)):
-            with self._transaction():
-                for statement in _MIGRATIONS[number].split(";\n"):
-                    self._connection.execute(statement)
-                self._connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-                self._connection.execute(f"PRAGMA user_version = {number + 1}")
+        with self._transaction():
+            schema.upgrade(self._connection, self.path)
 
     @contextlib.contextmanager
     def _transaction(self, *, durably: bool = True) -> Iterator[None]:
-        # Only a write-ahead log may lose its end and nothing else; NORMAL spares it the wait for the disk.
-        self._connection.execute(f"PRAGMA synchronous = {'FULL' if durably or self._on_network else 'NORMAL'}")
+        # NORMAL does not wait for the disk. At a power cut, a write-ahead log then loses its last transactions and
+        # nothing else, but a rollback journal may leave a damaged file.
+        self._connection.execute(f"PRAGMA synchronous = {'FULL' if durably or not self._writes_ahead else 'NORMAL'}")
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -231,10 +170,10 @@ class History:
 
     @contextlib.contextmanager
     def _writing(self, *, durably: bool = True) -> Iterator[None]:
-        """One transaction, in a new file if the old one was removed."""
+        """One transaction, in a new file if the old one was removed; any failure becomes a StorageError."""
         try:
             if self._file is None or self._file != file_of(self.path):
-                # Its disk was away, or somebody removed the file: the open one would be written for nobody.
+                # Its disk was away, or somebody removed the file: nobody would find what is written to the open one.
                 self._connection.close()
                 self._connect()
                 if self._run is not None:
@@ -255,7 +194,7 @@ class History:
         """Record that a run has started.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: the history cannot be written.
         """
         with self._writing():
             self._insert(run)
@@ -268,10 +207,10 @@ class History:
         )
 
     def finish(self, run: Run) -> None:
-        """Record that a run has ended by itself.
+        """Record that a run has ended, and was not killed.
 
         Raises:
-            StorageError: the disk refused.
+            StorageError: the history cannot be written.
         """
         with self._writing():
             self._connection.execute("UPDATE runs SET finished = ? WHERE id = ?", (time.time(), run.id))
@@ -280,22 +219,22 @@ class History:
         """Record what is about to happen, durably, in one transaction.
 
         Raises:
-            StorageError: the disk refused; nothing was recorded.
+            StorageError: the history cannot be written; nothing was recorded.
         """
         with self._writing():
             self._connection.executemany(_INSERT, map(_row, moves))
 
     def settle(self, done: Sequence[Move], withdrawn: Sequence[Move]) -> None:
-        """Record what happened, in one transaction; withdrawn moves leave no row.
+        """Record in one transaction which moves were done; those that were withdrawn leave no row.
 
-        It is durable with the next intents; after a power cut before them, recovery looks at the photos again.
+        This becomes durable with the next intents. After a power cut before them, recovery looks at the photos again.
 
         Raises:
-            StorageError: the disk refused; the moves are still intents.
+            StorageError: the history cannot be written; the moves are still intents.
         """
         now = time.time()
         with self._writing(durably=False):
-            # Somebody may have removed the history since the intents were written.
+            # The intents are missing if somebody has removed the history since.
             self._connection.executemany(f"{_INSERT} ON CONFLICT (token) DO NOTHING", map(_row, done))
             self._connection.executemany("UPDATE moves SET done = ? WHERE token = ?", [(now, m.token) for m in done])
             self._connection.executemany(
@@ -370,7 +309,7 @@ def _move(row: Sequence[Any]) -> Move:
     )
 
 
-# SQLite's integers have a sign; some file systems number their files with all 64 bits.
+# SQLite's integers are signed; some file systems use all 64 bits for inode numbers.
 def _signed(number: int) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
 

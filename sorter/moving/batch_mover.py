@@ -1,17 +1,17 @@
 """Moves a batch of photos and records it: intents, moves, syncs, done.
 
-In: `Decision`s. Out: an `Outcome` for each. The order is the promise: what is about to happen is durable before the
-first photo is touched, and nothing is recorded as done before the folders are synced.
+In: `Decision`s. Out: an `Outcome` for each. The safety is in the order: the intents are durable before the first photo
+is touched, and nothing is recorded as done before the folders are synced.
 """
 
 import os
 import threading
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from sorter.deadlines import Deadline
 from sorter.decisions import Decision, Outcome
 from sorter.errors import StorageError
 from sorter.files.atomic import ChangedError, StayedError
@@ -19,25 +19,22 @@ from sorter.history.store import History, Move
 from sorter.moving.mover import Mover
 from sorter.moving.recovery import Plan
 
-STEP_SECONDS = 60.0
-"""What any step may take beside its own time before it counts as hung: slow machines, cold disks, new processes."""
-NEVER = float("inf")
 _FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 1.0, 60.0
 
 Result = TypeVar("Result")
 
 
 class GivenUpError(StorageError):
-    """The storage still refused when the daemon was told to stop."""
+    """The storage still failed when the daemon was told to stop."""
 
 
 class BatchMover:
-    """The mover and the history, in the right order; used by one thread only.
+    """Uses the mover and the history in the right order; used by one thread only.
 
     Args:
-        history: None for a dry run, which names destinations and touches nothing.
-        run: the id that the history has this process under.
-        patient: wait and try again where storage refuses, as a daemon does, instead of raising.
+        history: None for a dry run, which determines destinations and changes nothing.
+        run: the ID of this process's run in the history.
+        patient: if the storage fails, wait and try again, as a daemon does, instead of raising.
         stopping: ends the waiting.
     """
 
@@ -48,14 +45,14 @@ class BatchMover:
         self._patient, self._stopping = patient, stopping
         self.blocked: str | None = None
         """Why nothing can be moved at present, while that is so."""
-        self.deadline = NEVER
-        """By when the step in hand has to be done, a monotonic time; later it counts as hung."""
+        self.deadline = Deadline()
+        """Of the step in hand; waiting for space on the disk is none."""
 
     def move(self, batch: list[Decision], tell: Callable[[Outcome], None]) -> None:
-        """Move a batch; `tell` gets each outcome once, when it is recorded, also when the rest could not be moved.
+        """Move a batch. `tell` gets the outcome of each photo that was tried, once, even if the others fail.
 
         Raises:
-            StorageError: nothing more can be moved; nothing is lost or half moved.
+            StorageError: nothing more can be moved; no photo is lost, and the next start finds any that is half moved.
         """
         plans = [self._mover.plan(decision.decoded.photo, decision.folder, decision.name) for decision in batch]
         if self._history is None:
@@ -65,8 +62,9 @@ class BatchMover:
         try:
             self._move(self._history, batch, plans, tell)
         except GivenUpError as error:
-            self.blocked = str(error)
+            self.blocked = str(error)  # told to stop, which is no failure: the photos that are left stay in the inbox
         finally:
+            # Planning reserved these names, so that no two photos of a batch get the same one.
             for plan in plans:
                 self._mover.forget(plan)
 
@@ -76,7 +74,7 @@ class BatchMover:
         moves = [self._intent(decision, plan) for decision, plan in zip(batch, plans, strict=True)]
         outcomes: list[Outcome] = []
         try:
-            # Before the history, which belongs into the output and not where its disk is not mounted.
+            # First, because the history must not be created in the empty mount point of an output that is away.
             self._patiently(lambda: self._mover.check_output(plans[0].photo.root))
             self._patiently(lambda: history.intend(moves))
             for plan in plans:
@@ -86,7 +84,9 @@ class BatchMover:
         finally:
             for plan in plans:
                 self._mover.withdraw_copy(plan)
-            # What was moved is recorded and told, also when the next one could not be.
+            # If one photo cannot be moved, and the error is on its way to the caller, those before it have been moved
+            # all the same: they must be recorded as done. Those that were not reached must not remain as intents. An
+            # unresolved one may have two names now: its intent stays, for recovery at the next start.
             done = [move for move, outcome in zip(moves, outcomes, strict=False) if outcome.destination is not None]
             kept = {move.token for move in done}
             kept |= {plan.token for plan in plans if self._mover.is_unresolved(plan)}
@@ -96,6 +96,7 @@ class BatchMover:
                 if done or withdrawn:
                     self._patiently(lambda: self._settle(history, plans[0].photo.root, done, withdrawn))
             finally:
+                # Moved is moved, even if it could not be recorded: then its intent is left, and recovery records it.
                 for outcome in outcomes:
                     tell(outcome)
 
@@ -113,28 +114,35 @@ class BatchMover:
         return Outcome(plan.photo, decision.kind, decision, self._mover.path(plan))
 
     def _patiently(self, step: Callable[[], Result], *, own_seconds: float = 0.0) -> Result:
-        """Do one step; where storage refuses, a daemon tries it again until it is told to stop.
+        """Do one step; if the storage fails, a daemon tries again until it is told to stop.
 
-        Everything before this stage fills up and stands still meanwhile, and no photo is lost.
+        Meanwhile the queues before this stage fill up, and sorting stops.
 
         Args:
-            step: raises StorageError where nothing can be moved now.
-            own_seconds: what the step may take beside `STEP_SECONDS`.
+            step: raises a StorageError if nothing can be moved now.
+            own_seconds: what the step may take in addition to `STEP_SECONDS`.
+
+        Raises:
+            GivenUpError: the storage still failed when the daemon was told to stop.
+            StorageError: the storage failed, and this is not a daemon.
         """
         delay_seconds = _FIRST_DELAY_SECONDS
         while True:
-            self.deadline = time.monotonic() + STEP_SECONDS + own_seconds
             try:
-                result = step()
+                self.deadline.begin(own_seconds)
+                try:
+                    result = step()
+                finally:
+                    self.deadline.finish()
             except StorageError as error:
                 if not self._patient:
                     raise
-                self.blocked, self.deadline = str(error), NEVER
+                self.blocked = str(error)
                 if self._stopping.wait(delay_seconds):
                     raise GivenUpError(str(error)) from error
                 delay_seconds = min(_LONGEST_DELAY_SECONDS, 2 * delay_seconds)
             else:
-                self.blocked, self.deadline = None, NEVER
+                self.blocked = None
                 return result
 
     def _intent(self, decision: Decision, plan: Plan) -> Move:
@@ -142,7 +150,7 @@ class BatchMover:
         return Move(
             token=plan.token,
             run=self._run,
-            # What the history calls it holds also for those who come to it another way, by a link or from elsewhere.
+            # Resolved, so that it is found later under whatever path the inbox is named then.
             root=Path(os.path.realpath(plan.photo.root)),
             source=plan.photo.name,
             folder=plan.folder,

@@ -1,12 +1,13 @@
 """Brings a photo whose move was interrupted back to exactly one name.
 
-In: a `Plan`. Out: whether the photo arrived. The mover asks after an error; `recover` asks at start-up, for each intent
-of the history that a crash left unfinished. Only what is on the disk decides, never what a process remembered.
+In: a `Plan`. Out: whether the photo arrived. The mover calls `resolve` after an error; `recover` does at start-up, for
+each intent that a crash left in the history. Only what is on the disk decides, never what a process remembers.
 
-The names that exist show how far the move came. `old` is the photo in its old folder, `new` is the planned name. The
+The names that exist show how far the move got. `old` is the photo in its old folder, `new` is the planned name. The
 partial and the hidden name contain the plan's token, 64 random bits, so nobody else uses them. The partial one is
-always ours: an unfinished copy, or the first hard link. The hidden one is what `take_away` renamed to look at before
-removing it, in the old folder or, when a move is undone, in the new one; it may turn out to be somebody else's file.
+always ours: an unfinished copy, or the first hard link. The hidden one is a file that `take_away` renamed so as to look
+at it before removing it: in the old folder, or in the new one when a copy is taken back. It may turn out to be somebody
+else's file.
 
     where the move was interrupted                      names that exist            what `resolve` does
     ------------------------------                      ---------------             -------------------
@@ -20,7 +21,7 @@ removing it, in the old folder or, when a move is undone, in the new one; it may
     after a link, and the owner edited the photo        one edited file, two names  removes the new name
     after the new name was reserved                     old, new: a reservation     removes the new one
 
-A hidden file that is not removed gets its own name back. The photo has arrived if only `new` is left.
+A hidden file that is not removed gets its own name back. The photo has arrived if only `new` remains.
 """
 
 import contextlib
@@ -54,6 +55,7 @@ class Plan:
     """What a move is about to do; written to the history before the photo is touched.
 
     Attributes:
+        photo: where it is, and which version of the file was classified.
         folder: inside the output.
         name: inside the folder; the move takes this name or none.
         token: part of the hidden names that the move uses on the way.
@@ -67,7 +69,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A name in an open folder, and what has it."""
+    """A name in an open folder, and the status of the file that has it."""
 
     folder: int
     name: str
@@ -78,7 +80,7 @@ def resolve(output: Path, plan: Plan) -> bool:
     """Bring a photo whose move was interrupted to exactly one name, and tell whether it is the new one.
 
     Raises:
-        OSError: it cannot be determined now; nothing was removed that does not exist elsewhere.
+        OSError: it cannot be determined now; nothing was removed that has no other name.
     """
     folder, _, base = plan.photo.name.rpartition("/")
     with _opened_if_there(plan.photo.root, folder) as source, _opened_if_there(output, plan.folder) as target:
@@ -86,7 +88,7 @@ def resolve(output: Path, plan: Plan) -> bool:
         hidden = _look(target, away_name(plan.token))
         new = _look(target, plan.name)
         if source is None and (new or partial or hidden) and not os.path.isdir(plan.photo.root):
-            # A disk that is not plugged in may still have the photo: then the copy is not its only name.
+            # The inbox may be on a disk that is not plugged in and still has the photo. To decide now could leave two.
             raise FileNotFoundError(errno.ENOENT, "its inbox is not there")
         old = _find_old(source, base, plan)
         if partial is not None:
@@ -107,11 +109,11 @@ def resolve(output: Path, plan: Plan) -> bool:
 
 
 def _find_old(source: int | None, base: str, plan: Plan) -> _File | None:
-    """The photo in its old folder, under its own or the hidden name; anybody else's hidden file gets its name back."""
+    """The photo in its old folder, under its own or the hidden name; another hidden file gets its own name back."""
     named, hidden = _look(source, base), _look(source, away_name(plan.token))
     if hidden is not None:
         if named is not None and os.path.samestat(named.status, hidden.status):
-            os.unlink(hidden.name, dir_fd=hidden.folder)  # put back by a link, but not unlinked yet
+            os.unlink(hidden.name, dir_fd=hidden.folder)  # killed between the link and the unlink that give it back
         elif _is_version(hidden.status, plan.photo.identity):
             return hidden
         else:
@@ -120,7 +122,7 @@ def _find_old(source: int | None, base: str, plan: Plan) -> _File | None:
 
 
 def _finish_taking_back(old: _File | None, hidden: _File, plan: Plan) -> None:
-    """Remove what the destination had if it is the photo's copy, and give it its name back if it is not."""
+    """Remove a hidden file in the new folder if it is a copy of the photo; give it its name back if not."""
     if old is not None and same_contents(old.folder, old.name, hidden.folder, hidden.name):
         os.unlink(hidden.name, dir_fd=hidden.folder)
     else:
@@ -128,12 +130,12 @@ def _finish_taking_back(old: _File | None, hidden: _File, plan: Plan) -> None:
 
 
 def _leave_one(old: _File | None, new: _File | None, under_old_name: _File | None, plan: Plan) -> bool:
-    """Of the photo's two names leave one, and tell whether it is the new one.
+    """Leave one of the photo's two names, and tell whether it is the new one.
 
     Args:
-        old: the photo in its old folder, None if it is not there or has changed.
-        new: what has the planned name.
-        under_old_name: what has the old name now, the photo or not.
+        old: the photo in its old folder; None if it is not there or has changed.
+        new: the file with the planned name.
+        under_old_name: the file with the old name, whether it is the photo or not.
         plan: of the move.
     """
     match old, new:
@@ -146,7 +148,7 @@ def _leave_one(old: _File | None, new: _File | None, under_old_name: _File | Non
         case None, _File():
             return _looks_like_photo(new.status, plan.photo.identity)
         case _File(), _File():
-            # Without the same contents it is somebody else's file that has the planned name.
+            # With other contents, it is somebody else's file that has the planned name.
             return same_contents(old.folder, old.name, new.folder, new.name) and _remove_old(old, new, plan)
 
 
@@ -173,12 +175,13 @@ def _remove_old(old: _File, new: _File, plan: Plan) -> bool:
 
 
 def _is_version(status: os.stat_result, identity: Identity) -> bool:
-    # The device is left out: it may have another number after a reboot.
+    """Tell whether a file is the version that was classified."""
+    # Not by its device, which may have another number after a reboot.
     return stat.S_ISREG(status.st_mode) and Identity.of(status)._replace(device=identity.device).is_same_file(identity)
 
 
 def _looks_like_photo(status: os.stat_result, identity: Identity) -> bool:
-    """Tell whether a file can be the photo that is gone: it has its inode, or its size and time as a copy has."""
+    """Tell whether a file may be the photo: it has the inode, or the size and time, which a copy keeps."""
     alike = status.st_size == identity.size and abs(status.st_mtime_ns - identity.mtime_ns) <= COARSE_NS
     return stat.S_ISREG(status.st_mode) and (alike or inodes.number(status) == identity.inode != 0)
 
@@ -196,7 +199,7 @@ def _look(folder: int | None, name: str) -> _File | None:
 
 @contextlib.contextmanager
 def _opened_if_there(root: Path, relative: str) -> Iterator[int | None]:
-    """An open folder, or None where it is gone or something else has its name."""
+    """An open folder; None if it is gone, or if something else has its name."""
     with contextlib.ExitStack() as stack:
         try:
             folder: int | None = stack.enter_context(opened_folder(root, relative))
@@ -216,7 +219,7 @@ class Recovered:
     Attributes:
         moved: how many photos arrived.
         stayed: how many did not.
-        waiting: paths of photos that cannot be looked at yet, and why.
+        waiting: the paths of photos that cannot be examined yet, and why.
     """
 
     moved: int
@@ -231,7 +234,7 @@ def recover(history: History, output: Path, *, sorting: bool = True, undoing: bo
         history: of the output.
         output: the folder that has `cats/` and the others.
         sorting: include the moves into the output; the caller holds its lock.
-        undoing: include the moves back out of it; the caller holds the lock of undo.
+        undoing: include the moves out of it, by an undo; the caller holds the lock of undo.
 
     Raises:
         StorageError: the history cannot be written.

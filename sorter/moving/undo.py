@@ -1,8 +1,8 @@
-"""Bringing photos back: the mover and the history, the other way round.
+"""Restores sorted photos: moves them back to where they came from.
 
-In: `Entry`s of the history. Out: for each, where it is again, or why it stayed. The promises are those of sorting: the
-intent is durable before a photo is touched, nothing is ever replaced, and after a crash a photo has exactly one name.
-It works beside a sorter, which leaves alone what was put back.
+In: `Entry`s of the history. Out: for each, whether it was restored, or why it stayed. It promises what sorting does: an
+intent is durable before its photo is touched, nothing is ever replaced, and after a crash and the next start each photo
+has exactly one name. It works beside a running sorter, which leaves restored photos alone.
 """
 
 import itertools
@@ -28,10 +28,10 @@ _TAKEN = "another file has its old name"
 
 @dataclass(frozen=True, slots=True)
 class Undone:
-    """What became of one photo that was to go back.
+    """The result for one photo.
 
     Attributes:
-        problem: why it stayed where it is; empty if it is back.
+        problem: why it stayed where it is; empty if it was restored.
     """
 
     entry: Entry
@@ -39,13 +39,13 @@ class Undone:
 
 
 def check(entry: Entry) -> Identity:
-    """Make sure that a photo can go back; changes nothing.
+    """Check that a photo can be restored; changes nothing.
 
     Returns:
-        What it is now.
+        The identity that the file has now.
 
     Raises:
-        StayedError: it cannot, and why.
+        StayedError: it cannot be restored; the message says why.
     """
     folder, base = os.path.split(entry.destination)
     try:
@@ -53,7 +53,7 @@ def check(entry: Entry) -> Identity:
             status = os.stat(base, dir_fd=descriptor, follow_symlinks=False)
     except OSError:
         raise StayedError("it is gone") from None
-    # What is written about a photo changes as its owner edits that, and goes back as it is.
+    # A sidecar changes whenever its owner edits the photo, and goes back as it is.
     alike = entry.kind == SIDECAR or (
         status.st_size == entry.size and abs(status.st_mtime_ns - entry.mtime_ns) <= COARSE_NS
     )
@@ -68,7 +68,7 @@ def check(entry: Entry) -> Identity:
 
 
 def _check_folder(entry: Entry) -> None:
-    """Make sure that a photo's old folder accepts it; a missing one will be created."""
+    """Check that a photo's old folder accepts it; a missing folder will be created."""
     try:
         with opened_folder(Path(entry.root), os.path.dirname(entry.name)) as descriptor:
             if not os.access(".", os.W_OK | os.X_OK, dir_fd=descriptor):
@@ -80,12 +80,12 @@ def _check_folder(entry: Entry) -> None:
 
 
 def planned_undo(entries: Iterable[Entry]) -> Iterator[Undone]:
-    """Tell what `Undo` would do; changes nothing."""
+    """What `Undo` would do; changes nothing."""
     stayed: set[int] = set()
     taken: set[str] = set()
     for entry in entries:
         try:
-            _check_photo(entry, stayed)
+            _check_follows(entry, stayed)
             check(entry)
             if entry.source in taken:
                 raise StayedError(_TAKEN)
@@ -97,33 +97,34 @@ def planned_undo(entries: Iterable[Entry]) -> Iterator[Undone]:
             yield Undone(entry)
 
 
-def _check_photo(entry: Entry, stayed: set[int]) -> None:
-    """A sidecar stays with its photo."""
+def _check_follows(entry: Entry, stayed: set[int]) -> None:
+    """Check that an entry is not the sidecar of a photo that stays."""
     if entry.follows in stayed:
         raise StayedError("its photo stays too")
 
 
 class Undo:
-    """Brings photos back; used by one thread.
+    """Restores photos; used by one thread only.
 
     Args:
         output: the folder that they were sorted into.
-        history: its history.
-        run: what the history has this process under.
-        stopping: ends it after the batch in hand.
+        history: of the output.
+        run: of this process.
+        stopping: ends it after the current batch.
     """
 
     def __init__(self, output: Path, history: History, run: Run, stopping: threading.Event) -> None:
         self._output = Path(os.path.realpath(output))
         self._history, self._run, self._stopping = history, run, stopping
         self._movers: dict[str, Mover] = {}  # by the folder that photos go back to
-        self._stayed: set[int] = set()  # those that could not go back
+        self._stayed: set[int] = set()  # IDs of the entries that could not be restored
 
-    def bring_back(self, entries: Iterable[Entry]) -> Iterator[Undone]:
-        """Bring photos back, a batch and its fsyncs at a time.
+    def restore(self, entries: Iterable[Entry]) -> Iterator[Undone]:
+        """Restore photos, in batches that share their syncs.
 
         Raises:
-            StorageError: the history cannot be written, or a folder not be synced; what was moved is found again.
+            StorageError: the history cannot be written, or a folder cannot be synced; the next start finds what was
+                moved and records it.
         """
         self._history.begin(self._run)
         left = iter(entries)
@@ -136,7 +137,7 @@ class Undo:
         planned: list[tuple[Entry, Plan, Move]] = []
         for entry in entries:
             try:
-                _check_photo(entry, self._stayed)
+                _check_follows(entry, self._stayed)
                 plan = self._plan(entry, check(entry))
             except StayedError as error:
                 results.append(self._stays(entry, str(error)))
@@ -149,14 +150,17 @@ class Undo:
         try:
             for entry, plan, move in planned:
                 try:
-                    _check_photo(entry, self._stayed)
+                    _check_follows(entry, self._stayed)
                     self._move(entry, plan)
-                except (StayedError, StorageError) as error:  # another photo may come from a folder that is well
+                # One folder may be full or away while the others are fine, so even then the next photo is tried.
+                except (StayedError, StorageError) as error:
                     results.append(self._stays(entry, _TAKEN if os.path.lexists(entry.source) else str(error)))
                 else:
                     done.append(move)
                     results.append(Undone(entry))
         finally:
+            # As in sorting: what was moved is recorded, what was not is withdrawn, and what is unresolved stays an
+            # intent for recovery at the next start.
             kept = {move.token for move in done}
             kept |= {plan.token for entry, plan, _ in planned if self._movers[entry.root].is_unresolved(plan)}
             for root in {entry.root for entry, _, _ in planned}:
@@ -178,7 +182,7 @@ class Undo:
 
     def _move(self, entry: Entry, plan: Plan) -> None:
         try:
-            make_folder(Path(entry.root, plan.folder))  # a subfolder that was removed when it was empty
+            make_folder(Path(entry.root, plan.folder))  # its owner may have removed it when it was empty
         except OSError as error:
             raise StayedError(f"its folder cannot be made ({error.strerror})") from None
         self._movers[entry.root].move(plan)

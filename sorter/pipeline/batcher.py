@@ -13,8 +13,8 @@ import queue
 import threading
 import time
 
+from sorter.deadlines import Deadline
 from sorter.decoding.decoded import Decoded
-from sorter.pipeline.deadlines import Deadline
 
 _LOOK_SECONDS = 0.005  # how often to ask whether photos are still on their way
 

@@ -13,10 +13,10 @@ import numpy.typing as npt
 
 from sorter.classifier.engine import Engine
 from sorter.classifier.manifest import Manifest
+from sorter.deadlines import Deadline
 from sorter.decisions import Decision, decide, decide_unclassified
 from sorter.decoding.decoded import Decoded
 from sorter.pipeline.batcher import Batcher
-from sorter.pipeline.deadlines import Deadline
 from sorter.pipeline.measures import Measures
 from sorter.pipeline.move_stage import MoveStage
 from sorter.settings import Settings

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from sorter.deadlines import Deadline
 from sorter.decisions import Decided, Decision, Outcome
 from sorter.moving.batch_mover import BatchMover
 from sorter.pipeline.measures import Measures
@@ -71,9 +72,9 @@ class MoveStage:
         return self._mover.blocked
 
     @property
-    def is_overdue(self) -> bool:
-        """Whether the step in hand takes longer than a healthy one; waiting for space on the disk is healthy."""
-        return time.monotonic() > self._mover.deadline
+    def deadline(self) -> Deadline:
+        """Of the step in hand; waiting for space on the disk is healthy."""
+        return self._mover.deadline
 
     def run(self) -> None:
         """Move until closed.

@@ -171,8 +171,8 @@ class Pipeline:
         A step may take a minute, and in addition the decoders' timeout, a second for each photo of a batch, or a
         second for each megabyte of a photo that is moved.
         """
-        deadlines = (self._batcher.decoding, *(stage.deadline for stage in self._classifying))
-        return self._moving.is_overdue or any(deadline.is_overdue for deadline in deadlines)
+        classifying = (stage.deadline for stage in self._classifying)
+        return any(deadline.is_overdue for deadline in (self._batcher.decoding, *classifying, self._moving.deadline))
 
     @property
     def idle(self) -> bool:

@@ -198,7 +198,7 @@ class Service:
         photo = self._retries.admit(found, time.time())
         if photo is None or self._accounting.ignored.meet(photo) or self._sidecars.must_wait(photo):
             return None
-        if self._was_put_back(photo):
+        if self._was_restored(photo):
             self._accounting.skip_put_back(photo)
             return None
         if self._sidecars.follow_sorted(photo):
@@ -206,10 +206,10 @@ class Service:
             return None
         return photo
 
-    def _was_put_back(self, photo: Photo) -> bool:
+    def _was_restored(self, photo: Photo) -> bool:
         if self._history is None or self._settings.include_undone:
             return False
-        return self._history.was_put_back(photo)
+        return self._history.was_restored(photo)
 
     def _submit(self, photo: Photo) -> None:
         """Wait until the pipeline has space for a photo, or the end is asked for."""

@@ -1,4 +1,4 @@
-"""How confidently pictures of neither a cat nor a dog are classified, what catches them, and what else might.
+"""How confidently pictures that show neither a cat nor a dog are classified, what catches them, and what else might.
 
     python tests/benchmarks/outliers.py --photos DIR [--root /usr] [--test DATA] [--training DATA] [--imagenet FILE]
 

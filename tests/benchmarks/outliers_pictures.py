@@ -1,4 +1,4 @@
-"""Pictures of neither a cat nor a dog: from installed packages, and generated ones that are the same on each machine.
+"""Pictures that show neither a cat nor a dog: from installed packages, and generated ones, the same on each machine.
 
 Python packages: scikit-image, scikit-learn, matplotlib. Debian packages: mate-backgrounds,
 plasma-workspace-wallpapers, opencv-doc, tuxpaint-stamps-default, either installed or unpacked with `dpkg -x`.

@@ -50,7 +50,7 @@ class Owner:
         return effect
 
     def _drop(self, effect: Effect, name: str, content: str) -> None:
-        """Put a whole file under a name, and replace what was there."""
+        """Put a complete file under a name, and replace what was there."""
         if (self.inbox / "deep").is_symlink() and name.startswith("deep/"):
             return
         (self.inbox / name).parent.mkdir(exist_ok=True)

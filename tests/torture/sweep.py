@@ -93,7 +93,7 @@ class Place:
         return points
 
     def wrong_now(self) -> list[str]:
-        """At every instant: each photo is whole under one of its two names, and nobody else's file has changed."""
+        """At every instant: each photo is intact under one of its two names, and nobody else's file has changed."""
         found = {h for path, h in self._hashes().items() if not Path(path).name.startswith(".")}
         wrong = [f"{name!r} is under neither of its names" for name, c in PHOTOS.items() if _hash(c) not in found]
         return wrong + [
@@ -116,7 +116,7 @@ class Place:
         told = {os.fsdecode(source): self.output / folder / os.fsdecode(name) for source, folder, name, done in rows}
         wrong += [f"{os.fsdecode(row[0])!r} is an intent for ever" for row in rows if row[3] is None]
         if sorted(told) != sorted(PHOTOS) or len(rows) != len(PHOTOS):
-            wrong.append(f"the history tells of {sorted(os.fsdecode(row[0]) for row in rows)}")
+            wrong.append(f"the history lists {sorted(os.fsdecode(row[0]) for row in rows)}")
         wrong += [f"{n!r} is not where history says" for n, c in PHOTOS.items() if n in told and _content(told[n]) != c]
         return wrong
 

@@ -4,7 +4,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from sorter.moving.batch_mover import NEVER, STEP_SECONDS
+STEP_SECONDS = 60.0
+"""What any step may take beside its own time before it counts as hung: slow machines, cold disks, new processes."""
+_NEVER = float("inf")
 
 
 class Deadline:
@@ -24,7 +26,7 @@ class Deadline:
         self._clock = clock
         self._lock = threading.Lock()
         self._step_seconds = 0.0
-        self._due = NEVER
+        self._due = _NEVER
 
     def begin(self, own_seconds: float = 0.0) -> None:
         """Begin a step.
@@ -42,14 +44,14 @@ class Deadline:
         """Finish a step: those still in hand get their full time again."""
         with self._lock:
             self.in_hand -= 1
-            self._due = self._clock() + self._step_seconds if self.in_hand else NEVER
+            self._due = self._clock() + self._step_seconds if self.in_hand else _NEVER
 
     def cancel(self) -> None:
         """Take back a `begin`: that is no progress, so the deadline of the others stays."""
         with self._lock:
             self.in_hand -= 1
             if not self.in_hand:
-                self._due = NEVER
+                self._due = _NEVER
 
     @property
     def is_overdue(self) -> bool:

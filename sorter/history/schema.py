@@ -1,0 +1,117 @@
+"""The tables of the history, and how a history of an older version becomes one of this version.
+
+In: an open database. Out: the same database in the newest version, or a refusal of a file that is not ours to change.
+"""
+
+import sqlite3
+from pathlib import Path
+
+from sorter.errors import ConfigurationError
+
+_APPLICATION_ID = 0x736F7274  # "sort": tells our file from another program's
+_OLDEST_SQLITE = (3, 37)  # the first with STRICT tables
+
+# One script for each version of the schema. A script that was released is never changed: add another.
+_MIGRATIONS = (
+    """
+    CREATE TABLE runs (
+        id TEXT PRIMARY KEY,
+        started REAL NOT NULL, -- seconds since the epoch
+        finished REAL,
+        version TEXT NOT NULL,
+        model TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE moves (
+        id INTEGER PRIMARY KEY,
+        token TEXT NOT NULL UNIQUE, -- in the hidden names that the move uses
+        run TEXT NOT NULL REFERENCES runs (id),
+        done REAL, -- seconds since the epoch; NULL is an intent
+        root BLOB NOT NULL, -- the inbox; paths are bytes, they need not be UTF-8
+        source BLOB NOT NULL, -- inside the inbox
+        folder TEXT NOT NULL, -- inside the output
+        name BLOB NOT NULL, -- inside the folder
+        device INTEGER NOT NULL,
+        inode INTEGER NOT NULL,
+        size INTEGER NOT NULL, -- bytes
+        mtime_ns TEXT NOT NULL, -- a number that may need more than 64 bits
+        kind TEXT NOT NULL, -- sorted, unsure, failed
+        label TEXT,
+        confidence REAL,
+        reason TEXT,
+        detail TEXT
+    ) STRICT;
+    CREATE INDEX moves_unfinished ON moves (id) WHERE done IS NULL;
+    """,
+    """
+    -- run, undo
+    ALTER TABLE runs ADD COLUMN kind TEXT NOT NULL DEFAULT 'run';
+    -- what the folder is inside of, where that is not the output
+    ALTER TABLE moves ADD COLUMN target BLOB;
+    ALTER TABLE moves ADD COLUMN undoes INTEGER REFERENCES moves (id);
+    CREATE INDEX moves_source ON moves (source);
+    CREATE INDEX moves_undone ON moves (target, name) WHERE undoes IS NOT NULL;
+    CREATE UNIQUE INDEX moves_undone_once ON moves (undoes) WHERE undoes IS NOT NULL;
+    """,
+    """
+    -- the photo that a companion went with
+    ALTER TABLE moves ADD COLUMN follows INTEGER REFERENCES moves (id);
+    CREATE INDEX moves_following ON moves (follows) WHERE follows IS NOT NULL;
+    CREATE INDEX moves_companions ON moves (id) WHERE kind = 'companion';
+    CREATE INDEX moves_place ON moves (name, folder);
+    DROP INDEX moves_source;
+    CREATE INDEX moves_source ON moves (root, source);
+    """,
+    """
+    -- "sidecar" is the field's word for what was called a companion
+    UPDATE moves SET kind = 'sidecar' WHERE kind = 'companion';
+    DROP INDEX moves_companions;
+    CREATE INDEX moves_sidecars ON moves (id) WHERE kind = 'sidecar';
+    """,
+)
+NEWEST = len(_MIGRATIONS)
+"""The version of the schema that this sorter reads and writes."""
+
+
+def version_of(connection: sqlite3.Connection, path: Path) -> int:
+    """The version of the schema that a database has; 0 if it is empty. Changes nothing.
+
+    Args:
+        connection: to the database.
+        path: of the database, for messages.
+
+    Raises:
+        ConfigurationError: the database is another program's or a newer sorter's, or this SQLite is too old for it.
+    """
+    if sqlite3.sqlite_version_info < _OLDEST_SQLITE:
+        raise ConfigurationError(
+            f"the history needs SQLite 3.37 or newer, and this Python has {sqlite3.sqlite_version}: install sorter "
+            "with another Python"
+        )
+    # Tables first: if another process creates them meanwhile, the file is ours when its owner is read.
+    (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    (owner,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if owner != _APPLICATION_ID and tables:
+        raise ConfigurationError(f"{path} is another program's database: move it elsewhere and restart sorter")
+    if version > NEWEST:
+        raise ConfigurationError(f"the history {path} was written by a newer sorter: upgrade this one")
+    return int(version)
+
+
+def upgrade(connection: sqlite3.Connection, path: Path) -> None:
+    """Bring a database to the newest version of the schema.
+
+    The caller is in a transaction that holds the lock for writing, or has the database to itself: otherwise another
+    process could upgrade it after its version was read here.
+
+    Raises:
+        ConfigurationError: as `version_of`.
+    """
+    version = version_of(connection, path)
+    if version == NEWEST:
+        return
+    for script in _MIGRATIONS[version:]:
+        for statement in script.split(";\n"):  # executescript would commit first
+            connection.execute(statement)
+    connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {NEWEST}")
