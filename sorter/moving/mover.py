@@ -211,6 +211,8 @@ class Mover:
             return StayedError("may not be moved: its folder or its owner forbids it")
         if error.errno in _GONE:
             return ChangedError("is gone")
+        if error.errno == errno.EILSEQ:
+            return StayedError("has a name that the output's file system refuses: rename it")
         return StayedError(f"cannot be moved: {error.strerror}")
 
     def check_output(self, inbox: Path) -> None:

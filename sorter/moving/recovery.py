@@ -46,6 +46,9 @@ from sorter.files.atomic import (
 from sorter.files.photo import Identity, Photo, opened_folder
 from sorter.history.store import History, Move
 
+# Nothing has this name, or nothing can have it here: not all file systems take names that are not UTF-8, or long ones.
+_NO_SUCH_NAME = (errno.ENOENT, errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
+
 COARSE_NS = 2_000_000_000
 """How far apart the times of a file and its copy may be: some file systems store them to two seconds."""
 
@@ -192,7 +195,7 @@ def _look(folder: int | None, name: str) -> _File | None:
     try:
         return _File(folder, name, os.stat(name, dir_fd=folder, follow_symlinks=False))
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+        if error.errno not in _NO_SUCH_NAME:
             raise
         return None
 

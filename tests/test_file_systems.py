@@ -1,0 +1,183 @@
+"""One scenario on every file system that can be mounted here: sort, kill, watch, undo; nothing lost, nothing twice."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Running, make_tree, photo
+from mounts import ALL, CannotMountError, mounted
+
+WITHOUT_DATABASES = ("rclone", "fusefat")
+"""Where SQLite does not work; the history has to be on another disk."""
+QUICK = ("tmpfs", "mergerfs")
+PHOTOS = 60
+
+
+def _sorter(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sorter", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+def _contents(folder: Path) -> dict[str, str]:
+    """Digests of what people see in a folder, by relative path."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and ".sorter" not in path.parts
+    }
+
+
+def _fill(inbox: Path, start: int, count: int) -> None:
+    for number in range(start, start + count):
+        (inbox / f"IMG_{number:04}.jpg").write_bytes(photo(number))
+
+
+def _hidden(folder: Path) -> list[str]:
+    return [name for name in os.listdir(folder) if name.startswith(".") and name != ".sorter"]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.torture) for name in ALL]
+)
+def test_photos_are_sorted_and_restored(
+    name: str, tmp_path: Path, start: Callable[..., Running], proved: Callable[[str], None]
+) -> None:
+    try:
+        with mounted(name, tmp_path) as disk:
+            _scenario(name, disk, tmp_path, start, proved)
+    except CannotMountError as error:
+        pytest.skip(f"cannot mount {name}: {error}")
+
+
+def _scenario(name: str, disk: Path, local: Path, start: Callable[..., Running], proved: Callable[[str], None]) -> None:
+    inbox = disk / "in"
+    inbox.mkdir()
+    state = ["--state-dir", local / "state"] if name in WITHOUT_DATABASES else []
+    folders = ["--inbox", inbox, *state]
+    quickly = ["--settle-seconds", "0.5", "--log-format", "json"]
+
+    # A taken name, and a sidecar.
+    make_tree(inbox, {"cats/IMG_0000.jpg": b"other", "dogs/IMG_0000.jpg": b"other"})
+    _fill(inbox, 0, PHOTOS)
+    (inbox / "IMG_0000.xmp").write_bytes(b"edits")
+    before = _contents(inbox)
+    time.sleep(1.5)
+    if state:
+        refused = _sorter("run", "--once", "--inbox", inbox, *quickly)
+        assert refused.returncode in (1, 2)
+        assert "--state-dir" in refused.stderr
+        assert _contents(inbox) == before
+
+    began = time.monotonic()
+    done = _sorter("run", "--once", *folders, *quickly)
+    seconds = time.monotonic() - began
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = _contents(inbox)
+    assert sorted(after.values()) == sorted(before.values())
+    assert not [path for path in after if "/" not in path]
+    assert [path for path in after if path.endswith("IMG_0000-1.xmp")]
+    undone = _sorter("undo", "--last", *folders)
+    assert undone.returncode == 0, undone.stderr
+    assert _contents(inbox) == before
+
+    # Killed in the middle, three times, and carried on.
+    for count in (3, 20, 40):
+        killed = start("run", "--once", "--include-undone", *folders, *quickly)
+        killed.wait_for(lambda killed=killed, count=count: _sorted(inbox) >= count or killed.process.poll() is not None)
+        killed.process.send_signal(signal.SIGKILL)
+        killed.process.wait()
+    done = _sorter("run", "--once", "--include-undone", *folders, *quickly)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert sorted(_contents(inbox).values()) == sorted(before.values())
+    assert [hidden for folder in ("", "cats", "dogs") for hidden in _hidden(inbox / folder)] == []
+
+    # A daemon, with photos dropped while it runs, one of them over a taken name.
+    daemon = start("run", *folders, *quickly, "--rescan-seconds", "3")
+    daemon.wait_for_event("service.started")
+    _fill(inbox, PHOTOS, 20)
+    daemon.wait_for(lambda: not list(inbox.glob("*.jpg")), seconds=60)
+    daemon.process.terminate()
+    assert daemon.finish()[0] == 0
+    everything = _contents(inbox)
+    assert len(everything) == len(before) + 20
+    assert set(before.values()) <= set(everything.values())
+
+    listed = _sorter("history", "--json", "--limit", "1000", *folders)
+    photos = [json.loads(line) for line in listed.stdout.splitlines()]
+    there = [photo for photo in photos if not photo["undone"] and os.path.isfile(photo["destination"])]
+    assert len(there) == PHOTOS + 20 + 1
+    proved(f"{name}: {PHOTOS} photos sorted in {seconds:.1f} s with the start, killed 3 times, watched, undone")
+
+
+def _sorted(inbox: Path) -> int:
+    return sum(len(os.listdir(inbox / folder)) for folder in ("cats", "dogs"))
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["ntfs-3g", "exfat-fuse", "vfat", "tmpfs"])
+def test_a_name_that_the_destination_refuses_concerns_that_photo_alone(name: str, tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    make_tree(inbox, {"a.jpg": photo(1), "b.jpg": photo(2)})
+    odd = os.fsencode(inbox) + b"/\xff\xe7.jpg"
+    with open(odd, "wb") as file:
+        file.write(photo(3))
+    try:
+        with mounted(name, tmp_path) as disk:
+            done = _sorter("run", "--once", "--inbox", inbox, "--output", disk, "--settle-timeout-seconds", "5")
+            found = sorted(path.name for folder in ("cats", "dogs") for path in (disk / folder).glob("*.jpg"))
+            if name == "tmpfs":
+                assert done.returncode == 0
+            else:
+                assert done.returncode == 3, done.stderr
+                assert found == ["a.jpg", "b.jpg"]
+                assert os.path.exists(odd)
+    except CannotMountError as error:
+        pytest.skip(f"cannot mount {name}: {error}")
+
+
+@pytest.mark.torture
+def test_a_second_writer_in_the_destination_keeps_its_files(tmp_path: Path) -> None:
+    """The window of a reservation, without luck: another program takes every name that sorter is about to take."""
+    try:
+        with mounted("mergerfs", tmp_path) as disk:
+            inbox = disk / "in"
+            inbox.mkdir()
+            _fill(inbox, 0, PHOTOS)
+            for folder in ("cats", "dogs"):
+                (inbox / folder).mkdir()
+            time.sleep(1)
+            run = subprocess.Popen(
+                [sys.executable, "-m", "sorter", "run", "--once", "--inbox", inbox, "--settle-seconds", "0.5"],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            mine = []
+            while run.poll() is None:
+                for number in range(PHOTOS):
+                    for folder in ("cats", "dogs"):
+                        path = inbox / folder / f"IMG_{number:04}.jpg"
+                        try:
+                            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+                        except FileExistsError:
+                            continue
+                        os.write(descriptor, b"mine")
+                        os.close(descriptor)
+                        mine.append(path)
+            assert run.returncode == 0
+            assert len(mine) == 2 * PHOTOS - sum(path.read_bytes() != b"mine" for path in inbox.glob("*s/IMG_????.jpg"))
+            found = _contents(inbox)
+            assert {hashlib.sha256(photo(n)).hexdigest() for n in range(PHOTOS)} <= set(found.values())
+            assert all(path.read_bytes() == b"mine" for path in mine)
+    except CannotMountError as error:
+        pytest.skip(f"cannot mount mergerfs: {error}")
+    assert shutil.which("mergerfs")
