@@ -46,6 +46,12 @@ class Deadline:
             self.in_hand -= 1
             self._due = self._clock() + self._step_seconds if self.in_hand else _NEVER
 
+    def progress(self) -> None:
+        """Give the steps in hand their full time again, because one of them goes on."""
+        with self._lock:
+            if self.in_hand:
+                self._due = self._clock() + self._step_seconds
+
     def cancel(self) -> None:
         """Take back a `begin`: that is no progress, so the deadline of the others stays."""
         with self._lock:

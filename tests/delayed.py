@@ -1,6 +1,7 @@
-"""Runs a program with each message on its way to it delayed: `delayed.py SECONDS PROGRAM`, a long line to a server.
+"""A slow line to a server: `delayed.py SECONDS BYTES_PER_SECOND PROGRAM`.
 
-What arrives together is delayed together, so the bandwidth stays and only the round trips cost.
+What goes to the program is late by so many seconds, and what it answers comes at so many bytes a second (0: at once).
+Messages that are sent together are late together, so it is the round trips that cost.
 """
 
 import os
@@ -10,26 +11,37 @@ import sys
 import threading
 import time
 
+_BLOCK_BYTES = 1 << 14
+
 
 def main() -> None:
-    """Pass standard input on, late, and standard output at once."""
-    delay_seconds, program = float(sys.argv[1]), sys.argv[2:]
-    process = subprocess.Popen(program, stdin=subprocess.PIPE)
+    """Pass standard input on, and back what the program answers."""
+    delay_seconds, bytes_per_second, program = float(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
+    process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdin is not None
+    assert process.stdout is not None
+    to_program, answers = process.stdin, process.stdout
     waiting: queue.Queue[tuple[float, bytes]] = queue.Queue()
 
     def pass_on() -> None:
-        assert process.stdin is not None
         while True:
             due, block = waiting.get()
             time.sleep(max(0.0, due - time.monotonic()))
             if not block:
-                process.stdin.close()
+                to_program.close()
                 return
-            process.stdin.write(block)
-            process.stdin.flush()
+            to_program.write(block)
+            to_program.flush()
 
-    threading.Thread(target=pass_on, daemon=True).start()
+    def pass_back() -> None:
+        while block := os.read(answers.fileno(), _BLOCK_BYTES):
+            if bytes_per_second:
+                time.sleep(len(block) / bytes_per_second)
+            while block:
+                block = block[os.write(1, block) :]
+
+    for work in (pass_on, pass_back):
+        threading.Thread(target=work, daemon=True).start()
     while block := os.read(0, 1 << 16):
         waiting.put((time.monotonic() + delay_seconds, block))
     waiting.put((time.monotonic(), b""))

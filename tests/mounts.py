@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,14 +25,15 @@ def _run(*command: str | Path, text: str = "") -> None:
     program = str(command[0])
     if shutil.which(program) is None:
         raise CannotMountError(f"{program} is not installed")
-    done = subprocess.run(list(map(str, command)), input=text, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([str(part) for part in command], input=text, capture_output=True, text=True, timeout=60, check=False)
     if done.returncode:
         raise CannotMountError(f"{program}: {(done.stderr or done.stdout).strip()[-300:]}")
 
 
 def unmount(at: Path) -> None:
     """Unmount a folder, whatever kind of mount it is."""
-    for command in (["umount", at], ["fusermount3", "-u", at], ["umount", "-l", at]):
+    commands: tuple[list[str | Path], ...] = (["umount", at], ["fusermount3", "-u", at], ["umount", "-l", at])
+    for command in commands:
         if shutil.which(str(command[0])) and not subprocess.run(command, capture_output=True, check=False).returncode:
             return
 
@@ -108,14 +110,14 @@ def _overlay(base: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _sshfs(base: Path, *, delay_seconds: float = 0.0) -> Iterator[Path]:
+def _sshfs(base: Path, *, delay_seconds: float = 0.0, bytes_per_second: int = 0) -> Iterator[Path]:
     """A remote folder, whose server is started without a network in between."""
     server = next(filter(os.path.exists, _SFTP_SERVERS), None)
     if server is None:
         raise CannotMountError("OpenSSH's sftp-server is not installed")
     program = base / "ssh"
-    delayed = f"exec python3 {Path(__file__).with_name('delayed.py')} {delay_seconds} {server}"
-    program.write_text(f"#!/bin/sh\n{delayed if delay_seconds else f'exec {server}'}\n")
+    slowed = f"{sys.executable} {Path(__file__).with_name('delayed.py')} {delay_seconds} {bytes_per_second} {server}"
+    program.write_text(f"#!/bin/sh\nexec {slowed if delay_seconds or bytes_per_second else server}\n")
     program.chmod(0o755)
     with _layered(
         base, "sshfs", "-o", f"ssh_command={program}", "host:{base}/remote", "{at}", folders=["remote"]
@@ -171,6 +173,7 @@ _MOUNTS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Path]]] = 
     ),
     "sshfs": _sshfs,
     "sshfs-20ms": lambda base: _sshfs(base, delay_seconds=0.02),
+    "sshfs-1mb": lambda base: _sshfs(base, bytes_per_second=1_000_000),
     "mergerfs": lambda base: _layered(base, "mergerfs", "{base}/a:{base}/b", "{at}", folders="ab"),
     "unionfs-fuse": lambda base: _layered(base, "unionfs-fuse", "{base}/a=RW", "{at}", folders="a"),
     "rclone": lambda base: _rclone(base, "off"),
@@ -181,6 +184,7 @@ _MOUNTS: dict[str, Callable[[Path], contextlib.AbstractContextManager[Path]]] = 
     "fusefat": lambda base: _image(base, ["mkfs.vfat", "-F", "32"], ["fusefat", "-o", "rw+"]),
 }
 ALL = tuple(_MOUNTS)
+"""Their names."""
 
 
 @contextlib.contextmanager

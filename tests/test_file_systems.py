@@ -1,6 +1,7 @@
 """One scenario on every file system that can be mounted here: sort, kill, watch, undo; nothing lost, nothing twice."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -11,9 +12,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import Running, make_tree, photo
 from mounts import ALL, CannotMountError, mounted
+from PIL import Image
 
 WITHOUT_DATABASES = ("rclone", "fusefat")
 """Where SQLite does not work; the history has to be on another disk."""
@@ -61,8 +64,8 @@ def test_photos_are_sorted_and_restored(
 def _scenario(name: str, disk: Path, local: Path, start: Callable[..., Running], proved: Callable[[str], None]) -> None:
     inbox = disk / "in"
     inbox.mkdir()
-    state = ["--state-dir", local / "state"] if name in WITHOUT_DATABASES else []
-    folders = ["--inbox", inbox, *state]
+    state: list[str | Path] = ["--state-dir", local / "state"] if name in WITHOUT_DATABASES else []
+    folders: list[str | Path] = ["--inbox", inbox, *state]
     quickly = ["--settle-seconds", "0.5", "--log-format", "json"]
 
     # A taken name, and a sidecar.
@@ -92,7 +95,7 @@ def _scenario(name: str, disk: Path, local: Path, start: Callable[..., Running],
     # Killed in the middle, three times, and carried on.
     for count in (3, 20, 40):
         killed = start("run", "--once", "--include-undone", *folders, *quickly)
-        killed.wait_for(lambda killed=killed, count=count: _sorted(inbox) >= count or killed.process.poll() is not None)
+        _await_sorted(inbox, count, killed)
         killed.process.send_signal(signal.SIGKILL)
         killed.process.wait()
     done = _sorter("run", "--once", "--include-undone", *folders, *quickly)
@@ -116,6 +119,30 @@ def _scenario(name: str, disk: Path, local: Path, start: Callable[..., Running],
     there = [photo for photo in photos if not photo["undone"] and os.path.isfile(photo["destination"])]
     assert len(there) == PHOTOS + 20 + 1
     proved(f"{name}: {PHOTOS} photos sorted in {seconds:.1f} s with the start, killed 3 times, watched, undone")
+
+
+@pytest.mark.timeout(120)
+def test_a_share_that_delivers_slowly_sends_no_good_photo_to_failed(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 255, (1400, 1400, 3), np.uint8))
+    file = io.BytesIO()
+    noise.save(file, "JPEG", quality=95)
+    assert len(file.getvalue()) > 2_000_000
+    try:
+        with mounted("sshfs-1mb", tmp_path) as disk:
+            make_tree(tmp_path / "remote/in", {"large.jpg": file.getvalue()})
+            done = _sorter("run", "--once", "--inbox", disk / "in", "--decode-timeout-seconds", "1")
+            assert done.returncode == 0, done.stderr
+            assert [path.name for folder in ("cats", "dogs") for path in (disk / "in" / folder).glob("*")]
+    except CannotMountError as error:
+        pytest.skip(f"cannot mount sshfs: {error}")
+
+
+def _await_sorted(inbox: Path, count: int, running: Running) -> None:
+    """Wait until so many photos are sorted, or the sorter has ended."""
+    deadline = time.monotonic() + 100
+    while _sorted(inbox) < count and running.process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def _sorted(inbox: Path) -> int:

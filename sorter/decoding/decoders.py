@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from sorter.decoding import formats, raw
@@ -27,7 +27,7 @@ from sorter.decoding.decoded import Decoded
 from sorter.decoding.images import Limits, Preprocessing
 from sorter.decoding.worker import OK, READY, REPLY, REQUEST, UNREADABLE
 from sorter.errors import PhotoError, Reason, SorterError
-from sorter.files import inodes
+from sorter.files import file_systems, inodes
 from sorter.files.photo import Identity, Photo, open_file
 from sorter.processors import available_cpus
 
@@ -35,6 +35,7 @@ START_SECONDS = 60.0
 """How long a worker may take to start; normally a fraction of a second."""
 
 _MAX_WORKERS = 16
+_READ_BYTES = 1 << 18  # of a file on a network at a time
 _DEATHS = (Reason.DECODER_CRASH, Reason.DECODER_TIMEOUT)
 
 
@@ -55,6 +56,7 @@ class Decoders:
         timeout_seconds: a worker that takes longer is killed.
         deliver: called with each `Decoded`, from the threads here.
         fail: called with the exception that ended one of the threads here.
+        on_progress: called while a photo is read from a slow disk.
     """
 
     def __init__(
@@ -68,12 +70,14 @@ class Decoders:
         timeout_seconds: float,
         deliver: Callable[[Decoded], None],
         fail: Callable[[BaseException], None],
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._descriptor = _shared_memory(rows * preprocessing.size**2 * 3)
         self.pixels = mmap.mmap(self._descriptor, 0)  # uint8 (rows, S, S, 3)
         self._preprocessing, self._limits = preprocessing, limits
         self._max_bytes, self._timeout_seconds = max_bytes, timeout_seconds
-        self._deliver, self._fail = deliver, fail
+        self._deliver, self._fail, self._on_progress = deliver, fail, on_progress
+        self._on_network: dict[int, bool] = {}  # by device
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         for row in range(rows):
             self._free.put(row)
@@ -169,7 +173,8 @@ class Decoders:
             if status.st_size > self._max_bytes:
                 detail = f"{status.st_size / 1e6:.0f} MB; the limit is {self._max_bytes / 1e6:g} MB"
                 return Decoded(photo, "failed", reason=Reason.TOO_LARGE, detail=detail)
-            kind, seconds, text = worker.decode(descriptor, row, is_raw, self._timeout_seconds)
+            with self._readable_at_once(descriptor, status) as source:
+                kind, seconds, text = worker.decode(source, row, is_raw, self._timeout_seconds)
         except OSError as error:
             return Decoded(photo, "left", detail=f"cannot be read now: {error.strerror}")
         except PhotoError as error:
@@ -182,6 +187,27 @@ class Decoders:
             return Decoded(photo, "left", detail=f"cannot be read now: {text}")
         reason, _, detail = text.partition(" ")
         return Decoded(photo, "failed", reason=Reason(reason), detail=detail, milliseconds=seconds * 1000)
+
+    @contextlib.contextmanager
+    def _readable_at_once(self, descriptor: int, status: os.stat_result) -> Iterator[int]:
+        """A descriptor for the decoder: of a copy in memory if the file is on a network.
+
+        The time limit is for decoding. A share that delivers slowly takes its time, and the photo is not to blame.
+        """
+        if status.st_dev not in self._on_network:
+            self._on_network[status.st_dev] = file_systems.is_network_device(status.st_dev)
+        if not self._on_network[status.st_dev]:
+            yield descriptor
+            return
+        copy = _memory_file("sorter-photo")
+        try:
+            offset = 0
+            while offset < self._max_bytes and (block := os.pread(descriptor, _READ_BYTES, offset)):
+                offset += os.pwrite(copy, block, offset)
+                self._on_progress()
+            yield copy
+        finally:
+            os.close(copy)
 
 
 def _is_renumbered(photo: Photo, opened: os.stat_result) -> bool:
@@ -288,10 +314,13 @@ def _receive(connection: socket.socket, length: int) -> bytes:
 
 
 def _shared_memory(size: int) -> int:
-    if hasattr(os, "memfd_create"):
-        descriptor = os.memfd_create("sorter-pixels")
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
+    descriptor = _memory_file("sorter-pixels")
     os.ftruncate(descriptor, size)
     return descriptor
+
+
+def _memory_file(name: str) -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create(name)
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())

@@ -28,6 +28,11 @@ def kind_of_device(device: int) -> str:
     return ""
 
 
+def is_network_device(device: int) -> bool:
+    """True if a mounted file system is one of the `NETWORK` file systems, by the device number of its files."""
+    return kind_of_device(device).startswith(NETWORK)
+
+
 def is_network(folder: Path) -> bool:
     """True if a folder is on one of the `NETWORK` file systems."""
     return kind(folder).startswith(NETWORK)

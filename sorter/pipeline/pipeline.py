@@ -126,6 +126,7 @@ class Pipeline:
             timeout_seconds=settings.decode_timeout_seconds,
             deliver=batcher.put,
             fail=failure.record,
+            on_progress=batcher.decoding.progress,
         )
         side = manifest.input.size
         patient = not settings.once
