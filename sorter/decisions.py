@@ -99,6 +99,11 @@ def decide(
     return Decision(decoded, "sorted", likeliest.folder, likeliest.label, confidence, batch_size)
 
 
+def unanswered(decoded: Decoded) -> Outcome:
+    """Leave a photo for which the engine's answer is not a number, as half precision overflows: it decides nothing."""
+    return Outcome(decoded.photo, "left", detail="the model's answer is not a number: try --device cpu")
+
+
 def decide_unclassified(decoded: Decoded, now: float) -> Decided:
     """Decide on a photo that has no pixels to classify: it fails, stays, or gets another look.
 

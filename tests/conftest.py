@@ -87,7 +87,7 @@ def hashes(root: Path) -> list[str]:
 class RedGreenEngine:
     """Calls a picture a cat if it is redder than green. Real enough to sort, and it needs no torch."""
 
-    name, device, precision, concurrency = "test", "test", "exact", 2
+    name, device, precision, concurrency, unused_gpu = "test", "test", "exact", 2, ""
 
     def __init__(self) -> None:
         self.batches: list[int] = []

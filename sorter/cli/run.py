@@ -176,8 +176,6 @@ def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> Hist
 def _log_start(
     settings: Settings, model: Manifest, engine: "Engine", inbox: Path, output: Path, log_fields: dict[str, object]
 ) -> None:
-    from sorter.classifier.engine import unused_gpu
-
     log = structlog.get_logger()
     log.info(
         "service.started",
@@ -191,8 +189,8 @@ def _log_start(
         inbox=str(inbox),
         output=str(output),
     )
-    if settings.engine == settings.device == "auto" and (hint := unused_gpu()):
-        log.warning("engine.unused_gpu", detail=hint)
+    if engine.unused_gpu:
+        log.warning("engine.unused_gpu", detail=engine.unused_gpu)
 
 
 def _open_reader(output: Path, stack: ExitStack) -> HistoryReader | None:

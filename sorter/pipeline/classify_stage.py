@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from sorter.classifier.engine import Engine
 from sorter.classifier.manifest import Manifest
-from sorter.decisions import Decision, decide, decide_unclassified
+from sorter.decisions import Decided, decide, decide_unclassified, unanswered
 from sorter.decoding.decoded import Decoded
 from sorter.pipeline.batcher import Batcher
 from sorter.pipeline.deadlines import Deadline
@@ -65,19 +65,23 @@ class ClassifyStage:
                 self._release(decoded.row)
             self._moving.put(decided)
 
-    def _classify(self, ready: list[Decoded]) -> list[Decision]:
+    def _classify(self, ready: list[Decoded]) -> list[Decided]:
         rows = [decoded.row for decoded in ready]
         self.deadline.begin(own_seconds=len(ready))
         started = time.monotonic()
         distances: list[float | None] = [None] * len(ready)
+        numbers = np.ones(len(ready), bool)
         if self._settings.catch_neither:
             probabilities, found = self._engine.classify_with_distance(self._pixels[rows])  # (N, C), (N,)
-            distances = found.tolist()
+            distances, numbers = found.tolist(), np.isfinite(found)
         else:
             probabilities = self._engine.classify(self._pixels[rows])  # (N, C)
         self._measures.classified(len(ready), time.monotonic() - started)
         self.deadline.finish()
+        numbers &= np.isfinite(probabilities).all(1)
         return [
             decide(decoded, row, self._manifest, self._settings.min_confidence, len(ready), distance)
-            for decoded, row, distance in zip(ready, probabilities.tolist(), distances, strict=True)
+            if is_number
+            else unanswered(decoded)
+            for decoded, row, distance, is_number in zip(ready, probabilities.tolist(), distances, numbers, strict=True)
         ]
