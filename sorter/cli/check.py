@@ -10,9 +10,10 @@ def check(settings: Settings) -> ExitCode:
     """Load the model, let it answer once, and print what a run would use.
 
     Raises:
-        ConfigurationError, ModelError: a sentence about what is wrong and what to do.
+        ConfigurationError, ModelError, NotNowError: a sentence about what is wrong and what to do.
     """
     settings, model, _ = preflight.check(settings)
+    preflight.check_folders(settings, model)
     engine = preflight.open_engine(settings, model)
     rows = {
         "inbox": f"{settings.inbox.absolute()}" + (" and its subfolders" if settings.recursive else ""),

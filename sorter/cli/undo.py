@@ -13,7 +13,7 @@ from uuid import uuid4
 
 import sorter
 from sorter.cli import console, entries, options
-from sorter.errors import ConfigurationError, ExitCode
+from sorter.errors import ConfigurationError, ExitCode, NotNowError
 from sorter.files import lock
 from sorter.files.lock import Lock
 from sorter.history.reader import Entry, HistoryReader
@@ -55,7 +55,8 @@ def undo(
     """Restore the photos of a run, since a time, or at some paths.
 
     Raises:
-        ConfigurationError: there is no history, nothing in it matches, or another undo is running.
+        ConfigurationError: there is no history, or nothing in it matches.
+        NotNowError: another undo is running.
         StorageError: the history or a folder cannot be written.
     """
     output, stopping = settings.output_folder, threading.Event()
@@ -98,7 +99,7 @@ def _open(output: Path, stopping: threading.Event, stack: ExitStack) -> Undo:
     try:
         if with_sorting:
             sorting.take()
-    except ConfigurationError:  # a sorter is running, and these are its moves
+    except NotNowError:  # a sorter is running, and these are its moves
         with_sorting = False
     found = recover(history, output, sorting=with_sorting)
     sorting.release()

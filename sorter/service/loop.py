@@ -36,7 +36,8 @@ class Service:
 
     Args:
         shutdown: says when to end.
-        lock: of the inbox, already held; the daemon takes it again when the inbox is replaced. None for a dry run.
+        lock: of the inbox, already held; where the inbox is replaced, the daemon takes the new one's before it sorts a
+            photo. None for a dry run.
         log_fields: in every log line about a moved file.
         history: what was sorted and undone before; None if there is none yet.
         on_outcome: called after each photo, for a progress bar.
@@ -159,7 +160,7 @@ class Service:
     def _rescan(self) -> None:
         self._accounting.begin_rescan()
         if self._lock is not None:
-            self._lock.take()
+            self._lock.take(create=False)  # this may be an empty mount point, into which nothing is to be written
         try:
             self._feed_backlog()
         except InboxGoneError:
@@ -213,6 +214,8 @@ class Service:
 
     def _submit(self, photo: Photo) -> None:
         """Wait until the pipeline has space for a photo, or the end is asked for."""
+        if self._lock is not None and not self._lock.is_held:
+            self._lock.take()
         while not self._pipeline.submit(photo):
             self._account()
             self._accounting.storage(self._pipeline.blocked)
