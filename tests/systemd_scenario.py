@@ -177,7 +177,9 @@ def an_instance_whose_folder_another_sorter_has_is_restarted_until_it_is_free() 
     for folder in (busy, busy / "inbox", busy / "inbox/.sorter"):
         run("install", "-d", "-m", "2770", "-o", "sorter", "-g", "sorter", folder)
     Path("/etc/sorter/busy.toml").write_text(f'inbox = "{busy}/inbox"\n')
-    holder = subprocess.Popen(["runuser", "-u", "sorter", "--", "flock", busy / "inbox/.sorter/lock", "sleep", "600"])
+    holder = subprocess.Popen(
+        ["runuser", "-u", "sorter", "--", "flock", "-o", busy / "inbox/.sorter/lock", "sleep", "600"]
+    )
     run("systemctl", "start", "--no-block", "sorter@busy")
     wait_for(lambda: int(show("sorter@busy", "NRestarts")) >= 2, "two restarts")
     assert "sorter@busy.service exit-code 4" in ENDS.read_text().splitlines()

@@ -1,5 +1,6 @@
 """The commands of `sorter`, and how one of them is run: arguments in, an exit code out."""
 
+import io
 import sys
 from collections.abc import Sequence
 
@@ -83,6 +84,8 @@ def build_parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors are sentences on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name, or an arrow, on a terminal that is not UTF-8
     flags = vars(build_parser().parse_args(arguments))
     name = flags.pop("command")
     command = COMMANDS[name]

@@ -92,6 +92,8 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
         shutdown.move_lock = mover.lock
         reader = _open_reader(output, stack)
         bar = _show_bar(settings, stream, stack)
+        if bar is not None:
+            shutdown.restore_terminal = stream.show_cursor
         hook = None if command is None or settings.dry_run else _start_hook(command, log_fields, shutdown, stack)
         pipeline = Pipeline.start(
             engine,

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import signal
 import sys
 import threading
 from collections import Counter
@@ -20,6 +19,7 @@ from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import SIDECAR, History, Run
 from sorter.moving.recovery import recover
 from sorter.moving.undo import Undo, Undone, planned_undo
+from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
 
@@ -60,18 +60,23 @@ def undo(
         StorageError: the history or a folder cannot be written.
     """
     output, stopping = settings.output_folder, threading.Event()
+    shutdown = Shutdown(idle_code=ExitCode.INCOMPLETE)
     unknown: list[str] = []
     counts: Counter[str] = Counter()
     with ExitStack() as stack:
         restore = planned_undo
         if not settings.dry_run:
             HistoryReader(output).close()  # refuses an output without a history before anything is created in it
+            shutdown.listen()
             restore = _open(output, stopping, stack).bring_back
+            shutdown.move_lock = threading.Lock()  # a second signal ends it at once; the next start finds what it left
         reader = HistoryReader(output)  # opened after the recovery, to include what that finished
         stack.callback(reader.close)
         run = _check_run(reader, output, last=last, run=run)
         chosen = _at_paths(reader, paths, unknown) if paths else reader.undoable(run=run, since=since)
         for undone in restore(chosen):
+            if shutdown.requested:
+                stopping.set()
             counts["stayed" if undone.problem else "sidecar" if undone.entry.kind == SIDECAR else "photo"] += 1
             if as_json:
                 _print_json(undone)
@@ -105,8 +110,6 @@ def _open(output: Path, stopping: threading.Event, stack: ExitStack) -> Undo:
     sorting.release()
     for path, reason in found.waiting:
         console.say(f"sorter: {entries.printable(path)} cannot be checked now ({reason})", sys.stderr)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
     return Undo(output, history, Run(uuid4().hex[:12], sorter.__version__, "", kind="undo"), stopping)
 
 
@@ -138,7 +141,7 @@ def _print_line(undone: Undone, *, dry_run: bool) -> None:
     if undone.problem:
         console.say(f"sorter: cannot restore {destination}: {undone.problem}", sys.stderr)
     elif dry_run:
-        console.say(f"{destination} → {source}", sys.stdout)
+        console.say(f"{destination} {entries.arrow()} {source}", sys.stdout)
 
 
 def _print_json(undone: Undone) -> None:

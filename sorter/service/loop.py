@@ -92,7 +92,7 @@ class Service:
         return self.counters
 
     def run(self, watcher: Watcher) -> Counters:
-        """Sort the backlog, then what is dropped, until SIGTERM or SIGINT.
+        """Sort the backlog, then what is dropped, until a signal asks for the end.
 
         Raises:
             SorterError: it could not go on.
@@ -105,6 +105,9 @@ class Service:
         try:
             while not self._shutdown.requested:
                 self._notify(watcher.trouble)
+                if self._shutdown.hung_up:
+                    self._shutdown.hung_up = False
+                    log.info("signal.ignored", signal="SIGHUP")
                 watcher.supervise(time.monotonic())
                 if watcher.take_rescan() or time.monotonic() >= rescanned + self._rescan_seconds(watcher):
                     self._rescan()
