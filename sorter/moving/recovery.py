@@ -175,7 +175,8 @@ def _look(folder: int | None, name: str) -> _File | None:
     try:
         return _File(folder, name, os.stat(name, dir_fd=folder, follow_symlinks=False))
     except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+        # exFAT, NTFS and others know no name that is not UTF-8, or has a character of their own.
+        if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG, errno.EILSEQ):
             raise
         return None
 

@@ -91,7 +91,7 @@ class Accounting:
         """Account for what came out of the pipeline."""
         photo, decision = outcome.photo, outcome.decision
         if outcome.kind == "again":
-            log.debug("photo.again", path=photo.path, reason=outcome.detail)
+            log.info("photo.again", path=photo.path, reason=outcome.detail)
         elif outcome.kind == "skipped":
             self.counters.skipped += 1
             self._ignore(photo)
