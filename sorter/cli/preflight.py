@@ -66,6 +66,12 @@ def watched(settings: Settings, manifest: Manifest) -> Inbox:
     )
 
 
+def sorted_again(settings: Settings) -> str | None:
+    """The folder of the output that is the inbox, where that is `unsure` or `failed`."""
+    inbox = settings.inbox.resolve()
+    return next((name for name in RESERVED_FOLDERS if inbox == (settings.output_folder / name).resolve()), None)
+
+
 def excluded(settings: Settings, manifest: Manifest) -> frozenset[str]:
     """Paths that are never scanned for photos, absolute and without symbolic links."""
     output = os.path.realpath(settings.output_folder)
@@ -153,7 +159,7 @@ def _check_folders(settings: Settings, manifest: Manifest) -> None:
     output = settings.output_folder
     for folder in destinations(manifest):
         target = output / folder
-        if inbox.resolve() == target.resolve():
+        if inbox.resolve() == target.resolve() and folder not in RESERVED_FOLDERS:
             raise ConfigurationError(f"the inbox {inbox} is a folder that photos are sorted into: use another --output")
         if target.is_symlink():
             raise ConfigurationError(f"{target} is a symbolic link: use the real folder with --output")

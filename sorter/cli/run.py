@@ -105,6 +105,7 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
             workers=default_workers(),
             on_moved=_ignore if hook is None else hook.notify_batch,
             measures=metrics,
+            sorted_again=preflight.sorted_again(settings),
         )
         stack.callback(pipeline.close)
         service = Service(

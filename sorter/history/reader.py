@@ -25,6 +25,12 @@ _ENTRY = """
 """
 
 _UNDOABLE = " AND m.undoes IS NULL AND NOT EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id)"
+# Of photos in `unsure/` and `failed/`: it was sorted again since, out of that folder.
+_SORTED_AGAIN = """
+    EXISTS (SELECT 1 FROM moves n WHERE n.root = CASE m.folder WHEN 'unsure' THEN ? WHEN 'failed' THEN ? END
+        AND n.source = m.name AND n.id > m.id AND n.done IS NOT NULL
+        AND NOT EXISTS (SELECT 1 FROM moves u WHERE u.undoes = n.id AND u.done IS NOT NULL))
+"""
 _SOME, _ALL = 1000, (1 << 63) - 1
 
 
@@ -222,19 +228,25 @@ class HistoryReader:
 
     def last_failure(self) -> Entry | None:
         """The last photo that could not be read and was not brought back."""
-        found = self._all(f"{_ENTRY} AND m.kind = 'failed'{_UNDOABLE} ORDER BY m.id DESC LIMIT 1", ())
+        query = f"{_ENTRY} AND m.kind = 'failed'{_UNDOABLE} AND NOT {_SORTED_AGAIN} ORDER BY m.id DESC LIMIT 1"
+        found = self._all(query, self._folders_sorted_again)
         return self._entry(found[0]) if found else None
 
     def counts(self, since: float = 0.0) -> Counts:
         """How many photos went where."""
-        rows = self._all(
-            "SELECT folder, EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL) AS undone, "
-            "count(*) FROM moves m WHERE done IS NOT NULL AND undoes IS NULL AND done >= ? "
-            "AND kind <> ? GROUP BY folder, undone",
-            (since, SIDECAR),
+        # A photo that was sorted twice counts where it is; back in `unsure/` or `failed/` it was not restored yet.
+        query = (
+            "SELECT folder, EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL) AS undone, "  # noqa: S608
+            "count(*) FROM moves m WHERE done IS NOT NULL AND undoes IS NULL AND done >= ? AND kind <> ? "
+            f"AND NOT {_SORTED_AGAIN} AND NOT (undone AND m.root IN (?, ?)) GROUP BY folder, undone"
         )
+        rows = self._all(query, (since, SIDECAR, *self._folders_sorted_again, *self._folders_sorted_again))
         folders = {folder: count for folder, undone, count in rows if not undone}
         return Counts(folders, sum(count for _, undone, count in rows if undone))
+
+    @property
+    def _folders_sorted_again(self) -> tuple[bytes, bytes]:
+        return os.fsencode(self._output / UNSURE), os.fsencode(self._output / FAILED)
 
     def was_put_back(self, photo: Photo) -> bool:
         """Tell whether a photo in the inbox is one that was brought back, and has not changed since.

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from sorter.classifier.engine import Engine
 from sorter.classifier.manifest import Manifest
-from sorter.decisions import Decided, decide, decide_unclassified, unanswered
+from sorter.decisions import Decided, Decision, Outcome, decide, decide_unclassified, unanswered
 from sorter.decoding.decoded import Decoded
 from sorter.pipeline.batcher import Batcher
 from sorter.pipeline.deadlines import Deadline
@@ -29,6 +29,7 @@ class ClassifyStage:
         pixels: the decoders' shared memory, uint8 (rows, S, S, 3).
         release: gives a row of it back.
         stopping: when set, batches are no longer classified.
+        sorted_again: the folder that is the inbox, where that is `unsure` or `failed`; what belongs there stays.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class ClassifyStage:
         moving: MoveStage,
         measures: Measures,
         stopping: threading.Event,
+        sorted_again: str | None = None,
     ) -> None:
         self._engine, self._manifest, self._settings = engine, manifest, settings
         self._pixels, self._release = pixels, release
         self._batcher, self._moving = batcher, moving
-        self._measures, self._stopping = measures, stopping
+        self._measures, self._stopping, self._sorted_again = measures, stopping, sorted_again
         self.deadline = Deadline()
 
     def run(self) -> None:
@@ -63,7 +65,12 @@ class ClassifyStage:
                 decided += self._classify(ready)
             for decoded in ready:
                 self._release(decoded.row)
-            self._moving.put(decided)
+            self._moving.put([self._kept(item) for item in decided])
+
+    def _kept(self, item: Decided) -> Decided:
+        if isinstance(item, Decision) and item.folder == self._sorted_again:
+            return Outcome(item.decoded.photo, "kept", item)
+        return item
 
     def _classify(self, ready: list[Decoded]) -> list[Decided]:
         rows = [decoded.row for decoded in ready]
