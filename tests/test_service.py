@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from sorter.classifier.manifest import Manifest
 from sorter.decisions import Outcome
 from sorter.files.atomic import rename_noreplace
-from sorter.files.photo import Identity, Photo
+from sorter.files.photo import Identity, Photo, open_folder
 from sorter.history.reader import HistoryReader
 from sorter.inbox.scan import Inbox
 from sorter.inbox.watcher import Watcher
@@ -130,7 +130,7 @@ def test_waiting_for_the_disk_is_logged_once_whatever_the_reason_becomes() -> No
 def sort_once(inbox: Path, manifest: Manifest, engine: RedGreenEngine, **values: Any) -> Counters:
     settings = Settings(inbox=inbox, once=True, settle_seconds=0, **values)
     folders = frozenset(str(inbox / folder) for folder in ("cats", "dogs", "unsure", "failed"))
-    watched = Inbox(inbox, recursive=False, excluded=folders, settle_seconds=0)
+    watched = Inbox(inbox, recursive=settings.recursive, excluded=folders, settle_seconds=0)
     pipeline = pipeline_to(inbox, engine, manifest, settings)
     history = HistoryReader(inbox)
     try:
@@ -210,6 +210,26 @@ def test_a_photo_that_the_file_system_refuses_is_left_and_the_others_are_sorted(
     (left,) = (log for log in logs if log["event"] == "photo.left")
     assert os.path.basename(left["path"]) == UNMOVABLE
     assert left["reason"]
+
+
+def test_a_subfolder_that_may_no_longer_be_opened_stops_no_other_photo(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox = make_tree(tmp_path / "in", {"sub/a.jpg": plain(RED), "z.jpg": plain(RED, 1)})
+    engine = RedGreenEngine()
+
+    def refusing(root: Path, relative: str) -> int:
+        if relative == "sub" and engine.batches:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return open_folder(root, relative)
+
+    monkeypatch.setattr("sorter.files.photo.open_folder", refusing)
+    with capture_logs() as logs:
+        counters = sort_once(inbox, manifest, engine, recursive=True)
+    assert set(read_tree(inbox)) == {"sub/a.jpg", "cats/z.jpg"}
+    assert (counters.photos, counters.left, counters.exit_code) == (1, 1, 3)
+    (left,) = (log for log in logs if log["event"] == "photo.left")
+    assert left["reason"] == "may not be moved: its folder or its owner forbids it"
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, code: int) -> list[float]:
