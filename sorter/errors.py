@@ -45,7 +45,7 @@ class ModelError(SorterError):
 
 
 class NotNowError(SorterError):
-    """Something is in the way that goes away by itself; raised before any photo is touched."""
+    """Something is in the way that goes away by itself: the same command may work later."""
 
     exit_code = ExitCode.NOT_NOW
 

@@ -61,7 +61,8 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
     if as_json and not settings.dry_run:
         raise ConfigurationError("--json prints planned moves: use it together with --dry-run")
     settings, model, command = preflight.check(settings)
-    if settings.once or preflight.inbox_exists(settings):
+    late = not settings.once and not preflight.inbox_exists(settings)
+    if not late:
         preflight.check_folders(settings, model)
     stream = logs.configure(settings.log_format, settings.log_level)
 
@@ -74,7 +75,8 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
     shutdown.listen()
     # Everything that ends with `ExitCode.USAGE` comes before the first change to a folder.
     engine = preflight.open_engine(settings, model)
-    if not settings.once and _wait_for_inbox(settings):
+    if late:
+        _wait_for_inbox(settings)
         preflight.check_folders(settings, model)
     inbox, output = preflight.watched(settings, model), settings.output_folder.absolute()
     this_run = Run(uuid4().hex[:12], sorter.__version__, model.name)
@@ -133,10 +135,8 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
     return counters.exit_code if settings.once else ExitCode.DONE
 
 
-def _wait_for_inbox(settings: Settings) -> bool:
-    """Wait until there is an inbox; False if there was one already. A signal ends the process meanwhile."""
-    if preflight.inbox_exists(settings):
-        return False
+def _wait_for_inbox(settings: Settings) -> None:
+    """Wait until there is an inbox. A signal ends the process meanwhile."""
     inbox, reason = settings.inbox.absolute(), "there is no such folder yet"
     structlog.get_logger().warning("watcher.waiting", path=str(inbox), reason=reason)
     notifier = Notifier()
@@ -145,7 +145,6 @@ def _wait_for_inbox(settings: Settings) -> bool:
         notifier.alive()
         notifier.status(lambda: f"Waiting: {inbox}: {reason}")
         time.sleep(_INBOX_SECONDS)
-    return True
 
 
 def _watch(service: "Service", inbox: Inbox, pipeline: "Pipeline", metrics: "Metrics | None") -> Counters:
