@@ -20,7 +20,7 @@ help: ## this list
 
 sort: $(VENV)/.installed ## sort the photos in INBOX (default ./inbox) into INBOX/cats and INBOX/dogs
 	@if [ "$$INBOX" = inbox ]; then mkdir -p inbox; echo "The inbox is $$PWD/inbox: drop photos into it and run make sort again."; fi
-	@$(BIN)/sorter run --once --inbox "$$INBOX" || [ $$? = 3 ] # 3: the summary lists what failed or was left
+	@$(BIN)/sorter run --once --inbox "$$INBOX" || { code=$$?; [ $$code = 3 ] || exit $$code; } # 3: the summary lists what failed
 
 install: ## install the commands and the service below PREFIX (default /usr/local), as root; DESTDIR for packagers
 	@systemd/install install

@@ -18,7 +18,7 @@ from sorter.history.store import FAILED, UNSURE
 TRUNCATED_GRACE_SECONDS = 60.0
 """A photo that reads as truncated and changed within this time may still be arriving: it is looked at again."""
 
-Kind = Literal["sorted", "unsure", "failed", "sidecar", "skipped", "left", "again"]
+Kind = Literal["sorted", "unsure", "failed", "sidecar", "kept", "skipped", "left", "again"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,8 @@ class Outcome:
     """What became of a photo.
 
     Attributes:
-        kind: `sorted`, `unsure`, `failed` and `sidecar` were moved; `skipped` is not a photo; `left` could not be moved
-            or read; `again` changed in the meantime and needs another look.
+        kind: `sorted`, `unsure`, `failed` and `sidecar` were moved; `kept` is in its folder already; `skipped` is not a
+            photo; `left` could not be moved or read; `again` changed in the meantime and needs another look.
         destination: where it is now, None if it stayed.
         detail: why, for a person.
         look_again: for `again`, the earliest time for that look, in seconds since the epoch.
@@ -97,6 +97,11 @@ def decide(
     if confidence < min_confidence:
         return Decision(decoded, "unsure", UNSURE, likeliest.label, confidence, batch_size)
     return Decision(decoded, "sorted", likeliest.folder, likeliest.label, confidence, batch_size)
+
+
+def unanswered(decoded: Decoded) -> Outcome:
+    """Leave a photo for which the engine's answer is not a number, as half precision overflows: it decides nothing."""
+    return Outcome(decoded.photo, "left", detail="the model's answer is not a number: try --device cpu")
 
 
 def decide_unclassified(decoded: Decoded, now: float) -> Decided:

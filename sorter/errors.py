@@ -3,12 +3,14 @@
     SorterError                 one sentence for the user, and the exit code
     ├── ConfigurationError  2   a setting, a flag, the inbox or the output is wrong
     ├── ModelError          2   the model folder cannot be used
+    ├── NotNowError         4   something else has the folder or the GPU, or the inbox is not there yet
     └── StorageError        1   the disk or the folder no longer accepts photos
         └── InboxGoneError  1   the inbox vanished while it was being sorted
 
     PhotoError                  one photo cannot be decoded; it never ends the program
 
-Exit codes: 0 done, 1 could not continue, 2 wrong configuration, model or usage, 3 done but photos failed or stayed.
+Exit codes: 0 done, 1 could not continue, 2 wrong configuration, model or usage, 3 done but photos failed or stayed, 4
+not now: the same command may work later. A service manager restarts after 1 and 4, and not after 2.
 """
 
 from enum import IntEnum, StrEnum
@@ -21,6 +23,7 @@ class ExitCode(IntEnum):
     STOPPED = 1
     USAGE = 2
     INCOMPLETE = 3
+    NOT_NOW = 4
 
 
 class SorterError(Exception):
@@ -39,6 +42,12 @@ class ModelError(SorterError):
     """The model folder cannot be used; raised before any photo is touched."""
 
     exit_code = ExitCode.USAGE
+
+
+class NotNowError(SorterError):
+    """Something is in the way that goes away by itself: the same command may work later."""
+
+    exit_code = ExitCode.NOT_NOW
 
 
 class StorageError(SorterError):

@@ -1,10 +1,12 @@
 """Log set-up: one JSON object per line on standard error, or readable lines on a terminal.
 
 Descriptor 2 is reserved for the log. Anything else written to it (by native libraries, Python's warnings) is captured
-through a pipe and logged as `native.output`, so that a program can parse every line of standard error.
+through a pipe and logged as `native.output`, so that a program can parse every line of standard error. The traceback of
+a crash of Python itself (a segmentation fault, the watchdog's SIGABRT) is the one exception: it is written as it is.
 """
 
 import contextlib
+import faulthandler
 import logging
 import os
 import sys
@@ -42,6 +44,15 @@ class LogStream:
         """Flush the stream; errors are ignored."""
         with contextlib.suppress(OSError):
             self._file.flush()
+
+    def show_cursor(self) -> None:
+        """Show the cursor that a progress bar has hidden; safe in a signal handler, unlike `write`."""
+        with contextlib.suppress(OSError):
+            os.write(self._file.fileno(), b"\x1b[?25h\n")
+
+    def fileno(self) -> int:
+        """The descriptor."""
+        return self._file.fileno()
 
     def isatty(self) -> bool:
         """True for a terminal."""
@@ -124,6 +135,8 @@ def configure(log_format: LogFormat, log_level: LogLevel) -> LogStream:
         logger_factory=lambda *_: _LineLogger(stream),
         cache_logger_on_first_use=True,
     )
+    # The text of a crash of Python itself: whoever forwards descriptor 2 dies in it.
+    faulthandler.enable(stream.fileno())
     _capture_descriptor_2()
     return stream
 

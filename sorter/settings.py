@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -22,6 +22,9 @@ SHIPPED_MODEL = Path(__file__).parent / "models" / "catdog-resnet50"
 
 LogFormat = Literal["auto", "json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+NONE = "none"
+"""The value of an optional setting that takes back what a weaker source sets."""
 
 MAX_CONFIG_BYTES = 1_000_000
 _PATH_TYPE = f"path for {Path}"  # what pydantic calls it
@@ -199,6 +202,16 @@ class Settings(BaseSettings):
         """Order the sources, strongest first."""
         return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
 
+    @field_validator("output", "max_error_rate", "on_sorted", mode="before")
+    @classmethod
+    def _unset(cls, value: Any) -> Any:
+        return None if value == NONE else value
+
+    @field_validator("on_sorted")
+    @classmethod
+    def _no_command(cls, value: str | None) -> str | None:
+        return value or None
+
     @property
     def output_folder(self) -> Path:
         """The folder that contains `cats/`, `dogs/`, `unsure/` and `failed/`."""
@@ -237,7 +250,7 @@ def load(flags: Mapping[str, Any]) -> Settings:
         model_config = SettingsConfigDict(toml_file=config)
 
     try:
-        return Loaded(**given)
+        return _one_threshold(Loaded(**given), given, variables)
     except ValidationError as error:
         raise ConfigurationError("\n".join(_sentence(e, given, variables, config) for e in error.errors())) from None
     except OSError as error:
@@ -246,6 +259,21 @@ def load(flags: Mapping[str, Any]) -> Settings:
         ) from None
     except (ValueError, RecursionError) as error:  # includes numbers with thousands of digits and deep nesting
         raise ConfigurationError(f"the configuration file {config} is not valid TOML: {error}") from None
+
+
+def _one_threshold(settings: Settings, given: Mapping[str, Any], variables: Mapping[str, str]) -> Settings:
+    """Of the two settings for one threshold keep the one from the stronger source, and both if it is the same one."""
+
+    def weakness(name: str) -> int:
+        return 0 if name in given else 1 if name in variables else 2
+
+    pair = ("min_confidence", "max_error_rate")
+    if not settings.model_fields_set.issuperset(pair):
+        return settings
+    stronger, weaker = sorted(pair, key=weakness)
+    if weakness(stronger) == weakness(weaker):
+        return settings
+    return settings.model_copy(update={weaker: Settings.model_fields[weaker].default})
 
 
 def _check_file(config: Path) -> None:

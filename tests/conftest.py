@@ -87,7 +87,7 @@ def hashes(root: Path) -> list[str]:
 class RedGreenEngine:
     """Calls a picture a cat if it is redder than green. Real enough to sort, and it needs no torch."""
 
-    name, device, precision, concurrency = "test", "test", "exact", 2
+    name, device, precision, concurrency, unused_gpu = "test", "test", "exact", 2, ""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -115,6 +115,7 @@ def pipeline_to(
     workers: int = 1,
     mover: type[Mover] = Mover,
     measures: Measures | None = None,
+    sorted_again: str | None = None,
 ) -> Pipeline:
     """A running pipeline with a real mover and history."""
     run, history = uuid4().hex, None
@@ -122,7 +123,17 @@ def pipeline_to(
         (output / FOLDER).mkdir(parents=True, exist_ok=True)
         history = History(output)
         history.begin(Run(run, "0", "model"))
-    return Pipeline.start(engine, manifest, mover(output), history, run, settings, workers, measures=measures)
+    return Pipeline.start(
+        engine,
+        manifest,
+        mover(output),
+        history,
+        run,
+        settings,
+        workers,
+        measures=measures,
+        sorted_again=sorted_again,
+    )
 
 
 def small_manifest() -> Manifest:

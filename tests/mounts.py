@@ -25,7 +25,9 @@ def _run(*command: str | Path, text: str = "") -> None:
     program = str(command[0])
     if shutil.which(program) is None:
         raise CannotMountError(f"{program} is not installed")
-    done = subprocess.run([str(part) for part in command], input=text, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [str(part) for part in command], input=text, capture_output=True, text=True, timeout=60, check=False
+    )
     if done.returncode:
         raise CannotMountError(f"{program}: {(done.stderr or done.stdout).strip()[-300:]}")
 

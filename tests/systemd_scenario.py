@@ -172,6 +172,38 @@ def a_wrong_configuration_is_reported_once_and_not_retried() -> None:
     assert "inbix" in event["detail"]
 
 
+def an_instance_whose_folder_another_sorter_has_is_restarted_until_it_is_free() -> None:
+    busy = SERVICE / "busy"
+    for folder in (busy, busy / "inbox", busy / "inbox/.sorter"):
+        run("install", "-d", "-m", "2770", "-o", "sorter", "-g", "sorter", folder)
+    Path("/etc/sorter/busy.toml").write_text(f'inbox = "{busy}/inbox"\n')
+    holder = subprocess.Popen(
+        ["runuser", "-u", "sorter", "--", "flock", "-o", busy / "inbox/.sorter/lock", "sleep", "600"]
+    )
+    run("systemctl", "start", "--no-block", "sorter@busy")
+    wait_for(lambda: int(show("sorter@busy", "NRestarts")) >= 2, "two restarts")
+    assert "sorter@busy.service exit-code 4" in ENDS.read_text().splitlines()
+    run("pkill", "-P", str(holder.pid))
+    holder.wait()
+    wait_for(lambda: show("sorter@busy", "ActiveState") == "active", "the instance")
+    run("systemctl", "stop", "sorter@busy")
+
+
+def an_instance_waits_for_an_inbox_that_is_not_there_yet() -> None:
+    late = SERVICE / "late"
+    run("install", "-d", "-m", "2770", "-o", "sorter", "-g", "sorter", late)
+    Path("/etc/sorter/late.toml").write_text(f'inbox = "{late}/inbox"\n')
+    run("systemctl", "start", "sorter@late")
+    wait_for(lambda: show("sorter@late", "StatusText").startswith("Waiting: "), "the wait for the inbox")
+    time.sleep(6.5)  # longer than the watchdog
+    run("install", "-d", "-m", "2770", "-o", "sorter", "-g", "sorter", late / "inbox")
+    drop(PHOTOS[:2], late / "inbox")
+    wait_for(all_sorted(2, late / "inbox"), "the photos")
+    wait_for(lambda: show("sorter@late", "StatusText").startswith("0 waiting; "), "the sorted photos")
+    assert show("sorter@late", "NRestarts") == "0"
+    run("systemctl", "stop", "sorter@late")
+
+
 def a_second_instance_waits_while_its_disk_is_full_and_continues() -> None:
     wait_for(lambda: show("sorter@full", "ActiveState") == "active", "the second instance")
     filler = FULL / "sorted" / ".filler"

@@ -140,12 +140,13 @@ def test_check_refuses_folders_models_and_devices_that_cannot_be_used(
     missing, file = tmp_path / "missing", tmp_path / "file"
     file.write_bytes(b"mine")
     for arguments, sentence in (
-        (("--inbox", missing), f"there is no inbox {missing}: "),
         (("--inbox", file), f"the inbox {file} is not a folder: "),
         (("--inbox", tmp_path, "--model", missing), f"there is no model in {missing} "),
         (("--inbox", tmp_path, "--device", "cuda:999"), "--device"),
     ):
         assert refusal(*arguments, capsys=capsys).startswith(f"sorter: {sentence}"), arguments
+    assert main(["check", "--inbox", str(missing)]) == 4
+    assert capsys.readouterr().err.startswith(f"sorter: there is no inbox {missing}: ")
     assert not missing.exists()
     monkeypatch.setenv("SORTER_INBOX", "")
     assert refusal(capsys=capsys).startswith("sorter: SORTER_INBOX: must not be empty")

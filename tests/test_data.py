@@ -217,3 +217,27 @@ def test_a_class_may_be_named_train(tmp_path: Path) -> None:
     root = make_tree(tmp_path / "d", {f"train/{n}.jpg": picture(n) for n in range(20)})
     make_tree(root, {f"plane/{n}.jpg": picture(100 + n) for n in range(20)})
     assert [c.folder for c in load(root, tmp_path / "c").classes] == ["plane", "train"]
+
+
+def test_two_trainers_that_inspect_at_the_same_time_keep_what_both_found(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"a.jpg": picture(1), "b.jpg": picture(2)})
+    cache, first, second = tmp_path / "cache", tmp_path / "a.jpg", tmp_path / "b.jpg"
+
+    def meanwhile(results: Iterable[inspection.Inspection], _count: int) -> Iterable[inspection.Inspection]:
+        inspection.inspect_all([second], cache, 1, lambda inspected, _: inspected)
+        return results
+
+    inspection.inspect_all([first], cache, 1, meanwhile)
+
+    def nothing_new(_results: Iterable[inspection.Inspection], count: int) -> Iterable[inspection.Inspection]:
+        raise AssertionError(f"{count} files were inspected again")
+
+    assert set(inspection.inspect_all([first, second], cache, 1, nothing_new)) == {first, second}
+
+
+def test_photos_are_inspected_in_processes_that_are_not_forks(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"a.jpg": picture(1)})
+    forks: list[int] = []
+    os.register_at_fork(before=lambda: forks.append(1))  # a fork of a process with threads may hang
+    inspection.inspect_all([tmp_path / "a.jpg"], tmp_path / "cache", 1, lambda inspected, _: inspected)
+    assert forks == []

@@ -220,7 +220,7 @@ def test_a_command_that_cannot_run_is_an_error_that_says_what_to_do(tmp_path: Pa
         ("no-such-program --x", "there is no program 'no-such-program' that can be run: check its path"),
         (str(plain_file), f"there is no program '{plain_file}' that can be run: check its path and its permissions"),
         ("sh 'a", '--on-sorted: cannot parse "sh \'a" (no closing quotation): correct the command'),
-        ("", "--on-sorted is empty: give a command or omit it"),
+        (" ", "--on-sorted is empty: give a command or omit it"),
     ):
         with pytest.raises(ConfigurationError, match=re.escape(sentence)):
             hook.split(command)

@@ -83,3 +83,16 @@ def run_errors(*command: str | Path, cwd: Path) -> str:
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done
     return done.stderr
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, ""), (3, ""), (1, "Error 1"), (2, "Error 2"), (4, "Error 4")])
+def test_make_sort_says_with_which_code_the_sort_ended(tmp_path: Path, code: int, said: str) -> None:
+    sorter = tmp_path / "venv/bin/sorter"
+    sorter.parent.mkdir(parents=True)
+    sorter.write_text(f"#!/bin/sh\nexit {code}\n")
+    sorter.chmod(0o755)
+    (tmp_path / "venv/.installed").touch()
+    command = ["make", "-C", str(ROOT), "sort", f"VENV={tmp_path}/venv", f"INBOX={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode != 0) == bool(said)
+    assert said in done.stderr

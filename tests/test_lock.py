@@ -10,21 +10,21 @@ from pathlib import Path
 import pytest
 from conftest import Running, make_tree, photo, read_tree
 
-from sorter.errors import ConfigurationError
+from sorter.errors import ConfigurationError, NotNowError
 from sorter.files.lock import Lock
 
 Start = Callable[..., Running]
 
 
 @pytest.mark.parametrize(("taken", "mode"), [("in", ["--once"]), pytest.param("out", [], marks=pytest.mark.long)])
-def test_the_second_sorter_says_who_has_a_folder_and_ends_with_2(
+def test_the_second_sorter_says_who_has_a_folder_and_ends_with_4(
     tmp_path: Path, start: Start, taken: str, mode: list[str]
 ) -> None:
     make_tree(tmp_path, {"in/a.jpg": photo(1), "out/x": b"x"})
     Lock(tmp_path / taken).take()
     before = read_tree(tmp_path)
     second = start("run", *mode, "--inbox", tmp_path / "in", "--output", tmp_path / "out")
-    assert second.finish()[0] == 2
+    assert second.finish()[0] == 4
     detail = second.events("run.failed")[0]["detail"]
     assert detail.startswith(str(tmp_path / taken))
     assert re.search(rf"process {os.getpid()} on \S+ since 2\d\d\d-\d\d-\d\d \d\d:\d\d", detail)
@@ -52,8 +52,22 @@ def test_after_the_inbox_is_replaced_the_new_folder_is_locked_and_the_old_one_re
     Lock(away).take()
     inbox.mkdir()
     ours.take()
-    with pytest.raises(ConfigurationError, match="stop that one first"):
+    with pytest.raises(NotNowError, match="stop that one first"):
         Lock(inbox).take()
+
+
+def test_a_lock_that_is_taken_again_only_where_there_is_one_creates_nothing(tmp_path: Path) -> None:
+    inbox = tmp_path / "in"
+    inbox.mkdir()
+    lock = Lock(inbox)
+    lock.take()
+    inbox.rename(tmp_path / "away")
+    inbox.mkdir()
+    lock.take(create=False)
+    assert os.listdir(inbox) == []
+    assert not lock.is_held
+    lock.take()
+    assert lock.is_held
 
 
 def test_taking_a_lock_again_holds_it_once(tmp_path: Path) -> None:
@@ -98,5 +112,5 @@ def test_a_held_lock_is_kept_while_its_folder_cannot_be_reached(tmp_path: Path) 
     lock.take()
     (inbox / ".sorter").unlink()
     shutil.move(tmp_path / "kept", inbox / ".sorter")
-    with pytest.raises(ConfigurationError, match="stop that one first"):
+    with pytest.raises(NotNowError, match="stop that one first"):
         Lock(inbox).take()

@@ -1,5 +1,6 @@
 """OpenVINO's engine and its cache, on the model that ships."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from conftest import SHARED
 from pictures import smooth
 from PIL import Image
 
+from sorter.classifier import compiled_cache
 from sorter.classifier.engine import open_engine
 from sorter.classifier.manifest import OPENVINO_INT8, Manifest
 from sorter.classifier.openvino_engine import OpenVinoEngine
@@ -123,9 +125,9 @@ def test_a_network_with_other_classes_is_refused(shipped: Manifest) -> None:
 def test_a_compiled_network_is_cached_and_answers_the_same(shipped: Manifest, cache: Path) -> None:
     first = full_size_only(shipped).classify(photos(3))
     (stored,) = cache.iterdir()
-    before = stored.stat().st_mtime_ns
+    before = stored.stat().st_ino  # a new entry would be a new file
     assert np.array_equal(full_size_only(shipped).classify(photos(3)), first)
-    assert stored.stat().st_mtime_ns == before
+    assert stored.stat().st_ino == before
 
 
 @pytest.mark.parametrize(
@@ -141,6 +143,24 @@ def test_a_damaged_cache_entry_is_compiled_again(damage: str, shipped: Manifest,
     damaged = stored.read_bytes()
     assert np.array_equal(full_size_only(shipped).classify(photos(3)), expected)
     assert stored.read_bytes() != damaged
+
+
+def test_a_cache_entry_that_openvino_refuses_is_compiled_again(shipped: Manifest, cache: Path) -> None:
+    expected = full_size_only(shipped).classify(photos(3))
+    (stored,) = cache.iterdir()
+    compiled_cache.store(stored.stem, b"intact, but no network")
+    assert np.array_equal(full_size_only(shipped).classify(photos(3)), expected)
+    assert b"intact, but no network" not in stored.read_bytes()
+
+
+def test_the_cache_keeps_the_entries_that_were_used_last(cache: Path) -> None:
+    for number in range(12):
+        compiled_cache.store(str(number), b"compiled")
+        os.utime(cache / f"{number}.blob", (number, number))
+    (cache / "mine.txt").write_text("not ours")
+    assert compiled_cache.load("4") == b"compiled"
+    compiled_cache.store("last", b"compiled")
+    assert {path.stem for path in cache.iterdir()} == {"4", "6", "7", "8", "9", "10", "11", "last", "mine"}
 
 
 def test_a_cache_folder_that_cannot_be_created_is_ignored(

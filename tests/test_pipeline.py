@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, hashes, make_tree, photo, pipeline_to, plain, read_tree
 
@@ -88,6 +90,27 @@ def test_every_photo_has_exactly_one_outcome(tmp_path: Path, sort: Sort) -> None
     make_tree(tmp_path / "in", {f"{n}.jpg": photo(n) for n in range(100)})
     outcomes, _ = sort()
     assert sorted(o.photo.name for o in outcomes) == sorted(f"{n}.jpg" for n in range(100))
+
+
+@pytest.mark.parametrize("min_confidence", [0.0, 0.9])
+def test_a_photo_that_the_model_answers_without_numbers_stays_and_its_batch_is_sorted(
+    tmp_path: Path, sort: Sort, min_confidence: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Overflowing(RedGreenEngine):
+        """As half precision may: the answer for one photo is not a number."""
+
+        def classify(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+            answers = super().classify(pixels)
+            answers[pixels[..., 2].reshape(len(pixels), -1).mean(1) > 128] = np.nan
+            return answers
+
+    monkeypatch.setattr("test_pipeline.RedGreenEngine", Overflowing)
+    make_tree(tmp_path / "in", {"red.jpg": plain(RED), "blue.jpg": plain((220, 30, 250))})
+    outcomes, _ = sort(min_confidence=min_confidence)
+    assert read_tree(tmp_path) == {"in/blue.jpg": plain((220, 30, 250)), "out/cats/red.jpg": plain(RED)}
+    (left,) = (outcome for outcome in outcomes if outcome.kind == "left")
+    assert left.photo.name == "blue.jpg"
+    assert "not a number" in left.detail
 
 
 def test_unsure_photos_go_to_unsure_only_when_asked(tmp_path: Path, sort: Sort) -> None:

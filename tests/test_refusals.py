@@ -396,7 +396,6 @@ VARIABLES = (
     ("SORTER_LOG_LEVEL", "loud", "SORTER_LOG_LEVEL"),
 )
 COMBINATIONS = (
-    (["--inbox", "out/failed", "--output", "out"], "photos are sorted into"),
     (["--inbox", "out/cats", "--output", "out"], "photos are sorted into"),
     (["--output", "fifo"], "not a folder"),
     (["--output", "in/a.jpg"], "not a folder"),

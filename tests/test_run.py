@@ -320,10 +320,8 @@ def test_what_is_wrong_at_the_start_is_one_json_line_and_exit_code_2(tmp_path: P
     (tmp_path / "linked/cats").symlink_to(tmp_path / "real")
     before = read_tree(tmp_path)
     cases: list[tuple[list[str], str]] = [  # arguments, and what the sentence has to name
-        (["--inbox", "~nosuchuser/x"], "nosuchuser"),
         (["--inbox", "a" * 300], "aaa"),
         (["--config", "~nosuchuser/x"], "nosuchuser"),
-        (["--inbox", "missing"], "missing"),
         (["--inbox", "file"], "file"),
         (["--inbox", "in", "--output", "file"], "file"),
         (["--inbox", "in", "--model", "in"], "model"),
@@ -341,6 +339,53 @@ def test_what_is_wrong_at_the_start_is_one_json_line_and_exit_code_2(tmp_path: P
         assert event["event"] == "run.failed"
         assert named in event["detail"], arguments
     assert read_tree(tmp_path) == before
+
+
+def test_an_inbox_that_is_missing_at_the_start_of_once_is_one_json_line_and_exit_code_4(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sorter", "run", "--once", "--inbox", "in"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, json.loads(line)["event"]) == (4, "run.failed")
+    assert "there is no inbox in: create or mount it" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+def test_a_daemon_waits_for_an_inbox_that_is_not_there_yet(tmp_path: Path, start: Start) -> None:
+    running = start("run", "--inbox", tmp_path / "in", "--settle-seconds", "0.2")
+    running.wait_for_event("watcher.waiting")
+    time.sleep(2.5)
+    assert [(event["event"], event["path"]) for event in running.events()] == [
+        ("watcher.waiting", str(tmp_path / "in"))
+    ]
+    make_tree(tmp_path / "in", {"a.jpg": photo(1)})
+    running.wait_for_event("photo.sorted")
+    running.process.send_signal(signal.SIGTERM)
+    assert running.finish()[0] == 0
+
+
+@pytest.mark.long
+def test_a_daemon_that_is_stopped_while_it_waits_for_its_inbox_ends_with_0(tmp_path: Path, start: Start) -> None:
+    running = start("run", "--inbox", tmp_path / "in")
+    running.wait_for_event("watcher.waiting")
+    running.process.send_signal(signal.SIGTERM)
+    assert running.finish(seconds=5)[0] == 0
+    assert list(tmp_path.glob("in")) == []
+
+
+@pytest.mark.long
+def test_a_daemon_that_has_run_never_ends_with_the_code_for_a_wrong_configuration(tmp_path: Path, start: Start) -> None:
+    inbox = tmp_path / "in"
+    inbox.mkdir()
+    running = start("run", "--inbox", inbox, "--output", tmp_path / "out", "--rescan-seconds", "0.5")
+    running.wait_for_event("service.started")
+    time.sleep(1)
+    inbox.rename(tmp_path / "away")
+    make_tree(tmp_path, {"new/.sorter/lock": b"", "new/a.jpg": photo(1)})
+    os.link(tmp_path / "new/.sorter/lock", tmp_path / "second name")
+    (tmp_path / "new").rename(inbox)
+    assert running.finish(seconds=20)[0] == 1
+    assert "lock" in running.events("run.failed")[0]["detail"]
 
 
 @pytest.mark.long

@@ -151,6 +151,32 @@ def test_a_key_of_the_wrong_type_is_refused_by_name(tmp_path: Path) -> None:
         assert refusal(config=path).startswith(f"{text.split()[0]} in {path}: ")
 
 
+def test_of_the_two_thresholds_the_stronger_source_sets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = toml(tmp_path, "max_error_rate = 0.01")
+
+    def thresholds(**flags: Any) -> tuple[float, float | None]:
+        settings = load({"config": path, **flags})
+        return settings.min_confidence, settings.max_error_rate
+
+    assert thresholds() == (0, 0.01)
+    assert thresholds(min_confidence="0.5") == (0.5, None)
+    assert thresholds(min_confidence="0") == (0, None)
+    monkeypatch.setenv("SORTER_MIN_CONFIDENCE", "0.7")
+    assert thresholds() == (0.7, None)
+    assert thresholds(max_error_rate="0.02") == (0, 0.02)
+    assert thresholds(max_error_rate="none") == (0, None)
+    assert thresholds(max_error_rate="0.02", min_confidence="0.5") == (0.5, 0.02)  # refused when the model is known
+
+
+def test_none_unsets_what_a_weaker_source_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = toml(tmp_path, "output = 'out'\nmax_error_rate = 0.01\non_sorted = 'true'\n")
+    monkeypatch.setenv("SORTER_ON_SORTED", "false")
+    settings = load({"config": path, "output": "none", "max_error_rate": "none", "on_sorted": "none"})
+    assert (settings.output, settings.max_error_rate, settings.on_sorted) == (None, None, None)
+    assert load({"on_sorted": ""}).on_sorted is None
+    assert load({"output": "./none"}).output == Path("none")
+
+
 def test_an_empty_path_is_refused_wherever_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for field in ("inbox", "output", "model"):
         path = toml(tmp_path, f'{field} = ""')

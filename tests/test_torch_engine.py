@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +13,13 @@ import torch
 from pictures import smooth
 from torch import nn
 
+from sorter.classifier import engine as engines
 from sorter.classifier import manifest, network, torch_engine
+from sorter.classifier.engine import open_engine
 from sorter.classifier.manifest import WEIGHTS, Class, Input, Manifest
 from sorter.classifier.torch_engine import TorchEngine, choose_device, shapes
+from sorter.errors import ModelError, NotNowError
+from sorter.settings import SHIPPED_MODEL
 
 NOISE = 0.02
 """How far probabilities may move from half precision alone."""
@@ -172,6 +177,60 @@ def test_each_thread_gets_its_own_answers(model: tuple[Path, Manifest], rounds: 
     engine = TorchEngine(*model, CPU, 8)
     engine._slots.put(torch_engine._Slot(8, 32, 3, CPU))  # as on a GPU
     assert in_two_threads(engine, rounds) == []
+
+
+def test_a_device_without_streams_is_asked_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(wanted: torch.cuda.Stream | None) -> None:
+        raise AttributeError("module 'torch.mps' has no attribute 'current_device'")  # as on a Mac
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    slot = torch_engine._Slot(4, 32, 3, torch.device("meta"))
+    assert slot.copied_in(photos(3), 4).shape == (4, 32, 32, 3)
+
+
+@pytest.fixture
+def broken_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
+    """A GPU that PyTorch finds, and that fails at the first use."""
+
+    def break_with(error: Exception) -> None:
+        class Broken(TorchEngine):
+            def __init__(self, *arguments: Any, **named: Any) -> None:
+                raise error
+
+        monkeypatch.setattr(engines, "_may_have_gpu", lambda: True)
+        monkeypatch.setattr(torch_engine, "choose_device", lambda name: torch.device("cuda"))
+        monkeypatch.setattr(torch_engine, "TorchEngine", Broken)
+
+    return break_with
+
+
+@pytest.mark.parametrize(
+    "error", [AttributeError("no current_device"), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("")]
+)
+def test_auto_runs_on_the_cpu_where_the_gpu_cannot_be_used(
+    error: Exception, broken_gpu: Callable[[Exception], None], shipped: Manifest
+) -> None:
+    broken_gpu(error)
+    opened = open_engine(SHIPPED_MODEL, shipped, "auto", "auto", 4)
+    assert (opened.name, opened.device) == ("openvino", "cpu")
+    said = str(error) or "RuntimeError"
+    assert opened.unused_gpu == f"cuda cannot be used ({said}): check its driver, or use --device cpu"
+
+
+def test_a_gpu_that_was_asked_for_by_name_and_fails_is_an_error(
+    broken_gpu: Callable[[Exception], None], shipped: Manifest
+) -> None:
+    broken_gpu(AttributeError("no current_device"))
+    with pytest.raises(ModelError, match=r"cannot run on cuda \(no current_device\): use another --device"):
+        open_engine(SHIPPED_MODEL, shipped, "auto", "cuda", 4)
+
+
+def test_a_gpu_whose_memory_is_taken_may_be_free_later(
+    broken_gpu: Callable[[Exception], None], shipped: Manifest
+) -> None:
+    broken_gpu(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"))
+    with pytest.raises(NotNowError, match="cuda has no room for the model"):
+        open_engine(SHIPPED_MODEL, shipped, "auto", "cuda", 4)
 
 
 @needs_cuda

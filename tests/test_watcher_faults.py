@@ -354,3 +354,19 @@ def test_waiting_takes_no_processor_time_and_no_log(tmp_path: Path, daemon: Daem
     used = [cpu_seconds(process) - start for process, start in zip(running, before, strict=True)]
     assert max(used) < 0.2, used
     assert [process.errors.read_bytes() for process in running] == logs
+
+
+def test_nothing_is_written_into_the_empty_mount_point_of_an_inbox(tmp_path: Path, daemon: Daemon) -> None:
+    inbox = tmp_path / "in"
+    inbox.mkdir()
+    with mounted("mount", "-t", "tmpfs", "none", inbox):
+        running = daemon(inbox, rescan_seconds=0.5)
+        subprocess.run(["umount", "-l", inbox], check=True)
+        running.wait_for_event("watcher.restarted", seconds=RECOVERED_SECONDS)
+        time.sleep(1)
+        assert list(inbox.iterdir()) == []
+        subprocess.run(["mount", "-t", "tmpfs", "none", inbox], check=True)
+        drop(inbox, "back.jpg")
+        wait_until_sorted(running, "back.jpg")
+        assert (inbox / ".sorter" / "lock").is_file()
+    assert list(inbox.iterdir()) == []

@@ -7,6 +7,7 @@ resident for the life of the process.
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -17,12 +18,15 @@ from sorter import extras
 from sorter.classifier import outliers
 from sorter.classifier.manifest import Manifest
 from sorter.classifier.outliers import OutlierDetector
-from sorter.errors import ConfigurationError, ModelError
+from sorter.errors import ConfigurationError, ModelError, NotNowError, SorterError
 
 NVIDIA_FILES = ("/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
 """What NVIDIA's driver creates on Linux, and under WSL. `config/environment` looks for the same files."""
 GPU_FILES = (*NVIDIA_FILES, "/dev/kfd")
 """And what AMD's driver creates. Asking PyTorch instead would take seconds."""
+
+_TAKEN = ("out of memory", "busy or unavailable")
+"""What PyTorch's error says where another program has the GPU or its memory."""
 
 Floats = npt.NDArray[np.float32]
 
@@ -35,12 +39,14 @@ class Engine(Protocol):
         device: `cpu`, `cuda:0` or `mps`.
         precision: of the weights and activations: `int8`, `bf16`, `fp16` or `fp32`.
         concurrency: how many threads should call `classify` at the same time for the best throughput.
+        unused_gpu: why it does not run on this machine's GPU; empty if it does, was not to, or there is none.
     """
 
     name: str
     device: str
     precision: str
     concurrency: int
+    unused_gpu: str
 
     def classify(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Classify a batch.
@@ -81,6 +87,8 @@ def open_engine(
 ) -> Engine:
     """Load a model's weights onto a device and have it answer once.
 
+    A GPU that was not asked for by name, and that cannot be used, is left alone: the model then runs on the CPU.
+
     Args:
         folder: the model folder.
         manifest: the folder's manifest, from `manifest.read`.
@@ -92,27 +100,78 @@ def open_engine(
 
     Raises:
         ModelError: the weights cannot be used, or the answers are not probabilities.
+        NotNowError: the device is there, and its memory is taken.
         ConfigurationError: the device does not exist, or the engine cannot run on it or is not installed.
     """
     detector = outliers.read(folder, manifest) if catch_neither else None
-    opened = _open(folder, manifest, engine, device, batch_size, min_confidence, detector)
-    grey = np.full((1, manifest.input.size, manifest.input.size, 3), 128, np.uint8)
+
+    def opened_on(name: str) -> Engine:
+        return _answering(folder, manifest, _open(folder, manifest, engine, name, batch_size, min_confidence, detector))
+
     try:
-        answer = opened.classify(grey)
-    except RuntimeError as error:  # an input too small for the architecture, a device out of memory
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
-        raise ModelError(
-            f"the model in {folder} cannot run on {opened.device} ({reason}): use another --device, or export it again"
-        ) from None
-    if answer.shape != (1, len(manifest.classes)) or not np.isfinite(answer).all():
-        raise ModelError(f"the model in {folder} does not answer with probabilities: export it again")
+        opened = opened_on(device)
+    except _DeviceError as error:
+        if device != "auto" or error.device == "cpu":
+            raise error.named(folder) from None
+        opened = _on_cpu(opened_on, folder)
+        opened.unused_gpu = f"{error.device} cannot be used ({error}): check its driver, or use --device cpu"
+    else:
+        if engine == device == "auto":
+            opened.unused_gpu = _missing_torch()
     return opened
 
 
-def unused_gpu() -> str | None:
-    """A hint for a machine whose GPU stays idle because PyTorch is not installed; None on any other machine."""
+class _DeviceError(Exception):
+    """A model cannot run on a device; the message is the library's."""
+
+    def __init__(self, device: str, error: Exception) -> None:
+        super().__init__((str(error).strip().splitlines() or [type(error).__name__])[0][:200])
+        self.device = device
+
+    def named(self, folder: Path) -> SorterError:
+        """The same as a sentence for the user."""
+        if any(words in str(self).lower() for words in _TAKEN):
+            return NotNowError(
+                f"{self.device} has no room for the model ({self}): stop what else uses it, or use --device cpu"
+            )
+        return ModelError(
+            f"the model in {folder} cannot run on {self.device} ({self}): use another --device, or export it again"
+        )
+
+
+def _on_cpu(opened_on: Callable[[str], Engine], folder: Path) -> Engine:
+    try:
+        return opened_on("cpu")
+    except _DeviceError as error:
+        raise error.named(folder) from None
+
+
+def _answering(folder: Path, manifest: Manifest, opened: Engine) -> Engine:
+    """An engine that has answered once.
+
+    Raises:
+        _DeviceError: it cannot, or not with numbers.
+        ModelError: it has another number of classes.
+    """
+    grey = np.full((1, manifest.input.size, manifest.input.size, 3), 128, np.uint8)
+    try:
+        answer = opened.classify(grey)
+    except Exception as error:  # an input too small for the architecture, a device out of memory, a broken driver
+        raise _DeviceError(opened.device, error) from None
+    problem = f"the model in {folder} does not answer with probabilities: export it again"
+    if answer.shape != (1, len(manifest.classes)):
+        raise ModelError(problem)
+    if not np.isfinite(answer).all():
+        if opened.device == "cpu":
+            raise ModelError(problem)
+        raise _DeviceError(opened.device, ArithmeticError("its answers are not numbers"))
+    return opened
+
+
+def _missing_torch() -> str:
+    """A hint for a machine whose GPU stays idle because PyTorch is not installed; empty on any other machine."""
     if _has_torch() or not _may_have_gpu():
-        return None
+        return ""
     return "this machine seems to have a GPU; " + extras.hint("using it", "gpu")
 
 
@@ -152,7 +211,12 @@ def _open(
     chosen = choose_device(device)
     if has_network and engine == "auto" and chosen.type == "cpu":  # a driver, but no GPU that PyTorch can use
         return openvino_engine.OpenVinoEngine(folder, manifest, min_confidence, detector)
-    return TorchEngine(folder, manifest, chosen, batch_size, detector)
+    try:
+        return TorchEngine(folder, manifest, chosen, batch_size, detector)
+    except SorterError:
+        raise
+    except Exception as error:  # whatever a driver may fail with
+        raise _DeviceError(str(chosen), error) from None
 
 
 def _prefers_openvino(engine: str, device: str) -> bool:

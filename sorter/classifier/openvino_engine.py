@@ -7,6 +7,7 @@ A batch is cut into chunks, each of which runs on one core: cores that do not wa
 decoder borrows one of them for a moment.
 """
 
+import contextlib
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,7 +55,7 @@ class OpenVinoEngine:
         self, folder: Path, manifest: Manifest, min_confidence: float = 0.0, detector: OutlierDetector | None = None
     ) -> None:
         compiler = _Compiler(folder, manifest, hidden_layers=len(manifest.head_hidden) if detector else 0)
-        self.precision, self._detector = compiler.precision, detector
+        self.precision, self.unused_gpu, self._detector = compiler.precision, "", detector
         threads = ThreadPoolExecutor(compiler.streams, thread_name_prefix="openvino")
         classes, cascade = len(manifest.classes), manifest.first_look
         self._low_resolution: _Pass | None = None
@@ -74,7 +75,7 @@ class OpenVinoEngine:
         if self._low_resolution is None:
             return self._full_size(pixels)[0]
         probabilities, _ = self._low_resolution(pixels)  # (N, C)
-        unsure = probabilities.max(1) < self._threshold
+        unsure = ~(probabilities.max(1) >= self._threshold)  # also where it is not a number
         if unsure.any():
             probabilities[unsure], _ = self._full_size(pixels[unsure])
         return probabilities
@@ -148,7 +149,8 @@ class _Compiler:
         """A network that takes photos of the manifest's size and scales them to `size` pixels a side."""
         key = self._cache_key(size)
         if (stored := compiled_cache.load(key)) is not None:
-            return self._core.import_model(stored, "CPU", self._settings)
+            with contextlib.suppress(RuntimeError):  # OpenVINO refuses it: compile again
+                return self._core.import_model(stored, "CPU", self._settings)
         model = self._core.read_model(self.path)
         if self._hidden_layers:
             model.add_outputs([hidden_output(model, self._hidden_layers)])

@@ -51,7 +51,7 @@ class TorchEngine:
         detector: OutlierDetector | None = None,
     ) -> None:
         self._device, dtype = device, _choose_precision(device)
-        self.device, self.precision = str(device), _PRECISIONS[dtype]
+        self.device, self.precision, self.unused_gpu = str(device), _PRECISIONS[dtype], ""
         self._on_cuda = device.type == "cuda"
         self.concurrency = 2 if self._on_cuda else 1
         if device.type == "cpu":
@@ -171,7 +171,8 @@ class _Slot:
         """Start copying a batch to the device; uint8 (shape, S, S, 3), padded with arbitrary pixels."""
         self._pixels.numpy()[: len(pixels)] = pixels
         if self._resident is not self._pixels:
-            with torch.cuda.stream(self.stream):
+            # torch.cuda.stream(None) asks for an accelerator's current device, which torch.mps has no notion of.
+            with torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext():
                 self._resident[:shape].copy_(self._pixels[:shape], non_blocking=self.stream is not None)
         return self._resident[:shape]
 

@@ -10,11 +10,10 @@ def check(settings: Settings) -> ExitCode:
     """Load the model, let it answer once, and print what a run would use.
 
     Raises:
-        ConfigurationError, ModelError: a sentence about what is wrong and what to do.
+        ConfigurationError, ModelError, NotNowError: a sentence about what is wrong and what to do.
     """
     settings, model, _ = preflight.check(settings)
-    from sorter.classifier.engine import unused_gpu  # imports a library that takes a while
-
+    preflight.check_folders(settings, model)
     engine = preflight.open_engine(settings, model)
     rows = {
         "inbox": f"{settings.inbox.absolute()}" + (" and its subfolders" if settings.recursive else ""),
@@ -25,8 +24,8 @@ def check(settings: Settings) -> ExitCode:
         "unsure": _unsure(settings),
         "engine": f"{engine.name} on {engine.device}, {engine.precision}, batches of {settings.batch_size}",
     }
-    if settings.engine == settings.device == "auto" and (hint := unused_gpu()):
-        rows["note"] = hint
+    if engine.unused_gpu:
+        rows["note"] = engine.unused_gpu
     for name, value in rows.items():
         print(f"{name:<9} {entries.printable(value)}")
     print("Everything is fine.")

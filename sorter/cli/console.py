@@ -24,7 +24,7 @@ class Bar:
 
     def advance(self, counters: Counters) -> None:
         """Show how many files have been dealt with."""
-        done = counters.folders.total() + counters.skipped + counters.put_back + counters.left
+        done = counters.folders.total() + counters.kept.total() + counters.skipped + counters.put_back + counters.left
         speed = done / max(time.monotonic() - counters.started, 0.001)
         self._progress.update(self._task, completed=done, speed=f"{speed:.1f} photos/s")
 
@@ -89,6 +89,7 @@ def summary(counters: Counters, folders: list[str], *, dry_run: bool) -> str:
     rows = [
         (f"{folder}/", counters.folders[folder]) for folder in folders if counters.folders[folder] or folder != "unsure"
     ]
+    rows += [(f"kept in {folder}/", count) for folder, count in counters.kept.items()]
     rows += [("sidecars moved along", counters.sidecars)] if counters.sidecars else []
     rows += [("skipped, not photos", counters.skipped), ("left in the inbox", counters.left)]
     rows += [("restored by undo, not sorted again", counters.put_back)] if counters.put_back else []

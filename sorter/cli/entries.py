@@ -1,5 +1,7 @@
 """How `history`, `status` and `undo` show the history's entries: the words and the JSON they share."""
 
+import codecs
+import sys
 from datetime import datetime
 from typing import Any
 
@@ -36,6 +38,12 @@ def why(entry: Entry) -> str:
     if entry.detail is not None:
         return entry.detail
     return f"{entry.label} {entry.confidence:.1%}" if entry.confidence is not None else ""
+
+
+def arrow() -> str:
+    """The arrow between two places, as far as standard output can show it."""
+    encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+    return "→" if codecs.lookup(encoding).name.startswith("utf") else "->"
 
 
 def local_time(seconds: float) -> str:

@@ -47,7 +47,7 @@ def _row(settings: Settings, entry: Entry) -> Sequence[str]:
         entries.local_time(entry.done),
         entry.run,
         entries.printable(_relative(entry.source, came_from)),
-        "→",
+        entries.arrow(),
         entries.printable(os.path.join(folder or ".", new_name)),
         entries.why(entry) + (", undone" if entry.undone else ""),
     )

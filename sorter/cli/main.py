@@ -1,12 +1,13 @@
 """The commands of `sorter`, and how one of them is run: arguments in, an exit code out."""
 
+import io
 import sys
 from collections.abc import Sequence
 
 import structlog
 
 from sorter import logs, settings
-from sorter.cli import bench, check, console, history, run, shell_help, status, undo
+from sorter.cli import bench, check, console, history, retry, run, shell_help, status, undo
 from sorter.cli.parser import EVERY_GROUP, FOLDERS, Command, Parser, build
 from sorter.errors import ExitCode, SorterError
 from sorter.settings import Settings
@@ -31,6 +32,13 @@ COMMANDS = {
         groups=EVERY_GROUP,
         usage=_FOLDER_FLAGS,
         add_options=run.add_options,
+    ),
+    "retry": Command(
+        "sort the photos in unsure/ or failed/ again; those that belong there stay",
+        retry.retry,
+        groups=tuple(group for group in EVERY_GROUP if group != "Watching"),
+        usage=f"unsure|failed {_FOLDER_FLAGS}",
+        add_options=retry.add_options,
     ),
     "check": Command(
         "check configuration, model, device and permissions without touching a photo",
@@ -83,6 +91,8 @@ def build_parser() -> Parser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; errors are sentences on standard error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name, or an arrow, on a terminal that is not UTF-8
     flags = vars(build_parser().parse_args(arguments))
     name = flags.pop("command")
     command = COMMANDS[name]
@@ -104,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.discard(sys.stdout)
     except Exception as error:
         # A program that reads standard error gets JSON from its first line on.
-        if name == "run" and logs.is_json(log_format) and not structlog.is_configured():
+        if name in ("run", "retry") and logs.is_json(log_format) and not structlog.is_configured():
             logs.configure("json", "info")
         _report(error, with_traceback=log_level == "debug")
         return int(error.exit_code if isinstance(error, SorterError) else ExitCode.STOPPED)

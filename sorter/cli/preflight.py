@@ -4,6 +4,7 @@ In: the settings. Out: the settings with the threshold resolved, the manifest, t
 Nothing is changed: for a folder that does not exist yet, the permissions of the one it will be created in are checked.
 """
 
+import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 from sorter import extras
 from sorter.classifier import manifest as manifests
 from sorter.classifier.manifest import RESERVED_FOLDERS, Manifest
-from sorter.errors import ConfigurationError
+from sorter.errors import ConfigurationError, NotNowError
 from sorter.inbox.scan import Inbox
 from sorter.service import hook
 from sorter.settings import Settings
@@ -20,8 +21,22 @@ if TYPE_CHECKING:
     from sorter.classifier.engine import Engine
 
 
+# What asking for a folder fails with while it is not mounted, or its server does not answer.
+_AWAY = (
+    errno.ENOENT,
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENODEV,
+    errno.ENXIO,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+)
+
+
 def check(settings: Settings) -> tuple[Settings, Manifest, list[str] | None]:
-    """Check everything that can be wrong and is known before the model is loaded.
+    """Check everything that can be wrong and is known before the model is loaded, except for the folders.
 
     Returns:
         The settings with the threshold resolved, the model's manifest, and the words of `--on-sorted`.
@@ -31,7 +46,6 @@ def check(settings: Settings) -> tuple[Settings, Manifest, list[str] | None]:
     """
     model = manifests.read(settings.model)
     settings = decided(settings, model)
-    check_folders(settings, model)
     if settings.metrics_port:
         extras.require("prometheus_client", "metrics", "--metrics-port")
     return settings, model, None if settings.on_sorted is None else hook.split(settings.on_sorted)
@@ -50,6 +64,12 @@ def watched(settings: Settings, manifest: Manifest) -> Inbox:
         excluded=excluded(settings, manifest),
         settle_seconds=settings.settle_seconds,
     )
+
+
+def sorted_again(settings: Settings) -> str | None:
+    """The folder of the output that is the inbox, where that is `unsure` or `failed`."""
+    inbox = settings.inbox.resolve()
+    return next((name for name in RESERVED_FOLDERS if inbox == (settings.output_folder / name).resolve()), None)
 
 
 def excluded(settings: Settings, manifest: Manifest) -> frozenset[str]:
@@ -107,7 +127,10 @@ def check_folders(settings: Settings, manifest: Manifest) -> None:
 
     Raises:
         ConfigurationError: a sentence about which folder is wrong and what to do.
+        NotNowError: there is no inbox.
     """
+    if not inbox_exists(settings):
+        raise NotNowError(f"there is no inbox {settings.inbox}: create or mount it, or use another folder with --inbox")
     try:
         _check_folders(settings, manifest)
     except OSError as error:
@@ -116,10 +139,17 @@ def check_folders(settings: Settings, manifest: Manifest) -> None:
         ) from None
 
 
+def inbox_exists(settings: Settings) -> bool:
+    """Whether the inbox is there, and its server answers."""
+    try:
+        os.stat(settings.inbox)
+    except OSError as error:
+        return error.errno not in _AWAY
+    return True
+
+
 def _check_folders(settings: Settings, manifest: Manifest) -> None:
     inbox = settings.inbox
-    if not inbox.exists():
-        raise ConfigurationError(f"there is no inbox {inbox}: create it, or use another folder with --inbox")
     if not inbox.is_dir():
         raise ConfigurationError(f"the inbox {inbox} is not a folder: use a folder with --inbox")
     needed = os.R_OK | os.X_OK | (0 if settings.dry_run else os.W_OK)
@@ -129,7 +159,7 @@ def _check_folders(settings: Settings, manifest: Manifest) -> None:
     output = settings.output_folder
     for folder in destinations(manifest):
         target = output / folder
-        if inbox.resolve() == target.resolve():
+        if inbox.resolve() == target.resolve() and folder not in RESERVED_FOLDERS:
             raise ConfigurationError(f"the inbox {inbox} is a folder that photos are sorted into: use another --output")
         if target.is_symlink():
             raise ConfigurationError(f"{target} is a symbolic link: use the real folder with --output")

@@ -21,6 +21,7 @@ A flag overrides an environment variable, which overrides the TOML file named by
 overrides the default. A variable is the key in capitals with the prefix `SORTER_`: `SORTER_BATCH_SIZE=64`. A switch is
 `true` or `false` in a variable or the TOML file, and `--recursive` or `--no-recursive` as a flag. Unknown keys and
 variables are errors. Paths are relative to the folder that sorter is started in; `~` is your home folder.
+`none` takes back an `output`, a `max_error_rate` or an `on_sorted` that a weaker source sets.
 [sorter.toml](sorter.toml) is a file to start from.
 """
 _KINDS = {"DIR": "path", "DEVICE": "name", "COMMAND": "command"}

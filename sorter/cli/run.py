@@ -6,6 +6,7 @@ In: the settings. Out: an exit code, a log on standard error, and the summary or
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -18,7 +19,7 @@ import sorter
 from sorter import logs
 from sorter.classifier.manifest import Manifest
 from sorter.cli import console, preflight
-from sorter.errors import ConfigurationError, ExitCode, StorageError
+from sorter.errors import ConfigurationError, ExitCode, ModelError, NotNowError, StorageError
 from sorter.files import FOLDER, inodes, lock
 from sorter.files.atomic import make_folder
 from sorter.files.lock import Lock
@@ -29,6 +30,7 @@ from sorter.moving.mover import Mover
 from sorter.moving.recovery import recover
 from sorter.service.counters import Counters
 from sorter.service.hook import Hook
+from sorter.service.notify import Notifier
 from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from sorter.service.loop import Service
     from sorter.service.metrics import Metrics
 
+_INBOX_SECONDS = 1.0  # how often to look for an inbox that is not there yet
 # An undo that recovers from a crash holds the lock for a moment.
 _PATIENCE_SECONDS = 2.0
 
@@ -58,6 +61,9 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
     if as_json and not settings.dry_run:
         raise ConfigurationError("--json prints planned moves: use it together with --dry-run")
     settings, model, command = preflight.check(settings)
+    late = not settings.once and not preflight.inbox_exists(settings)
+    if not late:
+        preflight.check_folders(settings, model)
     stream = logs.configure(settings.log_format, settings.log_level)
 
     # Imported here because they take long, and most mistakes have been reported by now.
@@ -67,9 +73,12 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
 
     shutdown = Shutdown(idle_code=ExitCode.INCOMPLETE if settings.once else ExitCode.DONE)
     shutdown.listen()
-    inbox, output = preflight.watched(settings, model), settings.output_folder.absolute()
     # Everything that ends with `ExitCode.USAGE` comes before the first change to a folder.
     engine = preflight.open_engine(settings, model)
+    if late:
+        _wait_for_inbox(settings)
+        preflight.check_folders(settings, model)
+    inbox, output = preflight.watched(settings, model), settings.output_folder.absolute()
     this_run = Run(uuid4().hex[:12], sorter.__version__, model.name)
     log_fields: dict[str, object] = {"run": this_run.id, "model": model.name}
     if settings.dry_run:
@@ -86,6 +95,8 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
         shutdown.move_lock = mover.lock
         reader = _open_reader(output, stack, beside_writer=history is not None)
         bar = _show_bar(settings, stream, stack)
+        if bar is not None:
+            shutdown.restore_terminal = stream.show_cursor
         hook = None if command is None or settings.dry_run else _start_hook(command, log_fields, shutdown, stack)
         pipeline = Pipeline.start(
             engine,
@@ -97,6 +108,7 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
             workers=default_workers(),
             on_moved=_ignore if hook is None else hook.notify_batch,
             measures=metrics,
+            sorted_again=preflight.sorted_again(settings),
         )
         stack.callback(pipeline.close)
         service = Service(
@@ -111,7 +123,10 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
             on_decision=console.print_decision if as_json else _ignore,
             history=reader,
         )
-        counters = service.run_once() if settings.once else _watch(service, inbox, pipeline, metrics)
+        try:
+            counters = service.run_once() if settings.once else _watch(service, inbox, pipeline, metrics)
+        except (ConfigurationError, ModelError) as error:
+            raise StorageError(str(error)) from error  # by now photos may have been touched: a restart may help
         if history is not None:
             with suppress(StorageError):  # every photo is recorded; only the end of the run is not
                 history.finish(this_run)
@@ -119,6 +134,18 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
         text = console.summary(counters, preflight.destinations(model), dry_run=settings.dry_run)
         console.say(text, sys.stdout, flush=True)
     return counters.exit_code if settings.once else ExitCode.DONE
+
+
+def _wait_for_inbox(settings: Settings) -> None:
+    """Wait until there is an inbox. A signal ends the process meanwhile."""
+    inbox, reason = settings.inbox.absolute(), "there is no such folder yet"
+    structlog.get_logger().warning("watcher.waiting", path=str(inbox), reason=reason)
+    notifier = Notifier()
+    notifier.ready()  # the manager would give up on a start that takes this long
+    while not preflight.inbox_exists(settings):
+        notifier.alive()
+        notifier.status(lambda: f"Waiting: {inbox}: {reason}")
+        time.sleep(_INBOX_SECONDS)
 
 
 def _watch(service: "Service", inbox: Inbox, pipeline: "Pipeline", metrics: "Metrics | None") -> Counters:
@@ -160,7 +187,7 @@ def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> Hist
     undoing = Lock(output, lock.UNDOING)
     try:
         undoing.take()
-    except ConfigurationError:  # a running undo recovers its own moves
+    except NotNowError:  # a running undo recovers its own moves
         found = recover(history, output, undoing=False)
     else:
         found = recover(history, output)
@@ -177,8 +204,6 @@ def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> Hist
 def _log_start(
     settings: Settings, model: Manifest, engine: "Engine", inbox: Path, output: Path, log_fields: dict[str, object]
 ) -> None:
-    from sorter.classifier.engine import unused_gpu
-
     log = structlog.get_logger()
     log.info(
         "service.started",
@@ -192,8 +217,8 @@ def _log_start(
         inbox=str(inbox),
         output=str(output),
     )
-    if settings.engine == settings.device == "auto" and (hint := unused_gpu()):
-        log.warning("engine.unused_gpu", detail=hint)
+    if engine.unused_gpu:
+        log.warning("engine.unused_gpu", detail=engine.unused_gpu)
 
 
 def _open_reader(output: Path, stack: ExitStack, *, beside_writer: bool) -> HistoryReader | None:

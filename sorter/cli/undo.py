@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import signal
 import sys
 import threading
 from collections import Counter
@@ -13,13 +12,14 @@ from uuid import uuid4
 
 import sorter
 from sorter.cli import console, entries, options
-from sorter.errors import ConfigurationError, ExitCode
+from sorter.errors import ConfigurationError, ExitCode, NotNowError
 from sorter.files import lock
 from sorter.files.lock import Lock
 from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import SIDECAR, History, Run
 from sorter.moving.recovery import recover
 from sorter.moving.undo import Undo, Undone, planned_undo
+from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
 
@@ -55,24 +55,29 @@ def undo(
     """Restore the photos of a run, since a time, or at some paths.
 
     Raises:
-        ConfigurationError: there is no history, nothing in it matches, or another undo is running.
+        ConfigurationError: there is no history, or nothing in it matches.
+        NotNowError: another undo is running.
         StorageError: the history or a folder cannot be written.
     """
     output, stopping = settings.output_folder, threading.Event()
+    shutdown = Shutdown(idle_code=ExitCode.INCOMPLETE)
     unknown: list[str] = []
     counts: Counter[str] = Counter()
     with ExitStack() as stack:
         restore = planned_undo
         if not settings.dry_run:
             HistoryReader(output).close()  # refuses an output without a history before anything is created in it
+            shutdown.listen()
             restore = _open(output, stopping, stack).restore
-        reader = HistoryReader(
-            output, beside_writer=not settings.dry_run
-        )  # opened after the recovery, to include what that finished
+            shutdown.move_lock = threading.Lock()  # a second signal ends it at once; the next start finds what it left
+        # Opened after the recovery, to include what that finished.
+        reader = HistoryReader(output, beside_writer=not settings.dry_run)
         stack.callback(reader.close)
         run = _check_run(reader, output, last=last, run=run)
         chosen = _at_paths(reader, paths, unknown) if paths else reader.undoable(run=run, since=since)
         for undone in restore(chosen):
+            if shutdown.requested:
+                stopping.set()
             counts["stayed" if undone.problem else "sidecar" if undone.entry.kind == SIDECAR else "photo"] += 1
             if as_json:
                 _print_json(undone)
@@ -100,14 +105,12 @@ def _open(output: Path, stopping: threading.Event, stack: ExitStack) -> Undo:
     try:
         if with_sorting:
             sorting.take()
-    except ConfigurationError:  # a sorter is running, and these are its moves
+    except NotNowError:  # a sorter is running, and these are its moves
         with_sorting = False
     found = recover(history, output, sorting=with_sorting)
     sorting.release()
     for path, reason in found.waiting:
         console.say(f"sorter: {entries.printable(path)} cannot be checked now ({reason})", sys.stderr)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
     return Undo(output, history, Run(uuid4().hex[:12], sorter.__version__, "", kind="undo"), stopping)
 
 
@@ -139,7 +142,7 @@ def _print_line(undone: Undone, *, dry_run: bool) -> None:
     if undone.problem:
         console.say(f"sorter: cannot restore {destination}: {undone.problem}", sys.stderr)
     elif dry_run:
-        console.say(f"{destination} → {source}", sys.stdout)
+        console.say(f"{destination} {entries.arrow()} {source}", sys.stdout)
 
 
 def _print_json(undone: Undone) -> None:

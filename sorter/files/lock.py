@@ -14,7 +14,7 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sorter.errors import ConfigurationError
+from sorter.errors import ConfigurationError, NotNowError
 from sorter.files import FOLDER
 from sorter.files.atomic import sync_folder
 from sorter.files.photo import opened_folder
@@ -39,19 +39,26 @@ class Lock:
         self._folder, self._name = folder.absolute(), name
         self._descriptor: int | None = None
 
-    def take(self, *, patience_seconds: float = 0.0) -> None:
+    @property
+    def is_held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._descriptor is not None
+
+    def take(self, *, patience_seconds: float = 0.0, create: bool = True) -> None:
         """Take the lock unless it is held already; take it again if another folder has this name now.
 
         If the folder is gone, the lock is released.
 
         Args:
             patience_seconds: how long to wait for a holder that may be about to end.
+            create: create the file if it is missing; otherwise the lock is then released, as for a missing folder.
 
         Raises:
-            ConfigurationError: another process holds the lock, or the folder cannot be locked.
+            NotNowError: another process holds the lock.
+            ConfigurationError: the folder cannot be locked.
         """
         try:
-            descriptor = _open(self._folder, self._name)
+            descriptor = _open(self._folder, self._name, create=create)
         except FileNotFoundError:
             self.release()
             return
@@ -69,7 +76,7 @@ class Lock:
         try:
             while not _try_lock(descriptor, self._folder, self._name):
                 if time.monotonic() >= deadline:
-                    raise ConfigurationError(
+                    raise NotNowError(
                         f"{self._folder} is {_DOING[self._name]} by {_holder_text(descriptor)}: stop that one first"
                     )
                 time.sleep(_RETRY_SECONDS)
@@ -106,15 +113,16 @@ def _holder_text(descriptor: int) -> str:
     return os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
 
 
-def _open(folder: Path, name: str) -> int:
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(folder / FOLDER)
-        with opened_folder(folder, "") as descriptor:
-            sync_folder(descriptor)
+def _open(folder: Path, name: str, *, create: bool) -> int:
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    if create:
+        flags |= os.O_CREAT
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder / FOLDER)
+            with opened_folder(folder, "") as descriptor:
+                sync_folder(descriptor)
     with opened_folder(folder, FOLDER) as hidden:
-        return os.open(
-            name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=hidden
-        )
+        return os.open(name, flags, 0o666, dir_fd=hidden)
 
 
 def _try_lock(descriptor: int, folder: Path, name: str) -> bool:

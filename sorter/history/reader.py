@@ -26,6 +26,12 @@ _ENTRY = """
 _UNDOABLE = " AND m.undoes IS NULL AND NOT EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id)"
 _PAGE_ROWS = 1000
 _LARGEST_ID = (1 << 63) - 1
+# Of photos in `unsure/` and `failed/`: it was sorted again since, out of that folder.
+_SORTED_AGAIN = """
+    EXISTS (SELECT 1 FROM moves n WHERE n.root = CASE m.folder WHEN 'unsure' THEN ? WHEN 'failed' THEN ? END
+        AND n.source = m.name AND n.id > m.id AND n.done IS NOT NULL
+        AND NOT EXISTS (SELECT 1 FROM moves u WHERE u.undoes = n.id AND u.done IS NOT NULL))
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,20 +208,26 @@ class HistoryReader:
         return str(found[0][0]) if found else None
 
     def last_failure(self) -> Entry | None:
-        """The last photo that went to `failed` and was not restored."""
-        found = self._database.rows(f"{_ENTRY} AND m.kind = 'failed'{_UNDOABLE} ORDER BY m.id DESC LIMIT 1", ())
+        """The last photo that went to `failed` and was neither restored nor sorted again."""
+        query = f"{_ENTRY} AND m.kind = 'failed'{_UNDOABLE} AND NOT {_SORTED_AGAIN} ORDER BY m.id DESC LIMIT 1"
+        found = self._database.rows(query, self._folders_sorted_again)
         return self._entry(found[0]) if found else None
 
     def counts(self, since: float = 0.0) -> Counts:
         """How many photos were moved at this time or later, in seconds since the epoch."""
-        rows = self._database.rows(
-            "SELECT folder, EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL) AS undone, "
-            "count(*) FROM moves m WHERE done IS NOT NULL AND undoes IS NULL AND done >= ? "
-            "AND kind <> ? GROUP BY folder, undone",
-            (since, SIDECAR),
+        # A photo that was sorted twice counts where it is; back in `unsure/` or `failed/` it was not restored yet.
+        query = (
+            "SELECT folder, EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL) AS undone, "  # noqa: S608
+            "count(*) FROM moves m WHERE done IS NOT NULL AND undoes IS NULL AND done >= ? AND kind <> ? "
+            f"AND NOT {_SORTED_AGAIN} AND NOT (undone AND m.root IN (?, ?)) GROUP BY folder, undone"
         )
+        rows = self._database.rows(query, (since, SIDECAR, *self._folders_sorted_again, *self._folders_sorted_again))
         folders = {folder: count for folder, undone, count in rows if not undone}
         return Counts(folders, sum(count for _, undone, count in rows if undone))
+
+    @property
+    def _folders_sorted_again(self) -> tuple[bytes, bytes]:
+        return os.fsencode(self._output / UNSURE), os.fsencode(self._output / FAILED)
 
     def was_restored(self, photo: Photo) -> bool:
         """Whether a photo in the inbox was restored by an undo and has not changed since.

@@ -90,6 +90,7 @@ class Mover:
         self._next_number: dict[tuple[str, str], int] = {}
         self._linked: set[tuple[int, int]] = set()  # device and inode of moved files that have other names too
         self._unresolved: set[str] = set()  # tokens of the plans of which nobody could tell how far they came
+        self._begun: set[str] = set()  # tokens of the plans that may have left something behind
         self._promised: set[tuple[str, str]] = set()  # folders and names of the plans that are not forgotten yet
         self._folder: tuple[int, int] | None = None  # the output's own device and inode, once it was used
         self._copied: dict[str, float] = {}  # tokens of the plans whose copies are complete -> when (monotonic)
@@ -111,6 +112,7 @@ class Mover:
     def forget(self, plan: Plan) -> None:
         """Take a plan's promise back, once it is carried out or given up."""
         self._promised.discard((plan.folder, plan.name))
+        self._begun.discard(plan.token)
 
     def path(self, plan: Plan) -> str:
         """Where a plan puts its photo."""
@@ -137,7 +139,9 @@ class Mover:
                     self._place(plan, source, target, base)
             except (OSError, StayedError, StorageError) as error:
                 # A name that was taken before we ever used it is somebody else's, whatever is in that file.
-                ours = not isinstance(error, FileExistsError) or self.is_unresolved(plan)
+                ours = plan.token in self._begun and (
+                    not isinstance(error, FileExistsError) or self.is_unresolved(plan)
+                )
                 if not (ours and self._arrived(plan)):
                     raise self._told(error, plan.folder) from error
             finally:
@@ -183,6 +187,7 @@ class Mover:
             with self._target(plan.photo.root, plan.folder) as target:
                 if os.path.sameopenfile(source, target):
                     raise StayedError("is in its folder already: the output is a part of the inbox under another path")
+                self._begun.add(plan.token)
                 yield source, target
 
     def _arrived(self, plan: Plan) -> bool:
@@ -204,7 +209,8 @@ class Mover:
             return error
         if error.errno == errno.EEXIST:
             return ChangedError("its name in the output was taken meanwhile")
-        output_refuses = error.errno == errno.EACCES and not os.access(self.output / folder, os.W_OK)
+        place = self.output / folder
+        output_refuses = error.errno == errno.EACCES and place.exists() and not os.access(place, os.W_OK)
         if error.errno in _STORAGE or output_refuses:
             return self._refused(folder, error)
         if isinstance(error, PermissionError):

@@ -5,7 +5,6 @@ intent is durable before its photo is touched, nothing is ever replaced, and aft
 has exactly one name. It works beside a running sorter, which leaves restored photos alone.
 """
 
-import itertools
 import os
 import stat
 import threading
@@ -38,8 +37,12 @@ class Undone:
     problem: str = ""
 
 
-def check(entry: Entry) -> Identity:
+def check(entry: Entry, place: str = "") -> Identity:
     """Check that a photo can be restored; changes nothing.
+
+    Args:
+        entry: of the photo.
+        place: where the photo is at present, if not where it went.
 
     Returns:
         The identity that the file has now.
@@ -47,7 +50,7 @@ def check(entry: Entry) -> Identity:
     Raises:
         StayedError: it cannot be restored; the message says why.
     """
-    folder, base = os.path.split(entry.destination)
+    folder, base = os.path.split(place or entry.destination)
     try:
         with opened_folder(Path(folder), "") as descriptor:
             status = os.stat(base, dir_fd=descriptor, follow_symlinks=False)
@@ -82,19 +85,34 @@ def _check_folder(entry: Entry) -> None:
 def planned_undo(entries: Iterable[Entry]) -> Iterator[Undone]:
     """What `Undo` would do; changes nothing."""
     stayed: set[int] = set()
-    taken: set[str] = set()
+    places: dict[str, str] = {}  # where photos would be back, and where they are
     for entry in entries:
+        place = places.pop(entry.destination, entry.destination)  # one that was sorted twice goes back twice
         try:
             _check_follows(entry, stayed)
-            check(entry)
-            if entry.source in taken:
+            check(entry, place)
+            if entry.source in places:
                 raise StayedError(_TAKEN)
         except StayedError as error:
             stayed.add(entry.id)
             yield Undone(entry, str(error))
         else:
-            taken.add(entry.source)
+            places[entry.source] = place
             yield Undone(entry)
+
+
+def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+    """A photo that was sorted twice goes back in two batches, since a batch is checked before anything in it moves."""
+    batch: list[Entry] = []
+    sources: set[str] = set()
+    for entry in entries:
+        if len(batch) == _BATCH or entry.destination in sources:
+            yield batch
+            batch, sources = [], set()
+        batch.append(entry)
+        sources.add(entry.source)
+    if batch:
+        yield batch
 
 
 def _check_follows(entry: Entry, stayed: set[int]) -> None:
@@ -127,8 +145,9 @@ class Undo:
                 moved and records it.
         """
         self._history.begin(self._run)
-        left = iter(entries)
-        while not self._stopping.is_set() and (batch := list(itertools.islice(left, _BATCH))):
+        for batch in _batches(entries):
+            if self._stopping.is_set():
+                break
             yield from self._batch(batch)
         self._history.finish(self._run)
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from sorter.classifier.engine import Engine
 from sorter.classifier.manifest import Manifest
 from sorter.deadlines import Deadline
-from sorter.decisions import Decision, decide, decide_unclassified
+from sorter.decisions import Decided, Decision, Outcome, decide, decide_unclassified, unanswered
 from sorter.decoding.decoded import Decoded
 from sorter.pipeline.batcher import Batcher
 from sorter.pipeline.measures import Measures
@@ -29,6 +29,7 @@ class ClassifyStage:
         pixels: the decoders' shared memory, uint8 (rows, S, S, 3).
         release: gives a row of it back.
         stopping: when set, batches are no longer classified.
+        sorted_again: the folder that is the inbox, where that is `unsure` or `failed`; what belongs there stays.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class ClassifyStage:
         moving: MoveStage,
         measures: Measures,
         stopping: threading.Event,
+        sorted_again: str | None = None,
     ) -> None:
         self._engine, self._manifest, self._settings = engine, manifest, settings
         self._pixels, self._release = pixels, release
         self._batcher, self._moving = batcher, moving
-        self._measures, self._stopping = measures, stopping
+        self._measures, self._stopping, self._sorted_again = measures, stopping, sorted_again
         self.deadline = Deadline()
 
     def run(self) -> None:
@@ -63,21 +65,30 @@ class ClassifyStage:
                 decided += self._classify(ready)
             for decoded in ready:
                 self._release(decoded.row)
-            self._moving.put(decided)
+            self._moving.put([self._kept(item) for item in decided])
 
-    def _classify(self, ready: list[Decoded]) -> list[Decision]:
+    def _kept(self, item: Decided) -> Decided:
+        if isinstance(item, Decision) and item.folder == self._sorted_again:
+            return Outcome(item.decoded.photo, "kept", item)
+        return item
+
+    def _classify(self, ready: list[Decoded]) -> list[Decided]:
         rows = [decoded.row for decoded in ready]
         self.deadline.begin(own_seconds=len(ready))
         started = time.monotonic()
         distances: list[float | None] = [None] * len(ready)
+        numbers = np.ones(len(ready), bool)
         if self._settings.catch_neither:
             probabilities, found = self._engine.classify_with_distance(self._pixels[rows])  # (N, C), (N,)
-            distances = found.tolist()
+            distances, numbers = found.tolist(), np.isfinite(found)
         else:
             probabilities = self._engine.classify(self._pixels[rows])  # (N, C)
         self._measures.classified(len(ready), time.monotonic() - started)
         self.deadline.finish()
+        numbers &= np.isfinite(probabilities).all(1)
         return [
             decide(decoded, row, self._manifest, self._settings.min_confidence, len(ready), distance)
-            for decoded, row, distance in zip(ready, probabilities.tolist(), distances, strict=True)
+            if is_number
+            else unanswered(decoded)
+            for decoded, row, distance, is_number in zip(ready, probabilities.tolist(), distances, numbers, strict=True)
         ]

@@ -93,6 +93,7 @@ class Pipeline:
         workers: int,
         on_moved: Callable[[Sequence[Outcome]], None] = lambda _: None,
         measures: Measures | None = None,
+        sorted_again: str | None = None,
     ) -> Self:
         """Start the decoder processes and the threads of the other stages.
 
@@ -106,6 +107,7 @@ class Pipeline:
             workers: decoder processes.
             on_moved: called with what was moved of each batch, in the mover's thread, which it must not hold up.
             measures: receives how long each step took.
+            sorted_again: the folder that is the inbox, where that is `unsure` or `failed`.
         """
         failure, measures = _Failure(), measures or Measures()
         batcher = Batcher(
@@ -143,6 +145,7 @@ class Pipeline:
                 moving=moving,
                 measures=measures,
                 stopping=failure.stopping,
+                sorted_again=sorted_again,
             )
             for _ in range(engine.concurrency)
         ]

@@ -11,7 +11,7 @@ from typing import Any
 
 import structlog
 
-from sorter.decisions import Outcome
+from sorter.decisions import Decision, Outcome
 from sorter.files.photo import Identity, Photo
 from sorter.history.store import SIDECAR
 from sorter.service.counters import Counters
@@ -91,11 +91,13 @@ class Accounting:
         """Account for what came out of the pipeline."""
         photo, decision = outcome.photo, outcome.decision
         if outcome.kind == "again":
-            log.debug("photo.again", path=photo.path, reason=outcome.detail)
+            log.info("photo.again", path=photo.path, reason=outcome.detail)
         elif outcome.kind == "skipped":
             self.counters.skipped += 1
             self._ignore(photo)
             log.info("photo.skipped", path=photo.path, reason=outcome.detail)
+        elif outcome.kind == "kept" and decision is not None:
+            self._record_kept(outcome, decision)
         elif outcome.kind == "left" or decision is None:
             self.leave(photo, outcome.detail)
         else:
@@ -107,6 +109,15 @@ class Accounting:
             else:
                 self._record_photo(outcome)
         self._on_outcome(self.counters)
+
+    def _record_kept(self, outcome: Outcome, decision: Decision) -> None:
+        self._left.pop(outcome.photo.name, None)
+        self.counters.left = len(self._left)
+        self.counters.kept[decision.folder] += 1
+        self._on_decision(outcome)
+        self._ignore(outcome.photo)
+        reason = decision.decoded.reason or decision.detail or f"{decision.label} {decision.confidence:.1%}"
+        log.info("photo.kept", path=outcome.photo.path, reason=str(reason), **self._log_fields)
 
     def _record_photo(self, outcome: Outcome) -> None:
         photo, decision = outcome.photo, outcome.decision
@@ -190,6 +201,7 @@ class Accounting:
             "run.finished",
             **self._log_fields,
             folders=dict(counters.folders),
+            kept=counters.kept.total(),
             sidecars=counters.sidecars,
             skipped=counters.skipped,
             put_back=counters.put_back,

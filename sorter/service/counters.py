@@ -14,6 +14,7 @@ class Counters:
 
     Attributes:
         folders: photos by the folder they were moved to.
+        kept: photos that were sorted again and belong where they are, by that folder.
         sidecars: moved with their photos.
         skipped: files that are not photos.
         put_back: photos that `sorter undo` restored, and that are left alone.
@@ -24,6 +25,7 @@ class Counters:
     """
 
     folders: Counter[str] = field(default_factory=Counter)
+    kept: Counter[str] = field(default_factory=Counter)
     sidecars: int = 0
     skipped: int = 0
     put_back: int = 0
@@ -45,5 +47,5 @@ class Counters:
     @property
     def exit_code(self) -> ExitCode:
         """The exit code of `run --once`."""
-        incomplete = self.left or self.interrupted or self.folders[FAILED]
+        incomplete = self.left or self.interrupted or self.folders[FAILED] or self.kept[FAILED]
         return ExitCode.INCOMPLETE if incomplete else ExitCode.DONE

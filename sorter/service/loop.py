@@ -36,7 +36,8 @@ class Service:
 
     Args:
         shutdown: says when to end.
-        lock: of the inbox, already held; the daemon takes it again when the inbox is replaced. None for a dry run.
+        lock: of the inbox, already held; where the inbox is replaced, the daemon takes the new one's before it sorts a
+            photo. None for a dry run.
         log_fields: in every log line about a moved file.
         history: what was sorted and undone before; None if there is none yet.
         on_outcome: called after each photo, for a progress bar.
@@ -65,6 +66,8 @@ class Service:
         self._shutdown, self._lock, self._history = shutdown, lock, history
         self._on_waiting = on_waiting
         self._in_hand: set[str] = set()  # names whose outcome is still to come
+        self._replaced: set[str] = set()  # those of them that were found meanwhile, perhaps with another file
+        self._look_at_once: set[str] = set()  # those whose outcome has come since
         self._accounting = Accounting(
             log_fields, once=settings.once, dry_run=settings.dry_run, on_outcome=on_outcome, on_decision=on_decision
         )
@@ -84,14 +87,15 @@ class Service:
             self._feed_what_settles()
             self.counters.interrupted = self._shutdown.requested
             for name in self._unsettled:
-                self._accounting.leave_name(self._inbox.root, name, "is still changing")
+                reason = self._retries.waiting.get(name, "is still changing")
+                self._accounting.leave_name(self._inbox.root, name, reason)
             self._inbox.check()
         finally:
             self._finish()
         return self.counters
 
     def run(self, watcher: Watcher) -> Counters:
-        """Sort the backlog, then what is dropped, until SIGTERM or SIGINT.
+        """Sort the backlog, then what is dropped, until a signal asks for the end.
 
         Raises:
             SorterError: it could not go on.
@@ -104,6 +108,9 @@ class Service:
         try:
             while not self._shutdown.requested:
                 self._notify(watcher.trouble)
+                if self._shutdown.hung_up:
+                    self._shutdown.hung_up = False
+                    log.info("signal.ignored", signal="SIGHUP")
                 watcher.supervise(time.monotonic())
                 if watcher.take_rescan() or time.monotonic() >= rescanned + self._rescan_seconds(watcher):
                     self._rescan()
@@ -128,12 +135,12 @@ class Service:
     @property
     def _unsettled(self) -> set[str]:
         """Files that are still changing, or need another look."""
-        return {*self._inbox.changing, *self._retries.names}
+        return {*self._inbox.changing, *self._retries.waiting}
 
     def _feed_what_settles(self) -> None:
         """Sort files as they settle, until none is left or `settle_timeout_seconds` passed with nothing sorted."""
         sorted_before, deadline = -1, 0.0
-        while not self._shutdown.requested and (self._in_hand or self._unsettled):
+        while not self._shutdown.requested and (self._in_hand or self._unsettled or self._look_at_once):
             if self.counters.folders.total() != sorted_before:
                 sorted_before = self.counters.folders.total()
                 deadline = time.monotonic() + self._settings.settle_timeout_seconds
@@ -159,7 +166,7 @@ class Service:
     def _rescan(self) -> None:
         self._accounting.begin_rescan()
         if self._lock is not None:
-            self._lock.take()
+            self._lock.take(create=False)  # this may be an empty mount point, into which nothing is to be written
         try:
             self._feed_backlog()
         except InboxGoneError:
@@ -173,13 +180,17 @@ class Service:
     def _feed_due(self) -> None:
         """Feed the files that have settled, and those whose next look is due."""
         now = time.time()
+        replaced, self._look_at_once = self._look_at_once, set()
+        self._feed_named(replaced)
         self._feed(self._inbox.look_again(now))
         for name in self._retries.due(now):
             if name in self._in_hand:
                 continue
             if (photo := self._inbox.look(name, now)) is not None:
                 self._feed([photo])
-            elif name not in self._inbox.changing:
+            elif name in self._inbox.changing:
+                self._retries.settle(name)
+            else:
                 self._retries.forget(name)
 
     def _feed(self, photos: Iterable[Photo]) -> None:
@@ -194,17 +205,21 @@ class Service:
     def _triage(self, found: Photo) -> Photo | None:
         """The photo to submit; None if the file is to be left alone, waits, or follows a photo."""
         if found.name in self._in_hand:
+            self._replaced.add(found.name)
             return None
         photo = self._retries.admit(found, time.time())
-        if photo is None or self._accounting.ignored.meet(photo) or self._sidecars.must_wait(photo):
+        if photo is None:
             return None
-        if self._was_restored(photo):
+        if self._accounting.ignored.meet(photo) or self._sidecars.must_wait(photo):
+            pass
+        elif self._was_restored(photo):
             self._accounting.skip_put_back(photo)
-            return None
-        if self._sidecars.follow_sorted(photo):
+        elif self._sidecars.follow_sorted(photo):
             self._account()
-            return None
-        return photo
+        else:
+            return photo
+        self._retries.forget(photo.name)
+        return None
 
     def _was_restored(self, photo: Photo) -> bool:
         if self._history is None or self._settings.include_undone:
@@ -213,6 +228,8 @@ class Service:
 
     def _submit(self, photo: Photo) -> None:
         """Wait until the pipeline has space for a photo, or the end is asked for."""
+        if self._lock is not None and not self._lock.is_held:
+            self._lock.take()
         while not self._pipeline.submit(photo):
             self._account()
             self._accounting.storage(self._pipeline.blocked)
@@ -226,9 +243,13 @@ class Service:
         for outcome in self._pipeline.outcomes(timeout_seconds=timeout_seconds):
             photo, destination = outcome.photo, outcome.destination
             self._in_hand.discard(photo.name)
-            self._retries.forget(photo.name)
-            if outcome.kind == "again":
+            if outcome.kind == "again" or (outcome.kind == "left" and not self._settings.once):
                 self._retries.add(outcome, time.time())
+            else:
+                self._retries.forget(photo.name)
+            if photo.name in self._replaced:
+                self._replaced.discard(photo.name)
+                self._look_at_once.add(photo.name)
             self._accounting.record(outcome)
             if destination is not None and outcome.kind != SIDECAR and not self._settings.dry_run:
                 self._sidecars.follow(photo, destination)
@@ -243,6 +264,8 @@ class Service:
         Args:
             wake_at: the latest end of it, a monotonic time.
         """
+        if self._look_at_once:
+            return 0.0
         now = time.time()
         next_look = min(self._inbox.next_look(now), self._retries.next_due) - now
         return max(0.05, min(self._notifier.alive_seconds, wake_at - time.monotonic(), next_look))

@@ -4,12 +4,14 @@ In: paths. Out: an `Inspection` for each, cached by path, size and modification 
 takes a second.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import imagehash
@@ -67,7 +69,9 @@ def inspect_all(
     keys = {path: _key(path) for path in paths}
     new = [path for path in paths if keys[path] not in known]
     if new:
-        with ProcessPoolExecutor(workers) as pool:
+        workers = min(workers, -(-len(new) // _CHUNK))  # each takes a second to start
+        # Not forked: by now there are threads, of PyTorch and between the machines, and a fork of them may hang.
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             results = track(pool.map(inspect, new, chunksize=_CHUNK), len(new))
             for path, result in zip(new, results, strict=True):
                 known[keys[path]] = result
@@ -93,9 +97,13 @@ def _read(store: Path) -> dict[str, Inspection]:
 
 
 def _write(store: Path, known: dict[str, Inspection]) -> None:
+    """Add to the store; another trainer may have added to it since it was read."""
     store.parent.mkdir(parents=True, exist_ok=True)
-    with replaced(store) as part:
-        part.write_text(json.dumps(dict(_entries(known))), encoding="utf-8")
+    with store.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        merged = {**_read(store), **known}
+        with replaced(store) as part:
+            part.write_text(json.dumps(dict(_entries(merged))), encoding="utf-8")
 
 
 def _entries(known: dict[str, Inspection]) -> Iterator[tuple[str, dict[str, str | None]]]:
