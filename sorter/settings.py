@@ -10,10 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pathspec import GitIgnoreSpec
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from sorter.errors import ConfigurationError
 
@@ -22,6 +29,66 @@ SHIPPED_MODEL = Path(__file__).parent / "models" / "catdog-resnet50"
 
 LogFormat = Literal["auto", "json", "console"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+
+# Those that begin with a dot are hidden, and need no pattern.
+IGNORED_FOLDERS = (
+    # Synology, QNAP and other network storage: thumbnails, recycle bins, snapshots
+    "@eaDir",
+    "@tmp",
+    "@sharebin",
+    "#recycle",
+    "#snapshot",
+    "@__thumb",
+    "@Recycle",
+    "@Recently-Snapshot",
+    "~snapshot",
+    # operating systems
+    "$RECYCLE.BIN",
+    "RECYCLER",
+    "System Volume Information",
+    "found.[0-9][0-9][0-9]",
+    "lost+found",
+    "__MACOSX",
+    "Network Trash Folder",
+    "Temporary Items",
+    # the libraries of Apple's and Adobe's programs and of Capture One
+    "*.photoslibrary",
+    "*.photolibrary",
+    "*.migratedphotolibrary",
+    "*.aplibrary",
+    "Photo Booth Library",
+    "*.lrdata",
+    "*.lrlibrary",
+    "*.lrcat-data",
+    "*.cocatalog",
+    # galleries, clouds and synchronisers
+    "thumbnails",
+    "files_trashbin",
+    "files_versions",
+    "appdata_*",
+    "_gsdata_",
+)
+# What downloads, copies, editors and synchronisers call incomplete files. Hidden files are never photos, so
+# `.syncthing.*`, `.pending-*`, rsync's `.name.XXXXXX` and the like need no pattern.
+TEMPORARY_NAMES = (
+    "*.part",
+    "*.partial",
+    "*.filepart",
+    "*.crdownload",
+    "*.download",
+    "*.opdownload",
+    "*.!ut",
+    "*.!qb",
+    "*.!sync",
+    "*.ffs_tmp",
+    "*.aria2",
+    "*.tmp",
+    "*.temp",
+    "*.swp",
+    "*.lock",
+    "~*",
+    "*~",
+)
 
 MAX_CONFIG_BYTES = 1_000_000
 _PATH_TYPE = f"path for {Path}"  # what pydantic calls it
@@ -43,12 +110,24 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
+def _listed(value: Any) -> Any:
+    # A variable; the TOML file has lists, and a flag is given several times.
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _patterns(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    GitIgnoreSpec.from_lines(patterns)  # raises a ValueError
+    return patterns
+
+
 def _expanded(path: Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
 Real = Annotated[float, BeforeValidator(_not_bool)]
 Integer = Annotated[int, BeforeValidator(_not_bool)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
+Patterns = Annotated[Names, AfterValidator(_patterns)]
 Folder = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_expanded)]
 
 
@@ -77,6 +156,28 @@ class Settings(BaseSettings):
         metavar="DIR",
     )
     recursive: bool = _field(False, "also sort photos in subfolders of the inbox", group="Folders")
+
+    include: Patterns = _field(
+        (),
+        "sort only files that match a pattern, as in .gitignore, relative to the inbox (default: every file)",
+        group="Files",
+        metavar="PATTERN",
+    )
+    exclude: Patterns = _field(
+        (),
+        "leave files and folders alone that match a pattern, as in .gitignore, relative to the inbox (default: none)",
+        group="Files",
+        metavar="PATTERN",
+    )
+    ignored_folders: Names = _field(
+        IGNORED_FOLDERS,
+        "with --recursive, names of folders that are never entered, in any case: trash, thumbnails, photo libraries",
+        group="Files",
+        metavar="NAME",
+    )
+    temporary_names: Names = _field(
+        TEMPORARY_NAMES, "names of incomplete files, in any case, which are left alone", group="Files", metavar="NAME"
+    )
 
     once: bool = _field(False, "sort what is in the inbox and exit, instead of watching it", group="Sorting")
     dry_run: bool = _field(False, "report what would happen and change nothing", group="Sorting")

@@ -220,6 +220,10 @@ class HistoryReader:
         found = self._all(f"{query} ORDER BY m.id DESC LIMIT 1", ())
         return str(found[0][0]) if found else None
 
+    def folders(self) -> set[str]:
+        """The folders of the output that photos were ever sorted into."""
+        return {folder for (folder,) in self._all("SELECT DISTINCT folder FROM moves WHERE undoes IS NULL", ())}
+
     def last_failure(self) -> Entry | None:
         """The last photo that could not be read and was not brought back."""
         found = self._all(f"{_ENTRY} AND m.kind = 'failed'{_UNDOABLE} ORDER BY m.id DESC LIMIT 1", ())
