@@ -68,6 +68,24 @@ IGNORED_FOLDERS = (
     "appdata_*",
     "_gsdata_",
 )
+# In place of a photo's extension, or after it. Google's truncated `.supplemental-metadata.json` is part of `.json`.
+SIDECAR_SUFFIXES = (
+    ".xmp",  # Adobe, darktable, digiKam
+    ".aae",  # Apple's edits
+    ".json",  # Google Takeout and other exports
+    ".mov",  # Live Photos
+    ".mp4",
+    "_hevc.mov",  # as icloudpd names them
+    ".mp",  # Google's motion photos
+    ".mv",
+    ".pp3",  # RawTherapee
+    ".arp",  # ART
+    ".dop",  # DxO PhotoLab
+    ".on1",  # ON1 Photo RAW
+    ".vrd",  # Canon Digital Photo Professional
+    ".thm",  # thumbnails of cameras
+    ".wav",  # voice memos of cameras
+)
 # What downloads, copies, editors and synchronisers call incomplete files. Hidden files are never photos, so
 # `.syncthing.*`, `.pending-*`, rsync's `.name.XXXXXX` and the like need no pattern.
 TEMPORARY_NAMES = (
@@ -177,6 +195,12 @@ class Settings(BaseSettings):
     )
     temporary_names: Names = _field(
         TEMPORARY_NAMES, "names of incomplete files, in any case, which are left alone", group="Files", metavar="NAME"
+    )
+    sidecar_suffixes: Names = _field(
+        SIDECAR_SUFFIXES,
+        "endings of files that move with the photo of the same name, in place of its extension or after it",
+        group="Files",
+        metavar="SUFFIX",
     )
 
     once: bool = _field(False, "sort what is in the inbox and exit, instead of watching it", group="Sorting")

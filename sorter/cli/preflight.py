@@ -58,6 +58,7 @@ def watched(settings: Settings, manifest: Manifest) -> Inbox:
             exclude=settings.exclude,
             ignored_folders=settings.ignored_folders,
             temporary_names=settings.temporary_names,
+            sidecar_suffixes=settings.sidecar_suffixes,
         ),
     )
 

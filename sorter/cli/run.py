@@ -81,7 +81,7 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
             inbox_lock = _take_lock(inbox.root, stack)
             history = _open_history(inbox.root, output, this_run, stack)
         _log_start(settings, model, engine, inbox.root, output, log_fields)
-        mover = Mover(output)
+        mover = Mover(output, inbox.selection.sidecars)
         shutdown.move_lock = mover.lock
         reader = _open_reader(output, stack)
         bar = _show_bar(settings, inbox, stream, stack)

@@ -9,7 +9,8 @@ from fnmatch import translate
 
 from pathspec import GitIgnoreSpec
 
-from sorter.settings import IGNORED_FOLDERS, TEMPORARY_NAMES
+from sorter.inbox.sidecars import SidecarNames
+from sorter.settings import IGNORED_FOLDERS, SIDECAR_SUFFIXES, TEMPORARY_NAMES
 
 
 class Selection:
@@ -20,6 +21,7 @@ class Selection:
         exclude: patterns as in .gitignore, of files and folders.
         ignored_folders: names of folders that are never entered, with `*`, in any case.
         temporary_names: names of incomplete files, with `*`, in any case.
+        sidecar_suffixes: of files that follow their photo, which alone has to be included.
     """
 
     def __init__(
@@ -29,17 +31,22 @@ class Selection:
         exclude: Iterable[str] = (),
         ignored_folders: Iterable[str] = IGNORED_FOLDERS,
         temporary_names: Iterable[str] = TEMPORARY_NAMES,
+        sidecar_suffixes: Iterable[str] = SIDECAR_SUFFIXES,
     ) -> None:
         self._include, self._exclude = _spec(include), _spec(exclude)
+        self.sidecars = SidecarNames(sidecar_suffixes)
         self._ignored, self._temporary = _any_of(ignored_folders), _any_of(temporary_names)
 
     def takes(self, name: str) -> bool:
-        """Whether a file may be a photo, as far as its own name says."""
-        return not (
-            self.is_temporary(name.rpartition("/")[2])
-            or (self._exclude is not None and self._exclude.match_file(name))
-            or (self._include is not None and not self._include.match_file(name))
-        )
+        """Whether a file may be a photo or a sidecar, as far as its own name says."""
+        base = name.rpartition("/")[2]
+        if self.is_temporary(base) or (self._exclude is not None and self._exclude.match_file(name)):
+            return False
+        return self.includes(name) or self.sidecars.is_sidecar(base)
+
+    def includes(self, name: str) -> bool:
+        """Whether a file is sorted if it is a photo; a sidecar may follow its photo anyhow."""
+        return self._include is None or self._include.match_file(name)
 
     def is_temporary(self, base: str) -> bool:
         """Whether a name without folders is that of a hidden or incomplete file."""

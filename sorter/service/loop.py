@@ -204,6 +204,9 @@ class Service:
         if self._sidecars.follow_sorted(photo):
             self._account()
             return None
+        if not self._inbox.selection.includes(photo.name):  # a sidecar without a photo
+            self._accounting.ignored.add(photo)
+            return None
         return photo
 
     def _was_put_back(self, photo: Photo) -> bool:
