@@ -38,7 +38,7 @@ class SidecarNames:
     """
 
     def __init__(self, suffixes: Iterable[str] = SIDECAR_SUFFIXES) -> None:
-        self._suffixes = sorted({suffix.lower() for suffix in suffixes}, key=len, reverse=True)
+        self._suffixes = tuple(sorted({suffix.lower() for suffix in suffixes}, key=len, reverse=True))
 
     def is_sidecar(self, name: str) -> bool:
         """Whether a file with this name is a sidecar where there is a photo beside it."""
@@ -91,9 +91,11 @@ class SidecarNames:
         return new_stem + suffix if _GOOGLE_FILM.search(sidecar) else new + suffix
 
     def _suffix(self, name: str) -> str:
-        film = _GOOGLE_FILM.search(name)
+        film = _GOOGLE_FILM.search(name) if "~" in name else None
         if film is not None and film[0].lower().partition("~")[0] in self._suffixes:
             return film[0]
+        if not name.lower().endswith(self._suffixes):  # quicker than the loop, for the many that have none
+            return ""
         for suffix in self._suffixes:
             if len(name) > len(suffix) and name[-len(suffix) :].lower() == suffix:
                 return name[-len(suffix) :]
