@@ -5,10 +5,11 @@ import io
 import os
 from pathlib import Path
 
+import color_profiles
 import numpy as np
 import pytest
 from pictures import BRICK, HAS_AVIF, claiming, encoded, every_format, plain, quarters, ramp, smooth, turned
-from PIL import Image
+from PIL import Image, ImageCms
 
 from sorter.decoding.formats import SIGNATURE_BYTES, has_signature
 from sorter.decoding.images import Limits, Preprocessing, decode, decode_file
@@ -264,3 +265,81 @@ def test_a_jpeg_of_endless_scans_is_refused_and_an_ordinary_progressive_one_is_n
     with pytest.raises(PhotoError, match="200 scans; the limit is 100") as caught:
         decode_file(io.BytesIO(head + scans * 20 + end), seen, Limits())
     assert caught.value.reason == Reason.CORRUPT
+
+
+RED_IN = {  # the red of sRGB
+    "P3": ((234, 51, 35), color_profiles.display_p3()),
+    "Adobe RGB": ((219, 0, 0), color_profiles.adobe_rgb()),
+    "sRGB": ((255, 0, 0), color_profiles.srgb()),
+}
+
+
+@pytest.mark.parametrize("space", RED_IN)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "HEIF", *(["AVIF"] if HAS_AVIF else [])])
+def test_the_colours_of_a_profile_become_those_of_srgb(space: str, kind: str, tmp_path: Path) -> None:
+    color, profile = RED_IN[space]
+    options = {"JPEG": {"subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    content = encoded(
+        plain(color), kind, icc_profile=profile, **({} if kind in ("PNG", "TIFF") else {"quality": 95}), **options
+    )
+    assert mean_color(decoded(tmp_path, content)) == pytest.approx((255, 0, 0), abs=6)
+
+
+def test_a_profile_leaves_transparency_alone(tmp_path: Path) -> None:
+    color, profile = RED_IN["P3"]
+    picture = plain(color)
+    picture.putalpha(128)
+    found = mean_color(decoded(tmp_path, encoded(picture, "PNG", icc_profile=profile)))
+    assert found == pytest.approx((255, 127, 127), abs=3)
+
+
+def test_profiles_of_grey_and_cmyk_pictures_count_too(tmp_path: Path) -> None:
+    grey = encoded(Image.new("L", (64, 48), 128), "JPEG", quality=95, icc_profile=color_profiles.grey(1.0))
+    assert mean_color(decoded(tmp_path, grey)) == pytest.approx((188, 188, 188), abs=2)
+    profile = color_profiles.greenish_cmyk()
+    for kind in ("JPEG", "TIFF"):
+        red = Image.new("CMYK", (64, 48), (0, 255, 255, 0))
+        r, g, b = mean_color(decoded(tmp_path, encoded(red, kind, icc_profile=profile)))
+        assert g > r + 50, kind
+        assert g > b + 20, kind
+        assert mean_color(decoded(tmp_path, encoded(red, kind))) == pytest.approx((255, 0, 0), abs=4)
+
+
+def test_a_profile_that_is_broken_or_of_another_kind_is_ignored(tmp_path: Path) -> None:
+    p3 = color_profiles.display_p3()
+    wrong = (b"", b"junk", p3[:200], p3[:128] + bytes(len(p3) - 128), color_profiles.greenish_cmyk(), p3[:60] * 50)
+    for profile in wrong:
+        content = encoded(plain(), "PNG", icc_profile=profile)
+        assert mean_color(decoded(tmp_path, content)) == pytest.approx(BRICK, abs=1), profile[:20]
+
+
+def test_a_profile_that_changes_hardly_anything_costs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    content = encoded(smooth(1), "PNG", icc_profile=color_profiles.srgb())
+    before = decoded(tmp_path, content)
+    monkeypatch.setattr(ImageCms, "applyTransform", None)
+    monkeypatch.setattr(ImageCms, "buildTransform", None)
+    assert decoded(tmp_path, content) == before
+
+
+@pytest.mark.parametrize("highest", [1.0, 1.2, 4.0])
+def test_a_float_grey_with_lights_above_white_is_not_black(highest: float, tmp_path: Path) -> None:
+    values = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (48, 1))
+    values[0, 0] = highest
+    picture = decoded(tmp_path, encoded(Image.fromarray(values), "TIFF"), Preprocessing(64))
+    assert np.asarray(picture)[24].mean() == pytest.approx(127, abs=3)
+
+
+@pytest.mark.parametrize("highest", [255, 1023, 4095, 16383, 65535])
+def test_a_grey_of_any_usual_range_becomes_white_at_its_end(highest: int, tmp_path: Path) -> None:
+    for kind in (np.uint16, np.int32, np.float32):
+        values = np.tile(np.linspace(0, highest, 64).astype(kind), (48, 1))
+        row = np.asarray(decoded(tmp_path, encoded(Image.fromarray(values), "TIFF"), Preprocessing(64)))[24]
+        assert (row.min(), row.max()) == (0, 255), kind
+        assert row.mean() == pytest.approx(127, abs=3), kind
+
+
+def test_a_16_bit_grey_whose_zero_is_white_is_no_negative(tmp_path: Path) -> None:
+    content = encoded(ramp(), "TIFF", tiffinfo={262: 0})
+    row = np.asarray(decoded(tmp_path, content, Preprocessing(64)))[24, :, 0].astype(int)
+    assert row[0] == 255
+    assert row[63] == pytest.approx(128, abs=2)

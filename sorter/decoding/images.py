@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
+from sorter.decoding import profiles
 from sorter.decoding.formats import FORMATS, SIGNATURE_BYTES, ends_early, has_signature
 from sorter.errors import PhotoError, Reason
 
@@ -42,6 +44,12 @@ _NEEDED_BYTES = {"JPEG": 6, "MPO": 6, "WEBP": 20, "AVIF": 16, "HEIF": 16, "TIFF"
 _MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 _START_OF_SCAN, _END_OF_IMAGE, _MAX_SCANS = b"\xff\xda", b"\xff\xd9", 100
 _MAX_JPEG_BYTES = 100_000_000
+
+# Of greys with more than 8 bits: masks, 8 bits, the sensors of cameras and scanners, 16 bits.
+_WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
+# How much brighter than white the lights of a float picture are, at most: four stops.
+_HEADROOM = 16.0
+_PHOTOMETRIC = 262
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # True would hide incomplete files
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -193,6 +201,7 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int |
     if preprocessing.crop == "center":
         left, top = (size[0] - preprocessing.size) // 2, (size[1] - preprocessing.size) // 2
         small = small.crop((left, top, left + preprocessing.size, top + preprocessing.size))
+    small = profiles.to_srgb(small, image.info.get("icc_profile"))
     if small.mode == "RGBA":
         small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
     small = small.convert("RGB")
@@ -217,7 +226,7 @@ def _reduced(image: Image.Image, across: int, down: int) -> Image.Image:
     width, height = image.size
     rows = max(1, _BAND_PIXELS // (width * down)) * down
     bands = [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
-    depth = _low_and_high(image, bands) if image.mode[0] in "IF" else None
+    depth = _black_and_white(image, bands) if image.mode[0] in "IF" else None
     reduced: Image.Image | None = None
     for band in bands:
         part = _without_depth(image if len(bands) == 1 else image.crop(band), depth).reduce((across, down))
@@ -230,23 +239,38 @@ def _reduced(image: Image.Image, across: int, down: int) -> Image.Image:
     return reduced
 
 
-def _without_depth(image: Image.Image, low_and_high: tuple[float, float] | None) -> Image.Image:
-    """Convert any of Pillow's modes to RGB, or to RGBa if transparent, with 8 bits per channel."""
-    if low_and_high is not None:  # 16-bit greys, 32-bit integers, floats
-        low, high = low_and_high
-        return image.convert("F").point(lambda value: (value - low) * (255 / (high - low))).convert("L").convert("RGB")
+def _without_depth(image: Image.Image, black_and_white: tuple[float, float] | None) -> Image.Image:
+    """Convert any of Pillow's modes to RGB, to RGBa if transparent, or keep CMYK with a profile; 8 bits per channel."""
+    if black_and_white is not None:  # 16-bit greys, 32-bit integers, floats
+        black, white = black_and_white
+        scale = 255 / ((white - black) or 1.0)
+        return image.convert("F").point(lambda value: (value - black) * scale).convert("L").convert("RGB")
+    if image.mode == "CMYK" and profiles.fits(image.info.get("icc_profile"), "CMYK"):
+        return image
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         return image.convert("RGBA").convert("RGBa")
     return image.convert("RGB")
 
 
-def _low_and_high(image: Image.Image, bands: list[tuple[int, int, int, int]]) -> tuple[float, float]:
-    """The values of black and white: the narrowest usual range that contains the picture, else the picture's own."""
-    extremes = [float(value) for band in bands for value in image.crop(band).convert("F").getextrema()]  # type: ignore[arg-type]
+def _black_and_white(image: Image.Image, bands: list[tuple[int, int, int, int]]) -> tuple[float, float]:
+    """The values of black and white: the narrowest usual range that contains the picture, else the picture's own.
+
+    A float picture in which some lights are brighter than white (1) stays in its range: they are white.
+    """
+    extremes: list[float] = []
+    means: list[float] = []
+    for band in bands:
+        part = image.crop(band).convert("F")
+        extremes += part.getextrema()  # type: ignore[arg-type]
+        means.append(part.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))  # type: ignore[arg-type]
     if not all(map(math.isfinite, extremes)):
         raise PhotoError(Reason.CORRUPT, "its pixel values are not finite numbers")
     low, high = min(extremes), max(extremes)
-    return next(((0.0, white) for white in (1.0, 255.0, 65535.0) if low >= 0 and high <= white), (low, high))
+    if image.mode == "F" and low >= -_HEADROOM and high <= _HEADROOM and 0 < sum(means) / len(means) <= 1:
+        return 0.0, 1.0
+    black, white = next(((0.0, white) for white in _WHITES if low >= 0 and high <= white), (low, high))
+    is_inverted = isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0
+    return (white, black) if is_inverted else (black, white)
 
 
 def _reason(error: Exception, file: _Tracked, limits: Limits, needed_bytes: int) -> Exception:
