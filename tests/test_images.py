@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import time
 from pathlib import Path
 
 import color_profiles
@@ -278,10 +279,12 @@ RED_IN = {  # the red of sRGB
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "HEIF", *(["AVIF"] if HAS_AVIF else [])])
 def test_the_colours_of_a_profile_become_those_of_srgb(space: str, kind: str, tmp_path: Path) -> None:
     color, profile = RED_IN[space]
-    options = {"JPEG": {"subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
-    content = encoded(
-        plain(color), kind, icc_profile=profile, **({} if kind in ("PNG", "TIFF") else {"quality": 95}), **options
-    )
+    options: dict[str, dict[str, Any]] = {
+        "JPEG": {"quality": 95, "subsampling": 0},
+        "WEBP": {"lossless": True},
+        "AVIF": {"quality": 95},
+    }
+    content = encoded(plain(color), kind, icc_profile=profile, **options.get(kind, {}))
     assert mean_color(decoded(tmp_path, content)) == pytest.approx((255, 0, 0), abs=6)
 
 
@@ -343,3 +346,33 @@ def test_a_16_bit_grey_whose_zero_is_white_is_no_negative(tmp_path: Path) -> Non
     row = np.asarray(decoded(tmp_path, content, Preprocessing(64)))[24, :, 0].astype(int)
     assert row[0] == 255
     assert row[63] == pytest.approx(128, abs=2)
+
+
+def settled(folder: Path, content: bytes, *, seconds_ago: float) -> Image.Image:
+    path = folder / "settled.jpg"
+    path.write_bytes(content)
+    os.utime(path, (time.time() - seconds_ago,) * 2)
+    with path.open("rb") as file:
+        return decode(file.fileno(), SQUASH, Limits())
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_lacks_only_its_last_two_bytes_is_a_photo_once_it_is_surely_complete(
+    progressive: bool, tmp_path: Path
+) -> None:
+    content = encoded(smooth(1, (640, 480)), "JPEG", progressive=progressive)
+    wanted = settled(tmp_path, content, seconds_ago=100)
+    for missing in (1, 2):
+        assert settled(tmp_path, content[:-missing], seconds_ago=100) == wanted
+        with pytest.raises(PhotoError) as caught:
+            settled(tmp_path, content[:-missing], seconds_ago=10)
+        assert caught.value.reason is Reason.TRUNCATED
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_lacks_some_of_its_picture_is_truncated_forever(progressive: bool, tmp_path: Path) -> None:
+    content = encoded(smooth(1, (640, 480)), "JPEG", progressive=progressive)
+    for missing in (6, 10, 40, 200, len(content) // 2):
+        with pytest.raises(PhotoError) as caught:
+            settled(tmp_path, content[:-missing], seconds_ago=100)
+        assert caught.value.reason is Reason.TRUNCATED, missing

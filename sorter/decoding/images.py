@@ -9,7 +9,8 @@ Runs inside the decoder processes (`decoders.py`), so it imports neither torch n
 
 import io
 import math
-import re
+import os
+import time
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import BinaryIO, Literal
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from sorter.decoding import profiles
+from sorter.decoding import jpeg, profiles
 from sorter.decoding.formats import FORMATS, SIGNATURE_BYTES, ends_early, has_signature
 from sorter.errors import PhotoError, Reason
 
@@ -40,9 +41,6 @@ _UPRIGHT = {
 # picture itself: coefficients of a progressive JPEG, WebP's two canvases, AVIF's planes, TIFF's strips.
 _NEEDED_BYTES = {"JPEG": 6, "MPO": 6, "WEBP": 20, "AVIF": 16, "HEIF": 16, "TIFF": 16}
 
-# JPEG's markers, except those without a length inside a scan. Encoders make about a dozen scans.
-_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
-_START_OF_SCAN, _END_OF_IMAGE, _MAX_SCANS = b"\xff\xda", b"\xff\xd9", 100
 _MAX_JPEG_BYTES = 100_000_000
 
 # Of greys with more than 8 bits: masks, 8 bits, the sensors of cameras and scanners, 16 bits.
@@ -50,6 +48,9 @@ _WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
 # How much brighter than white the lights of a float picture are, at most: four stops.
 _HEADROOM = 16.0
 _PHOTOMETRIC = 262
+
+ARRIVING_SECONDS = 60.0
+"""A photo that reads as truncated and changed within this time may still be arriving: it is looked at again."""
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # True would hide incomplete files
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -95,12 +96,18 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
         PhotoError: the file cannot be read as a photo.
         OSError: the file cannot be read (a failing disk, a lost network share); the photo itself may be fine.
     """
+    may_lack_end = time.time() - os.fstat(descriptor).st_mtime >= ARRIVING_SECONDS
     with open(descriptor, "rb", closefd=False) as file:
-        return decode_file(file, preprocessing, limits)
+        return decode_file(file, preprocessing, limits, may_lack_end=may_lack_end)
 
 
 def decode_file(
-    file: BinaryIO, preprocessing: Preprocessing, limits: Limits, orientation: int | None = None
+    file: BinaryIO,
+    preprocessing: Preprocessing,
+    limits: Limits,
+    orientation: int | None = None,
+    *,
+    may_lack_end: bool = True,
 ) -> Image.Image:
     """Decode the first frame of an open or in-memory file, as `decode` does.
 
@@ -109,6 +116,7 @@ def decode_file(
         preprocessing: size and crop.
         limits: what is refused.
         orientation: EXIF orientation that overrides the file's own.
+        may_lack_end: decode a JPEG that lacks nothing but its last two bytes, as viewers do.
     """
     # Set for each call: the limits are settings.
     Image.MAX_IMAGE_PIXELS = int(max(limits.max_megapixels, limits.max_jpeg_megapixels) * 1e6)
@@ -125,7 +133,12 @@ def decode_file(
     except (PhotoError, MemoryError):
         raise
     except Exception as error:
-        raise _reason(error, tracked, limits, needed_bytes) from error
+        found = _reason(error, tracked, limits, needed_bytes)
+        if may_lack_end and isinstance(found, PhotoError) and found.reason is Reason.TRUNCATED:
+            content = _completed(tracked)
+            if content is not None:
+                return decode_file(io.BytesIO(content), preprocessing, limits, orientation, may_lack_end=False)
+        raise found from error
 
 
 class _Tracked(io.BufferedIOBase):
@@ -155,6 +168,18 @@ class _Tracked(io.BufferedIOBase):
         return self._file.tell()
 
 
+def _completed(file: _Tracked) -> bytes | None:
+    """A JPEG with its missing end; None if more is missing, or it is no JPEG."""
+    file.seek(0)
+    content = file.read(_MAX_JPEG_BYTES + 1)
+    if not content.startswith(b"\xff\xd8\xff") or len(content) > _MAX_JPEG_BYTES:
+        return None
+    try:
+        return jpeg.completed(content)
+    except Exception:  # it cannot be decoded even then
+        return None
+
+
 def _check_size(image: Image.Image, limits: Limits) -> None:
     width, height = image.size
     allowed = limits.max_jpeg_megapixels if image.format in ("JPEG", "MPO") else limits.max_megapixels
@@ -166,14 +191,10 @@ def _check_scans(file: io.BufferedIOBase) -> None:
     """Refuse a progressive JPEG made to keep a CPU busy: each scan is a pass over the full picture."""
     position = file.tell()
     file.seek(0)
-    content = file.read(_MAX_JPEG_BYTES)
+    scans = jpeg.count_scans(file.read(_MAX_JPEG_BYTES))
     file.seek(position)
-    offset, scans = 2, 0
-    while (found := _MARKER.search(content, offset)) is not None and found[0] != _END_OF_IMAGE:
-        scans += found[0] == _START_OF_SCAN
-        offset = found.end() + int.from_bytes(content[found.end() : found.end() + 2])  # skip the segment
-    if scans > _MAX_SCANS:
-        raise PhotoError(Reason.CORRUPT, f"{scans} scans; the limit is {_MAX_SCANS}")
+    if scans > jpeg.MAX_SCANS:
+        raise PhotoError(Reason.CORRUPT, f"{scans} scans; the limit is {jpeg.MAX_SCANS}")
 
 
 def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int | None) -> Image.Image:
