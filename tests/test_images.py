@@ -5,12 +5,13 @@ import io
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import color_profiles
 import numpy as np
 import pytest
 from pictures import BRICK, HAS_AVIF, claiming, encoded, every_format, plain, quarters, ramp, smooth, turned
-from PIL import Image, ImageCms
+from PIL import ExifTags, Image, ImageCms
 
 from sorter.decoding.formats import SIGNATURE_BYTES, has_signature
 from sorter.decoding.images import Limits, Preprocessing, decode, decode_file
@@ -376,3 +377,34 @@ def test_a_jpeg_that_lacks_some_of_its_picture_is_truncated_forever(progressive:
         with pytest.raises(PhotoError) as caught:
             settled(tmp_path, content[:-missing], seconds_ago=100)
         assert caught.value.reason is Reason.TRUNCATED, missing
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_heic_of_tiles_over_the_limit_is_decoded_tile_by_tile(orientation: int, tmp_path: Path) -> None:
+    picture, exif = smooth(3, (700, 500)), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    profile = color_profiles.display_p3()
+    content = encoded(picture, "HEIF", quality=90, tile_size=128, exif=exif.tobytes(), icc_profile=profile)
+    at_once = decoded(tmp_path, content)
+    tight = Limits(max_megapixels=0.1, max_jpeg_megapixels=1)
+    assert difference(decoded(tmp_path, content, limits=tight), at_once) < 2
+    for limits in (Limits(max_megapixels=0.1, max_jpeg_megapixels=0.1), Limits(0.1, 0.2)):
+        assert reason(tmp_path, content, limits) is Reason.TOO_MANY_PIXELS
+
+
+def test_a_heic_in_one_piece_over_the_limit_is_refused(tmp_path: Path) -> None:
+    content = encoded(smooth(3, (700, 500)), "HEIF", quality=90)
+    assert reason(tmp_path, content, Limits(max_megapixels=0.1, max_jpeg_megapixels=1)) is Reason.TOO_MANY_PIXELS
+
+
+def test_a_heic_of_broken_tiles_has_a_reason(tmp_path: Path) -> None:
+    content = bytearray(encoded(smooth(3, (700, 500)), "HEIF", quality=90, tile_size=128))
+    tight = Limits(max_megapixels=0.1, max_jpeg_megapixels=1)
+    assert reason(tmp_path, bytes(content[:-2000]), tight) is Reason.TRUNCATED
+    content[-3000:] = bytes(3000)
+    assert reason(tmp_path, bytes(content), tight) in (Reason.CORRUPT, Reason.TRUNCATED)
+    for position in range(0, 1600, 41):  # any byte of the header
+        damaged = bytearray(content)
+        damaged[position] ^= 0xFF
+        with contextlib.suppress(PhotoError):
+            decode_file(io.BytesIO(bytes(damaged)), SQUASH, tight)

@@ -19,12 +19,14 @@ from typing import BinaryIO, Literal
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from sorter.decoding import jpeg, profiles
+from sorter.decoding import heif_grid, jpeg, profiles
 from sorter.decoding.formats import FORMATS, SIGNATURE_BYTES, ends_early, has_signature
 from sorter.errors import PhotoError, Reason
 
 # Pillow's `reducing_gap`: at 3 the result is indistinguishable from filtering at full size.
 _REDUCING_GAP = 3.0
+# A HEIC picture takes 7 bytes per pixel, unless it is decoded tile by tile.
+_MAX_HEIF_MEGAPIXELS = 100.0
 _BAND_PIXELS = 4_000_000
 
 # EXIF orientation -> the transposition that puts the picture upright (CIPA DC-008, 4.6.4.A).
@@ -125,6 +127,8 @@ def decode_file(
     needed_bytes = 0
     try:
         with Image.open(tracked, formats=FORMATS) as image:  # type: ignore[arg-type]
+            if (picture := _from_tiles(image, tracked, preprocessing, limits)) is not None:
+                return _shrink(picture, preprocessing, orientation=1)
             _check_size(image, limits)
             if image.info.get("progressive"):
                 _check_scans(tracked)
@@ -187,6 +191,24 @@ def _check_size(image: Image.Image, limits: Limits) -> None:
         raise PhotoError(Reason.TOO_MANY_PIXELS, f"{width} x {height} pixels; the limit is {allowed:g} megapixels")
 
 
+def _from_tiles(image: Image.Image, file: _Tracked, preprocessing: Preprocessing, limits: Limits) -> Image.Image | None:
+    """A HEIC picture that is too large to be decoded at once, reduced; None if it is none, or has no tiles."""
+    megapixels = image.width * image.height / 1e6
+    at_once = min(limits.max_megapixels, _MAX_HEIF_MEGAPIXELS)
+    if image.format != "HEIF" or not at_once < megapixels <= limits.max_jpeg_megapixels:
+        return None
+    grid = heif_grid.find(file)
+    if grid is None:
+        return None
+    picture = heif_grid.decode(file, grid, _short_side(preprocessing) * _REDUCING_GAP)
+    picture.info["icc_profile"] = image.info.get("icc_profile")
+    return picture
+
+
+def _short_side(preprocessing: Preprocessing) -> int:
+    return preprocessing.size if preprocessing.crop == "squash" else preprocessing.resize
+
+
 def _check_scans(file: io.BufferedIOBase) -> None:
     """Refuse a progressive JPEG made to keep a CPU busy: each scan is a pass over the full picture."""
     position = file.tell()
@@ -198,7 +220,7 @@ def _check_scans(file: io.BufferedIOBase) -> None:
 
 
 def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int | None) -> Image.Image:
-    short = preprocessing.size if preprocessing.crop == "squash" else preprocessing.resize
+    short = _short_side(preprocessing)
     if image.format in ("JPEG", "MPO"):
         # libjpeg scales while it decodes, to the smallest of 1/8, 1/4, 1/2 that still covers the target.
         image.draft(None, (short, short))
