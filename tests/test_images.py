@@ -4,13 +4,14 @@ import contextlib
 import io
 import os
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
 import color_profiles
 import numpy as np
 import pytest
-from pictures import BRICK, HAS_AVIF, claiming, encoded, every_format, plain, quarters, ramp, smooth, turned
+from pictures import BRICK, HAS_AVIF, claiming, encoded, every_format, plain, quarters, ramp, smooth, tiff, turned
 from PIL import ExifTags, Image, ImageCms
 
 from sorter.decoding.formats import SIGNATURE_BYTES, has_signature
@@ -408,3 +409,62 @@ def test_a_heic_of_broken_tiles_has_a_reason(tmp_path: Path) -> None:
         damaged[position] ^= 0xFF
         with contextlib.suppress(PhotoError):
             decode_file(io.BytesIO(bytes(damaged)), SQUASH, tight)
+
+
+GREY = np.tile(np.linspace(0, 1, 64)[:, None], (48, 1, 1))
+COLOR = np.concatenate([GREY, GREY[:, ::-1], np.full_like(GREY, 0.25)], axis=-1)
+HALF = np.full_like(GREY, 0.5)
+STRANGE = {
+    "float16 grey": (tiff(GREY.astype("<f2")), GREY),
+    "float16 RGB": (tiff(COLOR.astype("<f2")), COLOR),
+    "float32 RGB": (tiff(COLOR.astype("<f4")), COLOR),
+    "float32 RGB to 255": (tiff((COLOR * 255).astype("<f4")), COLOR),
+    "float32 RGB to 65535": (tiff((COLOR * 65535).astype("<f4")), COLOR),
+    "float32 RGB with lights": (tiff(np.where(COLOR > 0.99, 3, COLOR).astype("<f4")), COLOR),
+    "float32 RGB with gaps": (tiff(np.where(COLOR < 0.01, np.nan, COLOR).astype("<f4")), COLOR),
+    "float32 RGB, big-endian": (tiff(COLOR.astype(">f4")), COLOR),
+    "float32 RGB, tiles": (tiff(COLOR.astype("<f4"), tile=16, deflate=True, predictor=3), COLOR),
+    "float32 RGB, planes": (tiff(COLOR.astype("<f4"), planar=True, deflate=True), COLOR),
+    "float64 RGB": (tiff(COLOR.astype("<f8"), deflate=True, predictor=3), COLOR),
+    "float32 RGBA": (tiff(np.concatenate([COLOR, HALF], -1).astype("<f4"), alpha=2), COLOR / 2 + 0.5),
+    "float32 RGBA, multiplied": (tiff(np.concatenate([COLOR / 2, HALF], -1).astype("<f4"), alpha=1), COLOR / 2 + 0.5),
+    "uint16 grey with alpha": (tiff((np.concatenate([GREY, HALF], -1) * 65535).astype("<u2"), alpha=2), GREY / 2 + 0.5),
+    "uint16 grey, multiplied": (
+        tiff((np.concatenate([GREY / 2, HALF], -1) * 65535).astype("<u2"), alpha=1),
+        GREY / 2 + 0.5,
+    ),
+    "uint16 RGB, planes": (tiff((COLOR * 65535).astype("<u2"), planar=True, deflate=True, predictor=2), COLOR),
+    "uint16 RGB, big-endian BigTIFF": (tiff((COLOR * 65535).astype(">u2"), big=True), COLOR),
+    "uint8 RGB, big-endian BigTIFF": (tiff((COLOR * 255).astype(np.uint8).astype(">u1"), big=True), COLOR),
+    "uint32 grey": (tiff((GREY * 4294967295).astype("<u4")), GREY),
+    "uint32 grey, zero is white": (tiff(((1 - GREY) * 4294967295).astype("<u4"), t262=0), GREY),
+    "uint32 RGB": (tiff((COLOR * 4294967295).astype("<u4")), COLOR),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_tiff_with_samples_that_pillow_cannot_read_is_shown(kind: str, tmp_path: Path) -> None:
+    content, wanted = STRANGE[kind]
+    found = np.asarray(decoded(tmp_path, content, Preprocessing(48, "center", 48))) / 255
+    assert np.abs(found - wanted[:, 8:56]).max() < 0.03
+
+
+def test_such_a_tiff_is_turned_upright_and_keeps_the_limits(tmp_path: Path) -> None:
+    values = np.zeros((48, 96, 3), "<f4")
+    values[:, :48, 0] = 1
+    picture = decoded(tmp_path, tiff(values, t274=6), Preprocessing(32))
+    assert picture.getpixel((16, 4)) == (255, 0, 0)
+    assert picture.getpixel((16, 28)) == (0, 0, 0)
+    assert reason(tmp_path, tiff(values), TIGHT) is Reason.TOO_MANY_PIXELS
+
+
+def test_such_a_tiff_that_is_broken_has_a_reason(tmp_path: Path) -> None:
+    content = tiff(COLOR.astype("<f4"), deflate=True)
+    assert reason(tmp_path, content[: len(content) // 2]) is Reason.TRUNCATED
+    assert reason(tmp_path, content[:8] + bytes(100) + content[108:]) in (Reason.TRUNCATED, Reason.CORRUPT)
+    assert reason(tmp_path, tiff(np.full((8, 8, 3), np.nan, "<f4"))) is Reason.CORRUPT
+    for position in range(content.index(zlib.compress(b"")[:1]), len(content), 11):
+        damaged = bytearray(content)
+        damaged[position] ^= 0xFF
+        with contextlib.suppress(PhotoError):
+            decode_file(io.BytesIO(bytes(damaged)), SQUASH, Limits())

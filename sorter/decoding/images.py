@@ -19,7 +19,7 @@ from typing import BinaryIO, Literal
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
-from sorter.decoding import heif_grid, jpeg, profiles
+from sorter.decoding import heif_grid, jpeg, profiles, tiff_samples
 from sorter.decoding.formats import FORMATS, SIGNATURE_BYTES, ends_early, has_signature
 from sorter.errors import PhotoError, Reason
 
@@ -126,10 +126,16 @@ def decode_file(
     tracked = _Tracked(file)
     needed_bytes = 0
     try:
+        if (layout := tiff_samples.find(tracked)) is not None:
+            _check_size("TIFF", *layout.size, limits)
+            needed_bytes = layout.size[0] * layout.size[1] * _NEEDED_BYTES["TIFF"]
+            picture = tiff_samples.decode(tracked, layout, _range)
+            return _shrink(picture, preprocessing, orientation or layout.orientation)
+        tracked.seek(0)
         with Image.open(tracked, formats=FORMATS) as image:  # type: ignore[arg-type]
-            if (picture := _from_tiles(image, tracked, preprocessing, limits)) is not None:
-                return _shrink(picture, preprocessing, orientation=1)
-            _check_size(image, limits)
+            if (tiled := _from_tiles(image, tracked, preprocessing, limits)) is not None:
+                return _shrink(tiled, preprocessing, orientation=1)
+            _check_size(image.format, image.width, image.height, limits)
             if image.info.get("progressive"):
                 _check_scans(tracked)
             needed_bytes = image.width * image.height * _NEEDED_BYTES.get(image.format or "", 5)
@@ -184,9 +190,8 @@ def _completed(file: _Tracked) -> bytes | None:
         return None
 
 
-def _check_size(image: Image.Image, limits: Limits) -> None:
-    width, height = image.size
-    allowed = limits.max_jpeg_megapixels if image.format in ("JPEG", "MPO") else limits.max_megapixels
+def _check_size(kind: str | None, width: int, height: int, limits: Limits) -> None:
+    allowed = limits.max_jpeg_megapixels if kind in ("JPEG", "MPO") else limits.max_megapixels
     if width * height > allowed * 1e6:
         raise PhotoError(Reason.TOO_MANY_PIXELS, f"{width} x {height} pixels; the limit is {allowed:g} megapixels")
 
@@ -290,30 +295,37 @@ def _without_depth(image: Image.Image, black_and_white: tuple[float, float] | No
         return image.convert("F").point(lambda value: (value - black) * scale).convert("L").convert("RGB")
     if image.mode == "CMYK" and profiles.fits(image.info.get("icc_profile"), "CMYK"):
         return image
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+    if image.mode == "La":  # Pillow converts it to nothing else
+        image = image.convert("LA")
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
         return image.convert("RGBA").convert("RGBa")
     return image.convert("RGB")
 
 
 def _black_and_white(image: Image.Image, bands: list[tuple[int, int, int, int]]) -> tuple[float, float]:
-    """The values of black and white: the narrowest usual range that contains the picture, else the picture's own.
-
-    A float picture in which some lights are brighter than white (1) stays in its range: they are white.
-    """
+    """The values of black and white in a grey picture of more than 8 bits."""
     extremes: list[float] = []
     means: list[float] = []
     for band in bands:
         part = image.crop(band).convert("F")
         extremes += part.getextrema()  # type: ignore[arg-type]
         means.append(part.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))  # type: ignore[arg-type]
-    if not all(map(math.isfinite, extremes)):
-        raise PhotoError(Reason.CORRUPT, "its pixel values are not finite numbers")
-    low, high = min(extremes), max(extremes)
-    if image.mode == "F" and low >= -_HEADROOM and high <= _HEADROOM and 0 < sum(means) / len(means) <= 1:
-        return 0.0, 1.0
-    black, white = next(((0.0, white) for white in _WHITES if low >= 0 and high <= white), (low, high))
+    mean = sum(means) / len(means)
+    black, white = _range(image.mode == "F", min(extremes), max(extremes), mean if math.isfinite(mean) else math.nan)
     is_inverted = isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0
     return (white, black) if is_inverted else (black, white)
+
+
+def _range(is_float: bool, low: float, high: float, mean: float) -> tuple[float, float]:
+    """The values of black and white: the narrowest usual range that contains the picture, else the picture's own.
+
+    A float picture in which some lights are brighter than white (1) stays in its range: they are white.
+    """
+    if not (math.isfinite(low) and math.isfinite(high) and math.isfinite(mean)):
+        raise PhotoError(Reason.CORRUPT, "its pixel values are not finite numbers")
+    if is_float and low >= -_HEADROOM and high <= _HEADROOM and 0 < mean <= 1:
+        return 0.0, 1.0
+    return next(((0.0, white) for white in _WHITES if low >= 0 and high <= white), (low, high))
 
 
 def _reason(error: Exception, file: _Tracked, limits: Limits, needed_bytes: int) -> Exception:
