@@ -4,7 +4,7 @@ In: a file descriptor and the model's `Preprocessing`. Out: an RGB picture (S, S
 white; or a `PhotoError` with a reason code. The trainer decodes with this module too: a different decoder or resizer
 costs more accuracy than 8-bit weights do.
 
-Runs inside the decoder processes (`decoders.py`), so it imports neither torch nor numpy.
+Runs inside the decoder processes (`decoders.py`), so it imports no torch, and numpy for rare TIFFs only.
 """
 
 import io
@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from typing import BinaryIO, Literal
 
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
 
-from sorter.decoding import heif_grid, jpeg, profiles, tiff_samples
+from sorter.decoding import depth, heif_grid, jpeg, profiles, tiff_samples
 from sorter.decoding.formats import FORMATS, SIGNATURE_BYTES, ends_early, has_signature
 from sorter.errors import PhotoError, Reason
 
@@ -27,7 +26,6 @@ from sorter.errors import PhotoError, Reason
 _REDUCING_GAP = 3.0
 # A HEIC picture takes 7 bytes per pixel, unless it is decoded tile by tile.
 _MAX_HEIF_MEGAPIXELS = 100.0
-_BAND_PIXELS = 4_000_000
 
 # EXIF orientation -> the transposition that puts the picture upright (CIPA DC-008, 4.6.4.A).
 _UPRIGHT = {
@@ -44,12 +42,6 @@ _UPRIGHT = {
 _NEEDED_BYTES = {"JPEG": 6, "MPO": 6, "WEBP": 20, "AVIF": 16, "HEIF": 16, "TIFF": 16}
 
 _MAX_JPEG_BYTES = 100_000_000
-
-# Of greys with more than 8 bits: masks, 8 bits, the sensors of cameras and scanners, 16 bits.
-_WHITES = (1.0, 255.0, 1023.0, 4095.0, 16383.0, 65535.0)
-# How much brighter than white the lights of a float picture are, at most: four stops.
-_HEADROOM = 16.0
-_PHOTOMETRIC = 262
 
 ARRIVING_SECONDS = 60.0
 """A photo that reads as truncated and changed within this time may still be arriving: it is looked at again."""
@@ -129,7 +121,7 @@ def decode_file(
         if (layout := tiff_samples.find(tracked)) is not None:
             _check_size("TIFF", *layout.size, limits)
             needed_bytes = layout.size[0] * layout.size[1] * _NEEDED_BYTES["TIFF"]
-            picture = tiff_samples.decode(tracked, layout, _range)
+            picture = tiff_samples.decode(tracked, layout, depth.black_and_white)
             return _shrink(picture, preprocessing, orientation or layout.orientation)
         tracked.seek(0)
         with Image.open(tracked, formats=FORMATS) as image:  # type: ignore[arg-type]
@@ -242,7 +234,7 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int |
         size = (max(short, round(width * scale)), max(short, round(height * scale)))
     # As `resize` with a reducing gap, but without ever copying the full picture.
     across, down = (int(side / target / _REDUCING_GAP) or 1 for side, target in zip(image.size, size, strict=True))
-    reduced = _reduced(image, across, down)
+    reduced = depth.reduced(image, across, down)
     small = reduced.resize(size, Image.Resampling.BILINEAR, box=(0, 0, width / across, height / down))
     if small.mode == "RGBa":
         small = small.convert("RGBA")
@@ -265,69 +257,6 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _reduced(image: Image.Image, across: int, down: int) -> Image.Image:
-    """Average blocks of `across` by `down` pixels, in RGB, or in RGBa where the picture is transparent.
-
-    Works on a band of rows at a time: most modes need two or three copies on their way to RGB, each 400 MB for a
-    picture of 100 megapixels.
-    """
-    width, height = image.size
-    rows = max(1, _BAND_PIXELS // (width * down)) * down
-    bands = [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
-    depth = _black_and_white(image, bands) if image.mode[0] in "IF" else None
-    reduced: Image.Image | None = None
-    for band in bands:
-        part = _without_depth(image if len(bands) == 1 else image.crop(band), depth).reduce((across, down))
-        if len(bands) == 1:
-            return part
-        if reduced is None:
-            reduced = Image.new(part.mode, (part.width, math.ceil(height / down)))
-        reduced.paste(part, (0, band[1] // down))
-    assert reduced is not None, "a picture has at least one row"
-    return reduced
-
-
-def _without_depth(image: Image.Image, black_and_white: tuple[float, float] | None) -> Image.Image:
-    """Convert any of Pillow's modes to RGB, to RGBa if transparent, or keep CMYK with a profile; 8 bits per channel."""
-    if black_and_white is not None:  # 16-bit greys, 32-bit integers, floats
-        black, white = black_and_white
-        scale = 255 / ((white - black) or 1.0)
-        return image.convert("F").point(lambda value: (value - black) * scale).convert("L").convert("RGB")
-    if image.mode == "CMYK" and profiles.fits(image.info.get("icc_profile"), "CMYK"):
-        return image
-    if image.mode == "La":  # Pillow converts it to nothing else
-        image = image.convert("LA")
-    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
-        return image.convert("RGBA").convert("RGBa")
-    return image.convert("RGB")
-
-
-def _black_and_white(image: Image.Image, bands: list[tuple[int, int, int, int]]) -> tuple[float, float]:
-    """The values of black and white in a grey picture of more than 8 bits."""
-    extremes: list[float] = []
-    means: list[float] = []
-    for band in bands:
-        part = image.crop(band).convert("F")
-        extremes += part.getextrema()  # type: ignore[arg-type]
-        means.append(part.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0)))  # type: ignore[arg-type]
-    mean = sum(means) / len(means)
-    black, white = _range(image.mode == "F", min(extremes), max(extremes), mean if math.isfinite(mean) else math.nan)
-    is_inverted = isinstance(image, TiffImageFile) and image.tag_v2.get(_PHOTOMETRIC) == 0
-    return (white, black) if is_inverted else (black, white)
-
-
-def _range(is_float: bool, low: float, high: float, mean: float) -> tuple[float, float]:
-    """The values of black and white: the narrowest usual range that contains the picture, else the picture's own.
-
-    A float picture in which some lights are brighter than white (1) stays in its range: they are white.
-    """
-    if not (math.isfinite(low) and math.isfinite(high) and math.isfinite(mean)):
-        raise PhotoError(Reason.CORRUPT, "its pixel values are not finite numbers")
-    if is_float and low >= -_HEADROOM and high <= _HEADROOM and 0 < mean <= 1:
-        return 0.0, 1.0
-    return next(((0.0, white) for white in _WHITES if low >= 0 and high <= white), (low, high))
-
-
 def _reason(error: Exception, file: _Tracked, limits: Limits, needed_bytes: int) -> Exception:
     """Turn a decoder's exception into a `PhotoError`, or return the failed read behind it."""
     if file.failure is not None:
@@ -336,8 +265,10 @@ def _reason(error: Exception, file: _Tracked, limits: Limits, needed_bytes: int)
     if isinstance(error, UnidentifiedImageError):
         detail = "the header cannot be read"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        others, jpeg = limits.max_megapixels, limits.max_jpeg_megapixels
-        return PhotoError(Reason.TOO_MANY_PIXELS, f"the limit is {jpeg:g} megapixels for JPEG, {others:g} for others")
+        others, for_jpeg = limits.max_megapixels, limits.max_jpeg_megapixels
+        return PhotoError(
+            Reason.TOO_MANY_PIXELS, f"the limit is {for_jpeg:g} megapixels for JPEG, {others:g} for others"
+        )
     file.seek(0)
     head = file.read(SIGNATURE_BYTES)
     if not head:

@@ -85,13 +85,15 @@ def decode(file: io.BufferedIOBase, layout: Layout, black_and_white: Range) -> I
     """
     import numpy as np
 
+    exact = np.float64 if layout.kind[2:] in ("4", "8") and layout.kind[1:] != "f4" else np.float32
     low, high, total, count = math.inf, -math.inf, 0.0, 0
     for _, _, block in _bands(file, layout):
-        colors = block[..., : layout.colors].astype(np.float64)
-        colors = colors[np.isfinite(colors)]
+        colors = block[..., : layout.colors].astype(exact)
+        if not (finite := np.isfinite(colors)).all():
+            colors = colors[finite]
         if colors.size:
             low, high = min(low, float(colors.min())), max(high, float(colors.max()))
-            total, count = total + float(colors.sum()), count + colors.size
+            total, count = total + float(colors.sum(dtype=np.float64)), count + colors.size
     is_float = layout.kind[1] == "f"
     opaque = 1.0 if is_float else float(np.iinfo(layout.kind).max)
     if layout.kind[1:] == "u1" or (layout.kind[1:] == "u2" and layout.colors == 3):  # as Pillow reads them
@@ -103,7 +105,7 @@ def decode(file: io.BufferedIOBase, layout: Layout, black_and_white: Range) -> I
     width, height = layout.size
     pixels = np.zeros((height, width, layout.colors + bool(layout.alpha)), np.uint8)
     for x, y, block in _bands(file, layout):
-        values = np.nan_to_num(block.astype(np.float64), posinf=white, neginf=black)
+        values = np.nan_to_num(block.astype(exact), posinf=white, neginf=black)
         colors = (values[..., : layout.colors] - black) * (255 / ((white - black) or 1.0))
         if layout.alpha:
             colors = np.concatenate([colors, values[..., layout.colors :][..., :1] * (255 / opaque)], axis=-1)

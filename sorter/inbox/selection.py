@@ -10,7 +10,7 @@ from fnmatch import translate
 from pathspec import GitIgnoreSpec
 
 from sorter.inbox.sidecars import SidecarNames
-from sorter.settings import IGNORED_FOLDERS, SIDECAR_SUFFIXES, TEMPORARY_NAMES
+from sorter.names import IGNORED_FOLDERS, SIDECAR_SUFFIXES, TEMPORARY_NAMES
 
 
 class Selection:

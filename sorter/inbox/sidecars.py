@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sorter.decoding import formats, raw
 from sorter.files.photo import opened_folder
-from sorter.settings import SIDECAR_SUFFIXES
+from sorter.names import SIDECAR_SUFFIXES
 
 LATE_SECONDS = 86_400.0
 """A sidecar that arrives so long after its photo still follows it: phones send the film of a Live Photo last."""
