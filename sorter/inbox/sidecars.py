@@ -26,7 +26,7 @@ _GOOGLE_FILM = re.compile(r"\.(?:mp|mv)(?:~\d+)?$", re.IGNORECASE)
 _TAKEOUT = re.compile(r"(?P<cut>(?P<photo>.+?)(?:\.(?P<word>[a-z-]*))?)(?P<counter>\(\d+\))?", re.IGNORECASE)
 _TAKEOUT_WORD, _TAKEOUT_LENGTH = "supplemental-metadata", 46
 
-# A folder is listed again after a second, and no more often than that it takes a twentieth of the time.
+# For photos a folder is listed at most once a second; for both kinds it may take a twentieth of the time.
 _LISTED_SECONDS, _LISTED_SHARE = 1.0, 20
 
 
