@@ -11,12 +11,10 @@ from typing import Any, Literal
 
 from sorter.classifier.manifest import Manifest
 from sorter.decoding.decoded import Decoded
+from sorter.decoding.images import ARRIVING_SECONDS
 from sorter.errors import Reason
 from sorter.files.photo import Photo
 from sorter.history.store import FAILED, UNSURE
-
-TRUNCATED_GRACE_SECONDS = 60.0
-"""A photo that reads as truncated and changed within this time may still be arriving: it is looked at again."""
 
 Kind = Literal["sorted", "unsure", "failed", "sidecar", "kept", "skipped", "left", "again"]
 
@@ -130,7 +128,7 @@ def complete_after(decoded: Decoded, now: float) -> float:
     if decoded.reason not in (Reason.TRUNCATED, Reason.EMPTY):
         return 0.0
     modified = decoded.photo.identity.mtime_ns / 1e9
-    return (modified if modified <= now else decoded.photo.seen) + TRUNCATED_GRACE_SECONDS
+    return (modified if modified <= now else decoded.photo.seen) + ARRIVING_SECONDS
 
 
 def described(outcome: Outcome) -> dict[str, Any]:

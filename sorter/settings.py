@@ -10,12 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pathspec import GitIgnoreSpec
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 from sorter.errors import ConfigurationError
+from sorter.names import IGNORED_FOLDERS, SIDECAR_SUFFIXES, TEMPORARY_NAMES
 
 ENVIRONMENT_PREFIX = "SORTER_"
 SHIPPED_MODEL = Path(__file__).parent / "models" / "catdog-resnet50"
@@ -46,12 +54,24 @@ def _not_bool(value: Any) -> Any:
     return value
 
 
+def _listed(value: Any) -> Any:
+    # A variable; the TOML file has lists, and a flag is given several times.
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _patterns(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    GitIgnoreSpec.from_lines(patterns)  # raises a ValueError
+    return patterns
+
+
 def _expanded(path: Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
 Real = Annotated[float, BeforeValidator(_not_bool)]
 Integer = Annotated[int, BeforeValidator(_not_bool)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
+Patterns = Annotated[Names, AfterValidator(_patterns)]
 Folder = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_expanded)]
 
 
@@ -80,6 +100,34 @@ class Settings(BaseSettings):
         metavar="DIR",
     )
     recursive: bool = _field(False, "also sort photos in subfolders of the inbox", group="Folders")
+
+    include: Patterns = _field(
+        (),
+        "sort only files that match a pattern, as in .gitignore, relative to the inbox (default: every file)",
+        group="Files",
+        metavar="PATTERN",
+    )
+    exclude: Patterns = _field(
+        (),
+        "leave files and folders alone that match a pattern, as in .gitignore, relative to the inbox (default: none)",
+        group="Files",
+        metavar="PATTERN",
+    )
+    ignored_folders: Names = _field(
+        IGNORED_FOLDERS,
+        "with --recursive, names of folders that are never entered, in any case: trash, thumbnails, photo libraries",
+        group="Files",
+        metavar="NAME",
+    )
+    temporary_names: Names = _field(
+        TEMPORARY_NAMES, "names of incomplete files, in any case, which are left alone", group="Files", metavar="NAME"
+    )
+    sidecar_suffixes: Names = _field(
+        SIDECAR_SUFFIXES,
+        "endings of files that move with the photo of the same name, in place of its extension or after it",
+        group="Files",
+        metavar="SUFFIX",
+    )
 
     once: bool = _field(False, "sort what is in the inbox and exit, instead of watching it", group="Sorting")
     dry_run: bool = _field(False, "report what would happen and change nothing", group="Sorting")
@@ -151,7 +199,7 @@ class Settings(BaseSettings):
     )
     max_jpeg_megapixels: Real = _field(
         250.0,
-        "the same limit for JPEGs, which are decoded at a reduced scale",
+        "the same limit for JPEGs, and for HEICs of tiles, which are decoded at a reduced scale",
         group="Limits",
         metavar="MP",
         gt=0,

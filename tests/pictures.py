@@ -6,6 +6,7 @@ import zlib
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image, features
 
 Color = tuple[int, int, int]
@@ -128,3 +129,80 @@ def tinted(color: tuple[int, int, int], seed: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(noise.astype(np.uint8)).resize((64, 64), Image.Resampling.BICUBIC).save(buffer, "JPEG")
     return buffer.getvalue()
+
+
+def tiff(
+    values: npt.NDArray[Any],
+    *,
+    big: bool = False,
+    planar: bool = False,
+    deflate: bool = False,
+    predictor: int = 1,
+    tile: int = 0,
+    rows: int = 7,
+    alpha: int = 0,
+    **tags: int,
+) -> bytes:
+    """A TIFF of samples (height, width, channels) of any type, in strips or tiles.
+
+    Args:
+        alpha: 1 if the last channel is alpha that the colours are multiplied with, 2 if it is other alpha.
+        tags: more of them, such as `t262=0`.
+    """
+    height, width, samples = values.shape
+    kind = values.dtype
+    order = ">" if kind.byteorder == ">" else "<"
+    across, down = (tile, tile) if tile else (width, rows)
+    padded = np.pad(values, ((0, -height % tile if tile else 0), (0, -width % across), (0, 0)))
+    planes = [padded[..., n : n + 1] for n in range(samples)] if planar else [padded]
+    pieces = [
+        _piece(plane[y : y + down, x : x + across], order, deflate, predictor)
+        for plane in planes
+        for y in range(0, padded.shape[0], down)
+        for x in range(0, padded.shape[1], across)
+    ]
+    head = 16 if big else 8
+    places = [head + sum(map(len, pieces[:n])) for n in range(len(pieces))]
+    sizes = list(map(len, pieces))
+    found: dict[int, list[int]] = {
+        256: [width],
+        257: [height],
+        258: [8 * kind.itemsize] * samples,
+        259: [8 if deflate else 1],
+        262: [2 if samples >= 3 else 1],
+        277: [samples],
+        284: [2 if planar else 1],
+        317: [predictor],
+        339: [{"u": 1, "i": 2, "f": 3}[kind.kind]] * samples,
+    }
+    found |= {322: [tile], 323: [tile], 324: places, 325: sizes} if tile else {273: places, 278: [rows], 279: sizes}
+    found |= {338: [alpha]} if alpha else {}
+    found |= {int(name[1:]): [value] for name, value in tags.items()}
+    start = head + sum(sizes)
+    wide, counted = ("Q", "Q") if big else ("I", "H")
+    after = start + struct.calcsize("=" + counted) + len(found) * (20 if big else 12) + struct.calcsize("=" + wide)
+    entries, more = b"", b""
+    for tag, numbers in sorted(found.items()):
+        content = struct.pack(f"{order}{len(numbers)}I", *numbers)
+        room = 8 if big else 4
+        entries += struct.pack(f"{order}HH{wide}", tag, 4, len(numbers))
+        entries += content.ljust(room, b"\0") if len(content) <= room else struct.pack(order + wide, after + len(more))
+        more += content if len(content) > room else b""
+    mark = b"MM" if order == ">" else b"II"
+    first = struct.pack(order + ("HHHQ" if big else "HI"), *((43, 8, 0, start) if big else (42, start)))
+    directory = struct.pack(order + counted, len(found)) + entries + bytes(8 if big else 4)
+    return mark + first + b"".join(pieces) + directory + more
+
+
+def _piece(values: npt.NDArray[Any], order: str, deflate: bool, predictor: int) -> bytes:
+    """A strip or tile, with the differences of a predictor."""
+    if predictor == 2:
+        integers = values.view(f"{order}u{values.dtype.itemsize}")
+        values = np.diff(integers, axis=1, prepend=np.zeros_like(integers[:, :1])).astype(integers.dtype)
+    content = values.tobytes()
+    if predictor == 3:
+        size, (height, width, samples) = values.dtype.itemsize, values.shape
+        parts = values.astype(f">f{size}").view(np.uint8).reshape(height, width * samples, size).transpose(0, 2, 1)
+        rows = parts.reshape(height, -1, samples)
+        content = np.diff(rows, axis=1, prepend=np.zeros_like(rows[:, :1])).astype(np.uint8).tobytes()
+    return zlib.compress(content) if deflate else content

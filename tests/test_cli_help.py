@@ -52,6 +52,8 @@ def test_each_setting_has_a_flag_with_its_description_its_default_and_its_opposi
             assert f"\n  {flag}" in text, (command, name)
             if isinstance(default, bool):
                 assert re.search(rf"{flag}, --no-{flag[2:]}\s", text), (command, name)
+            elif isinstance(default, tuple) and default:
+                assert f"(default: {len(default)}, in config/settings.md)" in " ".join(text.split()), (command, name)
             elif "(default" not in description:
                 description += f" (default: {default:g})" if isinstance(default, float) else f" (default: {default})"
             assert squeezed(description) in squeezed(text), (command, name)

@@ -11,14 +11,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import make_tree
+from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, make_tree, pipeline_to, plain
 
+from sorter.classifier.manifest import Manifest
+from sorter.cli import preflight
 from sorter.errors import ConfigurationError, StorageError
 from sorter.files import FOLDER, file_systems
 from sorter.files.photo import Identity
 from sorter.history import schema
 from sorter.history.reader import HistoryReader
 from sorter.history.store import NAME, History, Move, Run
+from sorter.settings import Settings
 
 RUN = Run("r1", "1.0", "model")
 
@@ -348,3 +351,16 @@ def test_a_writer_keeps_its_log_when_another_writer_ends_although_it_also_reads(
     assert [entry.name for entry in reader.entries()] == [move(1).source]
     reader.close()
     history.close()
+
+
+def test_the_folders_of_a_model_that_was_used_before_are_not_sorted_again(tmp_path: Path, manifest: Manifest) -> None:
+    make_tree(tmp_path, {"a.jpg": plain(RED), "mine/b.jpg": plain(GREEN)})
+    settings = Settings(inbox=tmp_path, recursive=True, settle_seconds=0)
+    pipeline = pipeline_to(tmp_path, RedGreenEngine(), manifest, settings)
+    pipeline.submit(next(preflight.watched(settings, manifest).scan(LONG_AGO + 10)))
+    assert [outcome.kind for outcome in pipeline.outcomes(timeout_seconds=10)] == ["sorted"]
+    pipeline.close()
+    assert (tmp_path / "cats/a.jpg").is_file()
+    classes = tuple(c.model_copy(update={"folder": f"my-{c.folder}"}) for c in manifest.classes)
+    other = manifest.model_copy(update={"classes": classes})
+    assert [found.name for found in preflight.watched(settings, other).scan(LONG_AGO + 10)] == ["mine/b.jpg"]

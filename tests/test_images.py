@@ -3,12 +3,16 @@
 import contextlib
 import io
 import os
+import time
+import zlib
 from pathlib import Path
+from typing import Any
 
+import color_profiles
 import numpy as np
 import pytest
-from pictures import BRICK, HAS_AVIF, claiming, encoded, every_format, plain, quarters, ramp, smooth, turned
-from PIL import Image
+from pictures import BRICK, HAS_AVIF, claiming, encoded, every_format, plain, quarters, ramp, smooth, tiff, turned
+from PIL import ExifTags, Image, ImageCms
 
 from sorter.decoding.formats import SIGNATURE_BYTES, has_signature
 from sorter.decoding.images import Limits, Preprocessing, decode, decode_file
@@ -264,3 +268,203 @@ def test_a_jpeg_of_endless_scans_is_refused_and_an_ordinary_progressive_one_is_n
     with pytest.raises(PhotoError, match="200 scans; the limit is 100") as caught:
         decode_file(io.BytesIO(head + scans * 20 + end), seen, Limits())
     assert caught.value.reason == Reason.CORRUPT
+
+
+RED_IN = {  # the red of sRGB
+    "P3": ((234, 51, 35), color_profiles.display_p3()),
+    "Adobe RGB": ((219, 0, 0), color_profiles.adobe_rgb()),
+    "sRGB": ((255, 0, 0), color_profiles.srgb()),
+}
+
+
+@pytest.mark.parametrize("space", RED_IN)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "HEIF", *(["AVIF"] if HAS_AVIF else [])])
+def test_the_colours_of_a_profile_become_those_of_srgb(space: str, kind: str, tmp_path: Path) -> None:
+    color, profile = RED_IN[space]
+    options: dict[str, dict[str, Any]] = {
+        "JPEG": {"quality": 95, "subsampling": 0},
+        "WEBP": {"lossless": True},
+        "AVIF": {"quality": 95},
+    }
+    content = encoded(plain(color), kind, icc_profile=profile, **options.get(kind, {}))
+    assert mean_color(decoded(tmp_path, content)) == pytest.approx((255, 0, 0), abs=6)
+
+
+def test_a_profile_leaves_transparency_alone(tmp_path: Path) -> None:
+    color, profile = RED_IN["P3"]
+    picture = plain(color)
+    picture.putalpha(128)
+    found = mean_color(decoded(tmp_path, encoded(picture, "PNG", icc_profile=profile)))
+    assert found == pytest.approx((255, 127, 127), abs=3)
+
+
+def test_profiles_of_grey_and_cmyk_pictures_count_too(tmp_path: Path) -> None:
+    grey = encoded(Image.new("L", (64, 48), 128), "JPEG", quality=95, icc_profile=color_profiles.grey(1.0))
+    assert mean_color(decoded(tmp_path, grey)) == pytest.approx((188, 188, 188), abs=2)
+    profile = color_profiles.greenish_cmyk()
+    for kind in ("JPEG", "TIFF"):
+        red = Image.new("CMYK", (64, 48), (0, 255, 255, 0))
+        r, g, b = mean_color(decoded(tmp_path, encoded(red, kind, icc_profile=profile)))
+        assert g > r + 50, kind
+        assert g > b + 20, kind
+        assert mean_color(decoded(tmp_path, encoded(red, kind))) == pytest.approx((255, 0, 0), abs=4)
+
+
+def test_a_profile_that_is_broken_or_of_another_kind_is_ignored(tmp_path: Path) -> None:
+    p3 = color_profiles.display_p3()
+    wrong = (b"", b"junk", p3[:200], p3[:128] + bytes(len(p3) - 128), color_profiles.greenish_cmyk(), p3[:60] * 50)
+    for profile in wrong:
+        content = encoded(plain(), "PNG", icc_profile=profile)
+        assert mean_color(decoded(tmp_path, content)) == pytest.approx(BRICK, abs=1), profile[:20]
+
+
+def test_a_profile_that_changes_hardly_anything_costs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    content = encoded(smooth(1), "PNG", icc_profile=color_profiles.srgb())
+    before = decoded(tmp_path, content)
+    monkeypatch.setattr(ImageCms, "applyTransform", None)
+    monkeypatch.setattr(ImageCms, "buildTransform", None)
+    assert decoded(tmp_path, content) == before
+
+
+@pytest.mark.parametrize("highest", [1.0, 1.2, 4.0])
+def test_a_float_grey_with_lights_above_white_is_not_black(highest: float, tmp_path: Path) -> None:
+    values = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (48, 1))
+    values[0, 0] = highest
+    picture = decoded(tmp_path, encoded(Image.fromarray(values), "TIFF"), Preprocessing(64))
+    assert np.asarray(picture)[24].mean() == pytest.approx(127, abs=3)
+
+
+@pytest.mark.parametrize("highest", [255, 1023, 4095, 16383, 65535])
+def test_a_grey_of_any_usual_range_becomes_white_at_its_end(highest: int, tmp_path: Path) -> None:
+    for kind in (np.uint16, np.int32, np.float32):
+        values = np.tile(np.linspace(0, highest, 64).astype(kind), (48, 1))
+        row = np.asarray(decoded(tmp_path, encoded(Image.fromarray(values), "TIFF"), Preprocessing(64)))[24]
+        assert (row.min(), row.max()) == (0, 255), kind
+        assert row.mean() == pytest.approx(127, abs=3), kind
+
+
+def test_a_16_bit_grey_whose_zero_is_white_is_no_negative(tmp_path: Path) -> None:
+    content = encoded(ramp(), "TIFF", tiffinfo={262: 0})
+    row = np.asarray(decoded(tmp_path, content, Preprocessing(64)))[24, :, 0].astype(int)
+    assert row[0] == 255
+    assert row[63] == pytest.approx(128, abs=2)
+
+
+def settled(folder: Path, content: bytes, *, seconds_ago: float) -> Image.Image:
+    path = folder / "settled.jpg"
+    path.write_bytes(content)
+    os.utime(path, (time.time() - seconds_ago,) * 2)
+    with path.open("rb") as file:
+        return decode(file.fileno(), SQUASH, Limits())
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_lacks_only_its_last_two_bytes_is_a_photo_once_it_is_surely_complete(
+    progressive: bool, tmp_path: Path
+) -> None:
+    content = encoded(smooth(1, (640, 480)), "JPEG", progressive=progressive)
+    wanted = settled(tmp_path, content, seconds_ago=100)
+    for missing in (1, 2):
+        assert settled(tmp_path, content[:-missing], seconds_ago=100) == wanted
+        with pytest.raises(PhotoError) as caught:
+            settled(tmp_path, content[:-missing], seconds_ago=10)
+        assert caught.value.reason is Reason.TRUNCATED
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_jpeg_that_lacks_some_of_its_picture_is_truncated_forever(progressive: bool, tmp_path: Path) -> None:
+    content = encoded(smooth(1, (640, 480)), "JPEG", progressive=progressive)
+    for missing in (6, 10, 40, 200, len(content) // 2):
+        with pytest.raises(PhotoError) as caught:
+            settled(tmp_path, content[:-missing], seconds_ago=100)
+        assert caught.value.reason is Reason.TRUNCATED, missing
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_heic_of_tiles_over_the_limit_is_decoded_tile_by_tile(orientation: int, tmp_path: Path) -> None:
+    picture, exif = smooth(3, (700, 500)), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    profile = color_profiles.display_p3()
+    content = encoded(picture, "HEIF", quality=90, tile_size=128, exif=exif.tobytes(), icc_profile=profile)
+    at_once = decoded(tmp_path, content)
+    tight = Limits(max_megapixels=0.1, max_jpeg_megapixels=1)
+    assert difference(decoded(tmp_path, content, limits=tight), at_once) < 2
+    for limits in (Limits(max_megapixels=0.1, max_jpeg_megapixels=0.1), Limits(0.1, 0.2)):
+        assert reason(tmp_path, content, limits) is Reason.TOO_MANY_PIXELS
+
+
+def test_a_heic_in_one_piece_over_the_limit_is_refused(tmp_path: Path) -> None:
+    content = encoded(smooth(3, (700, 500)), "HEIF", quality=90)
+    assert reason(tmp_path, content, Limits(max_megapixels=0.1, max_jpeg_megapixels=1)) is Reason.TOO_MANY_PIXELS
+
+
+def test_a_heic_of_broken_tiles_has_a_reason(tmp_path: Path) -> None:
+    content = bytearray(encoded(smooth(3, (700, 500)), "HEIF", quality=90, tile_size=128))
+    tight = Limits(max_megapixels=0.1, max_jpeg_megapixels=1)
+    assert reason(tmp_path, bytes(content[:-2000]), tight) is Reason.TRUNCATED
+    content[-3000:] = bytes(3000)
+    assert reason(tmp_path, bytes(content), tight) in (Reason.CORRUPT, Reason.TRUNCATED)
+    for position in range(0, 1600, 41):  # any byte of the header
+        damaged = bytearray(content)
+        damaged[position] ^= 0xFF
+        with contextlib.suppress(PhotoError):
+            decode_file(io.BytesIO(bytes(damaged)), SQUASH, tight)
+
+
+GREY = np.tile(np.linspace(0, 1, 64)[:, None], (48, 1, 1))
+COLOR = np.concatenate([GREY, GREY[:, ::-1], np.full_like(GREY, 0.25)], axis=-1)
+HALF = np.full_like(GREY, 0.5)
+STRANGE = {
+    "float16 grey": (tiff(GREY.astype("<f2")), GREY),
+    "float16 RGB": (tiff(COLOR.astype("<f2")), COLOR),
+    "float32 RGB": (tiff(COLOR.astype("<f4")), COLOR),
+    "float32 RGB to 255": (tiff((COLOR * 255).astype("<f4")), COLOR),
+    "float32 RGB to 65535": (tiff((COLOR * 65535).astype("<f4")), COLOR),
+    "float32 RGB with lights": (tiff(np.where(COLOR > 0.99, 3, COLOR).astype("<f4")), COLOR),
+    "float32 RGB with gaps": (tiff(np.where(COLOR < 0.01, np.nan, COLOR).astype("<f4")), COLOR),
+    "float32 RGB, big-endian": (tiff(COLOR.astype(">f4")), COLOR),
+    "float32 RGB, tiles": (tiff(COLOR.astype("<f4"), tile=16, deflate=True, predictor=3), COLOR),
+    "float32 RGB, planes": (tiff(COLOR.astype("<f4"), planar=True, deflate=True), COLOR),
+    "float64 RGB": (tiff(COLOR.astype("<f8"), deflate=True, predictor=3), COLOR),
+    "float32 RGBA": (tiff(np.concatenate([COLOR, HALF], -1).astype("<f4"), alpha=2), COLOR / 2 + 0.5),
+    "float32 RGBA, multiplied": (tiff(np.concatenate([COLOR / 2, HALF], -1).astype("<f4"), alpha=1), COLOR / 2 + 0.5),
+    "uint16 grey with alpha": (tiff((np.concatenate([GREY, HALF], -1) * 65535).astype("<u2"), alpha=2), GREY / 2 + 0.5),
+    "uint16 grey, multiplied": (
+        tiff((np.concatenate([GREY / 2, HALF], -1) * 65535).astype("<u2"), alpha=1),
+        GREY / 2 + 0.5,
+    ),
+    "uint16 RGB, planes": (tiff((COLOR * 65535).astype("<u2"), planar=True, deflate=True, predictor=2), COLOR),
+    "uint16 RGB, big-endian BigTIFF": (tiff((COLOR * 65535).astype(">u2"), big=True), COLOR),
+    "uint8 RGB, big-endian BigTIFF": (tiff((COLOR * 255).astype(np.uint8).astype(">u1"), big=True), COLOR),
+    "uint32 grey": (tiff((GREY * 4294967295).astype("<u4")), GREY),
+    "uint32 grey, zero is white": (tiff(((1 - GREY) * 4294967295).astype("<u4"), t262=0), GREY),
+    "uint32 RGB": (tiff((COLOR * 4294967295).astype("<u4")), COLOR),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_tiff_with_samples_that_pillow_cannot_read_is_shown(kind: str, tmp_path: Path) -> None:
+    content, wanted = STRANGE[kind]
+    found = np.asarray(decoded(tmp_path, content, Preprocessing(48, "center", 48))) / 255
+    assert np.abs(found - wanted[:, 8:56]).max() < 0.03
+
+
+def test_such_a_tiff_is_turned_upright_and_keeps_the_limits(tmp_path: Path) -> None:
+    values = np.zeros((48, 96, 3), "<f4")
+    values[:, :48, 0] = 1
+    picture = decoded(tmp_path, tiff(values, t274=6), Preprocessing(32))
+    assert picture.getpixel((16, 4)) == (255, 0, 0)
+    assert picture.getpixel((16, 28)) == (0, 0, 0)
+    assert reason(tmp_path, tiff(values), TIGHT) is Reason.TOO_MANY_PIXELS
+
+
+def test_such_a_tiff_that_is_broken_has_a_reason(tmp_path: Path) -> None:
+    content = tiff(COLOR.astype("<f4"), deflate=True)
+    assert reason(tmp_path, content[: len(content) // 2]) is Reason.TRUNCATED
+    assert reason(tmp_path, content[:8] + bytes(100) + content[108:]) in (Reason.TRUNCATED, Reason.CORRUPT)
+    assert reason(tmp_path, tiff(np.full((8, 8, 3), np.nan, "<f4"))) is Reason.CORRUPT
+    for position in range(content.index(zlib.compress(b"")[:1]), len(content), 11):
+        damaged = bytearray(content)
+        damaged[position] ^= 0xFF
+        with contextlib.suppress(PhotoError):
+            decode_file(io.BytesIO(bytes(damaged)), SQUASH, Limits())

@@ -10,7 +10,8 @@ from conftest import LONG_AGO, as_nobody, make_tree
 
 from sorter.errors import InboxGoneError
 from sorter.files.photo import Identity, Photo, open_file
-from sorter.inbox.scan import Inbox, is_temporary
+from sorter.inbox.scan import Inbox
+from sorter.inbox.selection import Selection
 
 NOW = 1_000_000.0
 
@@ -125,14 +126,14 @@ def test_a_vanished_file_is_not_waited_for(tmp_path: Path) -> None:
 def test_hidden_and_unfinished_files_are_not_photos(name: str, tmp_path: Path) -> None:
     make_tree(tmp_path, {name: b"x"}, modified=NOW - 100)
     box = inbox(tmp_path)
-    assert is_temporary(name)
+    assert Selection().is_temporary(name)
     assert names(box) == set()
     assert box.look(name, NOW) is None
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "part.jpg", "tmp", "a~b.jpg", "IMG 1 (2).jpeg"])
 def test_ordinary_names_do_not_count_as_unfinished(name: str) -> None:
-    assert not is_temporary(name)
+    assert not Selection().is_temporary(name)
 
 
 def test_only_regular_files_are_photos(tmp_path: Path) -> None:
@@ -158,6 +159,87 @@ def test_subfolders_are_scanned_only_with_recursive_and_hidden_ones_never(tmp_pa
     assert box.look("s/t/c.jpg", NOW) is not None
     assert box.look(".h/d.jpg", NOW) is None
     assert inbox(tmp_path).look("s/b.jpg", NOW) is None
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [
+        "@eaDir",
+        "@eadir",  # as a share without capitals shows it
+        "#recycle",
+        "@Recycle",
+        "#snapshot",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+        "FOUND.000",
+        "lost+found",
+        ".Trash-1000",
+        ".thumbnails",
+        "__MACOSX",
+        "thumbnails",
+        "My Catalog Previews.lrdata",
+        "Photos Library.photoslibrary",
+        "iPhoto Library.photolibrary",
+        "Aperture.aplibrary",
+        "Lightroom Library.lrlibrary",
+        "appdata_oc1a2b3c",
+    ],
+)
+def test_trash_thumbnails_and_libraries_of_other_programs_are_never_entered(folder: str, tmp_path: Path) -> None:
+    make_tree(tmp_path, {f"{folder}/deep/a.jpg": b"x", f"s/{folder}/b.jpg": b"x", "s/c.jpg": b"x"}, modified=NOW - 100)
+    box = inbox(tmp_path, recursive=True)
+    assert names(box) == {"s/c.jpg"}
+    assert box.look(f"{folder}/deep/a.jpg", NOW) is None
+    assert box.look(f"s/{folder}/b.jpg", NOW) is None
+
+
+@pytest.mark.parametrize("folder", ["2024 #recycled", "Eadir", "my thumbnails", "found", "Library", "photos.library"])
+def test_ordinary_folders_are_entered(folder: str, tmp_path: Path) -> None:
+    make_tree(tmp_path, {f"{folder}/a.jpg": b"x"}, modified=NOW - 100)
+    assert names(inbox(tmp_path, recursive=True)) == {f"{folder}/a.jpg"}
+
+
+SOME = {"a.jpg": b"x", "b.png": b"x", "Scans/c.jpg": b"x", "Scans/keep.jpg": b"x", "2024/Scans/d.jpg": b"x"}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        ({"exclude": ["*.png"]}, {"a.jpg", "Scans/c.jpg", "Scans/keep.jpg", "2024/Scans/d.jpg"}),
+        ({"exclude": ["Scans/"]}, {"a.jpg", "b.png"}),
+        ({"exclude": ["/Scans/"]}, {"a.jpg", "b.png", "2024/Scans/d.jpg"}),
+        ({"exclude": ["/Scans/*", "!keep.jpg"]}, {"a.jpg", "b.png", "Scans/keep.jpg", "2024/Scans/d.jpg"}),
+        ({"include": ["*.png", "2024/"]}, {"b.png", "2024/Scans/d.jpg"}),
+        ({"include": ["**/Scans/*"], "exclude": ["keep.*"]}, {"Scans/c.jpg", "2024/Scans/d.jpg"}),
+    ],
+)
+def test_patterns_choose_files_and_folders(patterns: dict[str, list[str]], expected: set[str], tmp_path: Path) -> None:
+    make_tree(tmp_path, SOME, modified=NOW - 100)
+    selection = Selection(**patterns)
+    box = Inbox(tmp_path, recursive=True, excluded=frozenset(), settle_seconds=2.0, selection=selection)
+    assert names(box) == expected
+    assert {name for name in SOME if box.look(name, NOW) is not None} == expected
+
+
+def test_an_excluded_folder_is_not_even_listed(open_to_all: Path) -> None:
+    make_tree(open_to_all, {"locked/a.jpg": b"x"}, modified=NOW - 100)
+    (open_to_all / "locked").chmod(0)
+
+    def scanned() -> None:
+        selection = Selection(exclude=["locked/"])
+        box = Inbox(open_to_all, recursive=True, excluded=frozenset(), settle_seconds=2.0, selection=selection)
+        assert names(box) == set()
+        assert box.unlisted == []
+
+    as_nobody(scanned)
+    (open_to_all / "locked").chmod(0o755)
+
+
+def test_the_lists_of_names_can_be_replaced(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"a.jpg.part": b"x", "b.jpg.wip": b"x", "@eaDir/c.jpg": b"x", "old/d.jpg": b"x"}, modified=0)
+    selection = Selection(ignored_folders=["OLD"], temporary_names=["*.wip"])
+    box = Inbox(tmp_path, recursive=True, excluded=frozenset(), settle_seconds=2.0, selection=selection)
+    assert names(box) == {"a.jpg.part", "@eaDir/c.jpg"}
 
 
 def test_the_output_folders_inside_the_inbox_are_never_scanned(tmp_path: Path) -> None:

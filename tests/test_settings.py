@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sorter.cli.main import build_parser
 from sorter.cli.reference import reference
 from sorter.errors import ConfigurationError
 from sorter.settings import SHIPPED_MODEL, Settings, load
@@ -113,6 +114,27 @@ def test_an_unknown_key_or_table_is_refused_by_name(tmp_path: Path) -> None:
 def test_an_unknown_variable_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SORTER_BATCHSIZE", "4")
     assert refusal().startswith("unknown environment variable SORTER_BATCHSIZE: ")
+
+
+def test_a_list_is_a_list_in_the_file_commas_in_a_variable_and_a_flag_given_several_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load({}).exclude == ()
+    path = toml(tmp_path, 'exclude = ["*.png", "a,b/"]')
+    assert load({"config": path}).exclude == ("*.png", "a,b/")
+    monkeypatch.setenv("SORTER_EXCLUDE", "*.png, scans/")
+    assert load({"config": path}).exclude == ("*.png", "scans/")
+    flags = vars(build_parser().parse_args(["run", "--exclude", "*.gif", "--exclude", "a,b/"]))
+    assert load({"exclude": flags["exclude"]}).exclude == ("*.gif", "a,b/")
+    monkeypatch.setenv("SORTER_EXCLUDE", "")
+    assert load({"config": path}).exclude == ()
+
+
+def test_a_pattern_that_cannot_be_one_is_refused_by_name(tmp_path: Path) -> None:
+    path = toml(tmp_path, 'include = ["!"]')
+    assert refusal(config=path).startswith(f"include in {path}: Invalid git pattern")
+    path = toml(tmp_path, "temporary_names = [5]")
+    assert refusal(config=path).startswith(f"temporary_names in {path}: ")
 
 
 IMPOSSIBLE = {
@@ -230,7 +252,8 @@ def test_the_shipped_toml_file_lists_every_setting_in_order_with_its_default_and
     described = {line.split(" = ")[0]: comment for comment, line in commented_settings()}
     assert described == {name: field.description for name, field in Settings.model_fields.items()}
     shown = tomllib.loads("\n".join(line for _, line in commented_settings()))
-    wanted = {name: str(v) if isinstance(v, Path) else v for name, v in load({}).model_dump().items()}
+    defaults = load({}).model_dump().items()
+    wanted = {n: str(v) if isinstance(v, Path) else [*v] if isinstance(v, tuple) else v for n, v in defaults}
     assert {k: v for k, v in shown.items() if k not in PLACEHOLDERS} == {
         k: v for k, v in wanted.items() if k not in PLACEHOLDERS
     }

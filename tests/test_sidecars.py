@@ -1,9 +1,12 @@
 """What belongs to a photo goes where the photo goes, keeps the pairing, and comes back with it."""
 
-import itertools
 import os
+import re
+import shutil
 import signal
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +20,9 @@ from sorter.classifier.manifest import Manifest
 from sorter.decisions import Decision
 from sorter.decoding.decoded import Decoded
 from sorter.history.reader import HistoryReader
-from sorter.inbox import sidecars as sidecars
 from sorter.inbox.scan import Inbox
+from sorter.inbox.selection import Selection
+from sorter.inbox.sidecars import FolderListing, SidecarNames
 from sorter.service.counters import Counters
 from sorter.service.loop import Service
 from sorter.service.shutdown import Shutdown
@@ -41,7 +45,8 @@ def sort_here(inbox: Path, manifest: Manifest, **values: Any) -> Counters:
     """Sort a backlog in this process."""
     settings = Settings(inbox=inbox, once=True, settle_seconds=0.2, **values)
     folders = frozenset(str(inbox / folder) for folder in ("cats", "dogs", "unsure", "failed"))
-    watched = Inbox(inbox, recursive=settings.recursive, excluded=folders, settle_seconds=0.2)
+    selection = Selection(include=settings.include, sidecar_suffixes=settings.sidecar_suffixes)
+    watched = Inbox(inbox, recursive=settings.recursive, excluded=folders, settle_seconds=0.2, selection=selection)
     pipeline = pipeline_to(inbox, RedGreenEngine(), manifest, settings)
     past = None if settings.dry_run else HistoryReader(inbox)
     try:
@@ -209,6 +214,10 @@ def test_it_stays_with_a_photo_that_cannot_go_back(tmp_path: Path) -> None:
     assert len(list(inbox.glob("*/IMG_0001.*"))) == 3
 
 
+NAMES = SidecarNames()
+LONG = "x" * 43 + ".jpg"  # Takeout cuts its sidecar's name in the middle of the extension
+
+
 @pytest.mark.parametrize(
     ("sidecar", "photo", "new", "expected"),
     [
@@ -216,18 +225,151 @@ def test_it_stays_with_a_photo_that_cannot_go_back(tmp_path: Path) -> None:
         ("a.jpg.xmp", "a.jpg", "a-1.jpg", "a-1.jpg.xmp"),
         ("a.b.MOV", "a.b.heic", "a.b-12.heic", "a.b-12.MOV"),
         ("a.jpg.json", "a.jpg", "a.jpg", "a.jpg.json"),
+        ("A.XMP", "a.jpg", "a-1.jpg", "a-1.XMP"),
+        ("a_HEVC.MOV", "a.HEIC", "a-1.HEIC", "a-1_HEVC.MOV"),
+        ("a.CR2.pp3", "a.CR2", "a-1.CR2", "a-1.CR2.pp3"),
+        ("a.MP", "a.MP.jpg", "a.MP-1.jpg", "a.MP-1.MP"),
+        ("a.MP~2", "a.MP~2.jpg", "a.MP~2-1.jpg", "a.MP~2-1.MP~2"),
+        ("a.jpg.supplemental-metadata(1).json", "a(1).jpg", "a(1).jpg", "a.jpg.supplemental-metadata(1).json"),
+        ("a.jpg.supplemental-metadata(1).json", "a(1).jpg", "a(1)-1.jpg", "a(1)-1.jpg.json"),
+        ("a.jpg.suppl.json", "a.jpg", "a-1.jpg", "a-1.jpg.json"),
+        (f"{LONG[:46]}.json", LONG, f"{LONG[:-4]}-1.jpg", f"{LONG[:-4]}-1.jpg.json"),
     ],
 )
-def test_its_name_in_the_new_place(sidecar: str, photo: str, new: str, expected: str) -> None:
-    assert sidecars.renamed(sidecar, photo, new) == expected
+def test_its_name_in_the_new_place_keeps_the_pairing(sidecar: str, photo: str, new: str, expected: str) -> None:
+    assert NAMES.rank(sidecar, photo) is not None
+    assert NAMES.renamed(sidecar, photo, new) == expected
+    assert NAMES.rank(expected, new) is not None
 
 
-def test_photos_and_sidecars_name_each_other() -> None:
-    for of in ("a.jpg", "IMG_1.HEIC", "x.y.png"):
-        for name in sidecars.sidecars(of):
-            assert sidecars.is_sidecar(name)
-            assert of in sidecars.photos(name)
-    assert not any(map(sidecars.is_sidecar, itertools.chain(sidecars.photos("a.xmp"), ["a.txt", "xmp"])))
+@pytest.mark.parametrize(
+    ("sidecar", "photo"),
+    [
+        ("IMG_1.JPG.supplemental-metadata.json", "IMG_1.JPG"),
+        ("IMG_1.JPG.supplemental-me.json", "IMG_1.JPG"),
+        ("IMG_1.JPG.s.json", "IMG_1.JPG"),
+        ("IMG_1.JPG..json", "IMG_1.JPG"),
+        ("IMG_1.JPG.json", "IMG_1.JPG"),
+        ("IMG_1.JPG(1).json", "IMG_1(1).JPG"),
+        ("IMG_1.JPG.supplemental-metadata(12).json", "IMG_1(12).JPG"),
+        ("IMG_1.JPG.SUPPL.JSON", "IMG_1.JPG"),
+        (f"{LONG[:46]}.json", LONG),
+        (f"{LONG[:46]}(1).json", f"{LONG[:43]}(1).jpg"),
+        ("PXL_1.MP", "PXL_1.MP.jpg"),
+        ("PXL_1.MP~3", "PXL_1.MP~3.jpg"),
+        ("PXL_1.MP", "PXL_1.jpg"),
+        ("PXL_1.MP4", "PXL_1.jpg"),
+        ("IMG_1_HEVC.MOV", "IMG_1.HEIC"),
+        ("IMG_1.CR2.dop", "IMG_1.CR2"),
+        ("IMG_1.WAV", "IMG_1.NEF"),
+        ("IMG_1.thm", "IMG_1.CRW"),
+    ],
+)
+def test_what_cameras_editors_and_exports_write_belongs_to_its_photo(sidecar: str, photo: str) -> None:
+    assert NAMES.is_sidecar(sidecar)
+    assert NAMES.rank(sidecar, photo) is not None
+    assert any(photo in names for names in NAMES.photos(sidecar))
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "photo"),
+    [
+        ("IMG_1.JPG.supplemental-metadata(1).json", "IMG_1.JPG"),
+        ("IMG_1.JPG.supplemental-metadata.json", "IMG_1(1).JPG"),
+        ("IMG_1.JPG.supplemental-metadata.json", "IMG_1.PNG"),
+        ("IMG_1.JPG.supplemental-metadata.json", "IMG_1-edited.JPG"),
+        ("IMG_1.JPG.other.json", "IMG_1.JPG"),
+        ("IMG_1.s.json", "IMG_1.JPG"),
+        (f"{'x' * 46}.json", f"{'x' * 50}.jpg"),  # several photos could be called that
+        ("PXL_1.MP~2", "PXL_1.MP.jpg"),
+        ("IMG_1.MOV", "IMG_10.HEIC"),
+        ("IMG_1.txt", "IMG_1.JPG"),
+        (".xmp", ".jpg"),
+    ],
+)
+def test_what_may_be_another_photos_belongs_to_none(sidecar: str, photo: str) -> None:
+    assert NAMES.rank(sidecar, photo) is None
+    assert not any(photo in names for names in NAMES.photos(sidecar))
+
+
+TAKEOUT = {
+    "IMG_1.JPG": plain(RED, 1),
+    "IMG_1.JPG.supplemental-metadata.json": b"1",
+    "IMG_1(1).JPG": plain(GREEN, 2),
+    "IMG_1.JPG.supplemental-metadata(1).json": b"2",
+    "IMG_1.HEIC": plain(GREEN, 3, "HEIF"),
+    "IMG_1.HEIC.supplem.json": b"3",
+    "PXL_1.jpg": plain(RED, 4),
+    "PXL_1.MP.jpg": plain(GREEN, 5),
+    "PXL_1.MP": b"film of 5",
+    "PXL_1.MP.jpg.supplemental-meta.json": b"5",
+    "IMG_1-edited.JPG": plain(GREEN, 6),
+    "VID_1.MP4": b"nobody's film",
+}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_export_of_google_photos_keeps_its_pairs_whichever_photo_is_sorted_first(
+    order: int, tmp_path: Path, manifest: Manifest
+) -> None:
+    for name, content in [*TAKEOUT.items()][::order]:
+        make_tree(tmp_path, {name: content})
+    sort_here(tmp_path, manifest, batch_size=1)
+    cats = ("IMG_1.JPG", "IMG_1.JPG.supplemental-metadata.json", "PXL_1.jpg")
+    places = {name: f"cats/{name}" if name in cats else f"dogs/{name}" for name in TAKEOUT} | {"VID_1.MP4": "VID_1.MP4"}
+    assert read_tree(tmp_path) == {places[name]: content for name, content in TAKEOUT.items()}
+
+
+def test_capitals_decide_between_two_photos_and_else_make_no_difference(tmp_path: Path, manifest: Manifest) -> None:
+    make_tree(
+        tmp_path, {"A.JPG": plain(RED), "a.jpg": plain(GREEN), "a.XMP": b"a's", "b.JPG": plain(RED, 1), "B.Xmp": b"b's"}
+    )
+    sort_here(tmp_path, manifest)
+    assert sorted(read_tree(tmp_path)) == ["cats/A.JPG", "cats/B.Xmp", "cats/b.JPG", "dogs/a.XMP", "dogs/a.jpg"]
+
+
+def test_the_suffixes_are_a_setting(tmp_path: Path, manifest: Manifest) -> None:
+    make_tree(tmp_path, {"a.jpg": plain(RED), "a.xmp": b"1", "a.note": b"2"})
+    sort_here(tmp_path, manifest, sidecar_suffixes=(".note",))
+    assert sorted(read_tree(tmp_path)) == ["a.xmp", "cats/a.jpg", "cats/a.note"]
+
+
+def test_the_sidecars_of_included_photos_need_not_be_included(tmp_path: Path, manifest: Manifest) -> None:
+    make_tree(
+        tmp_path, {"a.jpg": plain(RED), "a.xmp": b"1", "b.png": plain(RED, 1, "PNG"), "b.xmp": b"2", "c.xmp": b"3"}
+    )
+    counters = sort_here(tmp_path, manifest, include=("*.jpg",))
+    assert sorted(read_tree(tmp_path)) == ["b.png", "b.xmp", "c.xmp", "cats/a.jpg", "cats/a.xmp"]
+    assert (counters.photos, counters.skipped, counters.left) == (1, 0, 0)
+    make_tree(tmp_path, {"a.aae": b"4"})
+    sort_here(tmp_path, manifest, include=("*.jpg",))
+    assert "cats/a.aae" in read_tree(tmp_path)
+
+
+def test_a_listing_finds_what_is_there_in_its_own_spelling(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"s/IMG.HEIC": b"x", "s/IMG.XMP": b"x", "s/IMG.heic.Xmp": b"x", "s/other.xmp": b"x"})
+    listing = FolderListing(tmp_path, "s", NAMES)
+    assert sorted(listing.sidecars("IMG.HEIC")) == ["IMG.XMP", "IMG.heic.Xmp"]
+    assert listing.photos("IMG.XMP") == ["IMG.HEIC"]
+    assert listing.photos("other.xmp") == []
+    (tmp_path / "s/IMG.XMP").unlink()
+    assert listing.sidecars("IMG.HEIC") == ["IMG.heic.Xmp"]
+    make_tree(tmp_path, {"s/IMG.AAE": b"x"})
+    listing.add("IMG.AAE")
+    assert sorted(listing.sidecars("IMG.HEIC")) == ["IMG.AAE", "IMG.heic.Xmp"]
+    assert FolderListing(tmp_path, "gone", NAMES).sidecars("IMG.HEIC") == []
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+def test_photos_without_sidecars_cost_one_look_at_their_new_name(tmp_path: Path) -> None:
+    photos = {f"{number}.jpg": photo(number) for number in range(40)}
+    make_tree(tmp_path / "in", photos)
+    command = [sys.executable, "-m", "sorter", "run", "--once", "--inbox", str(tmp_path / "in")]
+    trace = ["strace", "-f", "-qq", "-e", "trace=access,faccessat,faccessat2", "-o", str(tmp_path / "trace"), *command]
+    subprocess.run(trace, check=True, capture_output=True)
+    calls = (tmp_path / "trace").read_text(encoding="utf-8", errors="replace").splitlines()
+    assert len([call for call in calls if re.search(r'"[^"]*\b\d+\.[a-z.]+"', call)]) <= 50
 
 
 def test_a_name_that_is_too_long_in_the_new_place_is_left_and_holds_up_nothing(

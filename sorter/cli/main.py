@@ -56,7 +56,7 @@ COMMANDS = {
     "status": Command(
         "show what is running, waiting and sorted",
         status.show,
-        groups=(*FOLDERS, "Model"),
+        groups=(*FOLDERS, "Files", "Model"),
         usage=_FOLDER_FLAGS,
         add_options=status.add_options,
     ),

@@ -109,6 +109,14 @@ def _add_settings(parser: argparse.ArgumentParser, groups: Sequence[str]) -> Non
                 group.add_argument(
                     flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=_help(field)
                 )
+            elif isinstance(field.default, tuple):
+                group.add_argument(
+                    flag,
+                    metavar=extra(field, "metavar"),
+                    action="append",
+                    default=argparse.SUPPRESS,
+                    help=f"{_help(field)}; may be repeated",
+                )
             else:
                 group.add_argument(flag, metavar=extra(field, "metavar"), default=argparse.SUPPRESS, help=_help(field))
 
@@ -117,5 +125,7 @@ def _help(field: FieldInfo) -> str:
     text = str(field.description).replace("%", "%%")
     if field.default is None or field.default is False or "(default" in text:
         return text
+    if isinstance(field.default, tuple):
+        return f"{text} (default: {len(field.default)}, in config/settings.md)"
     default = f"{field.default:g}" if isinstance(field.default, float) else field.default
     return f"{text} (default: {default})"

@@ -13,7 +13,11 @@ from sorter import extras
 from sorter.classifier import manifest as manifests
 from sorter.classifier.manifest import RESERVED_FOLDERS, Manifest
 from sorter.errors import ConfigurationError, NotNowError
+from sorter.files import FOLDER
+from sorter.history.reader import HistoryReader
+from sorter.history.store import NAME
 from sorter.inbox.scan import Inbox
+from sorter.inbox.selection import Selection
 from sorter.service import hook
 from sorter.settings import Settings
 
@@ -63,6 +67,13 @@ def watched(settings: Settings, manifest: Manifest) -> Inbox:
         recursive=settings.recursive,
         excluded=excluded(settings, manifest),
         settle_seconds=settings.settle_seconds,
+        selection=Selection(
+            include=settings.include,
+            exclude=settings.exclude,
+            ignored_folders=settings.ignored_folders,
+            temporary_names=settings.temporary_names,
+            sidecar_suffixes=settings.sidecar_suffixes,
+        ),
     )
 
 
@@ -75,7 +86,12 @@ def sorted_again(settings: Settings) -> str | None:
 def excluded(settings: Settings, manifest: Manifest) -> frozenset[str]:
     """Paths that are never scanned for photos, absolute and without symbolic links."""
     output = os.path.realpath(settings.output_folder)
-    return frozenset(os.path.join(output, folder) for folder in destinations(manifest))
+    folders = {*destinations(manifest)}
+    if settings.recursive and (Path(output) / FOLDER / NAME).is_file():
+        reader = HistoryReader(Path(output))
+        folders |= reader.folders()  # of models that were used before
+        reader.close()
+    return frozenset(os.path.join(output, folder) for folder in folders)
 
 
 def decided(settings: Settings, manifest: Manifest) -> Settings:

@@ -19,9 +19,11 @@ Generated from [sorter/settings.py](../sorter/settings.py) by `make reference`: 
 
 A flag overrides an environment variable, which overrides the TOML file named by `--config` or `SORTER_CONFIG`, which
 overrides the default. A variable is the key in capitals with the prefix `SORTER_`: `SORTER_BATCH_SIZE=64`. A switch is
-`true` or `false` in a variable or the TOML file, and `--recursive` or `--no-recursive` as a flag. Unknown keys and
-variables are errors. Paths are relative to the folder that sorter is started in; `~` is your home folder.
-`none` takes back an `output`, a `max_error_rate` or an `on_sorted` that a weaker source sets.
+`true` or `false` in a variable or the TOML file, and `--recursive` or `--no-recursive` as a flag. A list is
+`["*.png", "scans/"]` in the TOML file, `*.png,scans/` in a variable, and a flag that is given several times; it
+replaces the default. Unknown keys and variables are errors. Paths are relative to the folder that sorter is started
+in; `~` is your home folder. `none` takes back an `output`, a `max_error_rate` or an `on_sorted` that a weaker source
+sets.
 [sorter.toml](sorter.toml) is a file to start from.
 """
 _KINDS = {"DIR": "path", "DEVICE": "name", "COMMAND": "command"}
@@ -46,6 +48,8 @@ def _row(name: str, field: FieldInfo) -> str:
 def _default(field: FieldInfo) -> str:
     if isinstance(field.default, bool):
         return "off"
+    if isinstance(field.default, tuple):
+        return ", ".join(f"`{value}`" for value in field.default)
     return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
 
 
@@ -54,6 +58,8 @@ def _values(field: FieldInfo) -> str:
         return ", ".join(f"`{value}`" for value in get_args(field.annotation))
     if field.annotation is bool:
         return "switch"
+    if isinstance(field.default, tuple):
+        return "list"
     if (kind := _KINDS.get(extra(field, "metavar"))) is not None:
         return kind
     words = []

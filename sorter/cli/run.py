@@ -25,7 +25,7 @@ from sorter.files.atomic import make_folder
 from sorter.files.lock import Lock
 from sorter.history.reader import HistoryReader
 from sorter.history.store import NAME, History, Run
-from sorter.inbox.scan import Inbox, is_temporary
+from sorter.inbox.scan import Inbox
 from sorter.moving.mover import Mover
 from sorter.moving.recovery import recover
 from sorter.service.counters import Counters
@@ -91,10 +91,10 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
             history = _open_history(inbox.root, output, this_run, stack)
             inodes.look((inbox.root, output))
         _log_start(settings, model, engine, inbox.root, output, log_fields)
-        mover = Mover(output, settle_seconds=settings.settle_seconds)
+        mover = Mover(output, inbox.selection.sidecars, settle_seconds=settings.settle_seconds)
         shutdown.move_lock = mover.lock
         reader = _open_reader(output, stack, beside_writer=history is not None)
-        bar = _show_bar(settings, stream, stack)
+        bar = _show_bar(settings, inbox, stream, stack)
         if bar is not None:
             shutdown.restore_terminal = stream.show_cursor
         hook = None if command is None or settings.dry_run else _start_hook(command, log_fields, shutdown, stack)
@@ -230,11 +230,11 @@ def _open_reader(output: Path, stack: ExitStack, *, beside_writer: bool) -> Hist
     return reader
 
 
-def _show_bar(settings: Settings, stream: logs.LogStream, stack: ExitStack) -> console.Bar | None:
+def _show_bar(settings: Settings, inbox: Inbox, stream: logs.LogStream, stack: ExitStack) -> console.Bar | None:
     """A progress bar for a person at a terminal who waits for the end."""
     if not settings.once or settings.log_format == "json" or not stream.isatty():
         return None
-    total = None if settings.recursive else _count(settings.inbox)
+    total = None if settings.recursive else _count(inbox)
     return stack.enter_context(console.bar(stream, total))
 
 
@@ -246,9 +246,9 @@ def _start_hook(command: Sequence[str], log_fields: dict[str, object], shutdown:
     return hook
 
 
-def _count(inbox: Path) -> int:
-    with os.scandir(inbox) as files:
-        return sum(1 for file in files if not is_temporary(file.name) and file.is_file(follow_symlinks=False))
+def _count(inbox: Inbox) -> int:
+    with os.scandir(inbox.root) as files:
+        return sum(1 for file in files if inbox.selection.takes(file.name) and file.is_file(follow_symlinks=False))
 
 
 def _ignore(_: object) -> None:

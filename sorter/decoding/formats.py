@@ -67,7 +67,9 @@ def ends_early(file: io.BufferedIOBase, head: bytes) -> bool:
     if head[:4] == b"RIFF":
         return bool(struct.unpack_from("<I", head.ljust(8, b"\0"), 4)[0] + 8 > size)
     if head[:2] in (b"II", b"MM"):  # TIFF: where its directory is, usually at the end
-        return bool(struct.unpack_from("<I" if head[:1] == b"I" else ">I", head.ljust(8, b"\0"), 4)[0] >= size)
+        order, head = "<" if head[:1] == b"I" else ">", head.ljust(16, b"\0")
+        is_big = b"+" in head[2:4]
+        return bool(struct.unpack_from(order + ("Q" if is_big else "I"), head, 8 if is_big else 4)[0] >= size)
     if head[4:8] != b"ftyp":
         return False
     position = 0

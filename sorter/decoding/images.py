@@ -4,12 +4,13 @@ In: a file descriptor and the model's `Preprocessing`. Out: an RGB picture (S, S
 white; or a `PhotoError` with a reason code. The trainer decodes with this module too: a different decoder or resizer
 costs more accuracy than 8-bit weights do.
 
-Runs inside the decoder processes (`decoders.py`), so it imports neither torch nor numpy.
+Runs inside the decoder processes (`decoders.py`), so it imports no torch, and numpy for rare TIFFs only.
 """
 
 import io
 import math
-import re
+import os
+import time
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -17,12 +18,14 @@ from typing import BinaryIO, Literal
 
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from sorter.decoding import depth, heif_grid, jpeg, profiles, tiff_samples
 from sorter.decoding.formats import FORMATS, SIGNATURE_BYTES, ends_early, has_signature
 from sorter.errors import PhotoError, Reason
 
 # Pillow's `reducing_gap`: at 3 the result is indistinguishable from filtering at full size.
 _REDUCING_GAP = 3.0
-_BAND_PIXELS = 4_000_000
+# A HEIC picture takes 7 bytes per pixel, unless it is decoded tile by tile.
+_MAX_HEIF_MEGAPIXELS = 100.0
 
 # EXIF orientation -> the transposition that puts the picture upright (CIPA DC-008, 4.6.4.A).
 _UPRIGHT = {
@@ -38,10 +41,10 @@ _UPRIGHT = {
 # picture itself: coefficients of a progressive JPEG, WebP's two canvases, AVIF's planes, TIFF's strips.
 _NEEDED_BYTES = {"JPEG": 6, "MPO": 6, "WEBP": 20, "AVIF": 16, "HEIF": 16, "TIFF": 16}
 
-# JPEG's markers, except those without a length inside a scan. Encoders make about a dozen scans.
-_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
-_START_OF_SCAN, _END_OF_IMAGE, _MAX_SCANS = b"\xff\xda", b"\xff\xd9", 100
 _MAX_JPEG_BYTES = 100_000_000
+
+ARRIVING_SECONDS = 60.0
+"""A photo that reads as truncated and changed within this time may still be arriving: it is looked at again."""
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False  # True would hide incomplete files
 warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -87,12 +90,18 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
         PhotoError: the file cannot be read as a photo.
         OSError: the file cannot be read (a failing disk, a lost network share); the photo itself may be fine.
     """
+    may_lack_end = time.time() - os.fstat(descriptor).st_mtime >= ARRIVING_SECONDS
     with open(descriptor, "rb", closefd=False) as file:
-        return decode_file(file, preprocessing, limits)
+        return decode_file(file, preprocessing, limits, may_lack_end=may_lack_end)
 
 
 def decode_file(
-    file: BinaryIO, preprocessing: Preprocessing, limits: Limits, orientation: int | None = None
+    file: BinaryIO,
+    preprocessing: Preprocessing,
+    limits: Limits,
+    orientation: int | None = None,
+    *,
+    may_lack_end: bool = True,
 ) -> Image.Image:
     """Decode the first frame of an open or in-memory file, as `decode` does.
 
@@ -101,6 +110,7 @@ def decode_file(
         preprocessing: size and crop.
         limits: what is refused.
         orientation: EXIF orientation that overrides the file's own.
+        may_lack_end: decode a JPEG that lacks nothing but its last two bytes, as viewers do.
     """
     # Set for each call: the limits are settings.
     Image.MAX_IMAGE_PIXELS = int(max(limits.max_megapixels, limits.max_jpeg_megapixels) * 1e6)
@@ -108,8 +118,16 @@ def decode_file(
     tracked = _Tracked(file)
     needed_bytes = 0
     try:
+        if (layout := tiff_samples.find(tracked)) is not None:
+            _check_size("TIFF", *layout.size, limits)
+            needed_bytes = layout.size[0] * layout.size[1] * _NEEDED_BYTES["TIFF"]
+            picture = tiff_samples.decode(tracked, layout, depth.black_and_white)
+            return _shrink(picture, preprocessing, orientation or layout.orientation)
+        tracked.seek(0)
         with Image.open(tracked, formats=FORMATS) as image:  # type: ignore[arg-type]
-            _check_size(image, limits)
+            if (tiled := _from_tiles(image, tracked, preprocessing, limits)) is not None:
+                return _shrink(tiled, preprocessing, orientation=1)
+            _check_size(image.format, image.width, image.height, limits)
             if image.info.get("progressive"):
                 _check_scans(tracked)
             needed_bytes = image.width * image.height * _NEEDED_BYTES.get(image.format or "", 5)
@@ -117,7 +135,12 @@ def decode_file(
     except (PhotoError, MemoryError):
         raise
     except Exception as error:
-        raise _reason(error, tracked, limits, needed_bytes) from error
+        found = _reason(error, tracked, limits, needed_bytes)
+        if may_lack_end and isinstance(found, PhotoError) and found.reason is Reason.TRUNCATED:
+            content = _completed(tracked)
+            if content is not None:
+                return decode_file(io.BytesIO(content), preprocessing, limits, orientation, may_lack_end=False)
+        raise found from error
 
 
 class _Tracked(io.BufferedIOBase):
@@ -147,29 +170,54 @@ class _Tracked(io.BufferedIOBase):
         return self._file.tell()
 
 
-def _check_size(image: Image.Image, limits: Limits) -> None:
-    width, height = image.size
-    allowed = limits.max_jpeg_megapixels if image.format in ("JPEG", "MPO") else limits.max_megapixels
+def _completed(file: _Tracked) -> bytes | None:
+    """A JPEG with its missing end; None if more is missing, or it is no JPEG."""
+    file.seek(0)
+    content = file.read(_MAX_JPEG_BYTES + 1)
+    if not content.startswith(b"\xff\xd8\xff") or len(content) > _MAX_JPEG_BYTES:
+        return None
+    try:
+        return jpeg.completed(content)
+    except Exception:  # it cannot be decoded even then
+        return None
+
+
+def _check_size(kind: str | None, width: int, height: int, limits: Limits) -> None:
+    allowed = limits.max_jpeg_megapixels if kind in ("JPEG", "MPO") else limits.max_megapixels
     if width * height > allowed * 1e6:
         raise PhotoError(Reason.TOO_MANY_PIXELS, f"{width} x {height} pixels; the limit is {allowed:g} megapixels")
+
+
+def _from_tiles(image: Image.Image, file: _Tracked, preprocessing: Preprocessing, limits: Limits) -> Image.Image | None:
+    """A HEIC picture that is too large to be decoded at once, reduced; None if it is none, or has no tiles."""
+    megapixels = image.width * image.height / 1e6
+    at_once = min(limits.max_megapixels, _MAX_HEIF_MEGAPIXELS)
+    if image.format != "HEIF" or not at_once < megapixels <= limits.max_jpeg_megapixels:
+        return None
+    grid = heif_grid.find(file)
+    if grid is None:
+        return None
+    picture = heif_grid.decode(file, grid, _short_side(preprocessing) * _REDUCING_GAP)
+    picture.info["icc_profile"] = image.info.get("icc_profile")
+    return picture
+
+
+def _short_side(preprocessing: Preprocessing) -> int:
+    return preprocessing.size if preprocessing.crop == "squash" else preprocessing.resize
 
 
 def _check_scans(file: io.BufferedIOBase) -> None:
     """Refuse a progressive JPEG made to keep a CPU busy: each scan is a pass over the full picture."""
     position = file.tell()
     file.seek(0)
-    content = file.read(_MAX_JPEG_BYTES)
+    scans = jpeg.count_scans(file.read(_MAX_JPEG_BYTES))
     file.seek(position)
-    offset, scans = 2, 0
-    while (found := _MARKER.search(content, offset)) is not None and found[0] != _END_OF_IMAGE:
-        scans += found[0] == _START_OF_SCAN
-        offset = found.end() + int.from_bytes(content[found.end() : found.end() + 2])  # skip the segment
-    if scans > _MAX_SCANS:
-        raise PhotoError(Reason.CORRUPT, f"{scans} scans; the limit is {_MAX_SCANS}")
+    if scans > jpeg.MAX_SCANS:
+        raise PhotoError(Reason.CORRUPT, f"{scans} scans; the limit is {jpeg.MAX_SCANS}")
 
 
 def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int | None) -> Image.Image:
-    short = preprocessing.size if preprocessing.crop == "squash" else preprocessing.resize
+    short = _short_side(preprocessing)
     if image.format in ("JPEG", "MPO"):
         # libjpeg scales while it decodes, to the smallest of 1/8, 1/4, 1/2 that still covers the target.
         image.draft(None, (short, short))
@@ -186,13 +234,14 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int |
         size = (max(short, round(width * scale)), max(short, round(height * scale)))
     # As `resize` with a reducing gap, but without ever copying the full picture.
     across, down = (int(side / target / _REDUCING_GAP) or 1 for side, target in zip(image.size, size, strict=True))
-    reduced = _reduced(image, across, down)
+    reduced = depth.reduced(image, across, down)
     small = reduced.resize(size, Image.Resampling.BILINEAR, box=(0, 0, width / across, height / down))
     if small.mode == "RGBa":
         small = small.convert("RGBA")
     if preprocessing.crop == "center":
         left, top = (size[0] - preprocessing.size) // 2, (size[1] - preprocessing.size) // 2
         small = small.crop((left, top, left + preprocessing.size, top + preprocessing.size))
+    small = profiles.to_srgb(small, image.info.get("icc_profile"))
     if small.mode == "RGBA":
         small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
     small = small.convert("RGB")
@@ -208,47 +257,6 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _reduced(image: Image.Image, across: int, down: int) -> Image.Image:
-    """Average blocks of `across` by `down` pixels, in RGB, or in RGBa where the picture is transparent.
-
-    Works on a band of rows at a time: most modes need two or three copies on their way to RGB, each 400 MB for a
-    picture of 100 megapixels.
-    """
-    width, height = image.size
-    rows = max(1, _BAND_PIXELS // (width * down)) * down
-    bands = [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
-    depth = _low_and_high(image, bands) if image.mode[0] in "IF" else None
-    reduced: Image.Image | None = None
-    for band in bands:
-        part = _without_depth(image if len(bands) == 1 else image.crop(band), depth).reduce((across, down))
-        if len(bands) == 1:
-            return part
-        if reduced is None:
-            reduced = Image.new(part.mode, (part.width, math.ceil(height / down)))
-        reduced.paste(part, (0, band[1] // down))
-    assert reduced is not None, "a picture has at least one row"
-    return reduced
-
-
-def _without_depth(image: Image.Image, low_and_high: tuple[float, float] | None) -> Image.Image:
-    """Convert any of Pillow's modes to RGB, or to RGBa if transparent, with 8 bits per channel."""
-    if low_and_high is not None:  # 16-bit greys, 32-bit integers, floats
-        low, high = low_and_high
-        return image.convert("F").point(lambda value: (value - low) * (255 / (high - low))).convert("L").convert("RGB")
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        return image.convert("RGBA").convert("RGBa")
-    return image.convert("RGB")
-
-
-def _low_and_high(image: Image.Image, bands: list[tuple[int, int, int, int]]) -> tuple[float, float]:
-    """The values of black and white: the narrowest usual range that contains the picture, else the picture's own."""
-    extremes = [float(value) for band in bands for value in image.crop(band).convert("F").getextrema()]  # type: ignore[arg-type]
-    if not all(map(math.isfinite, extremes)):
-        raise PhotoError(Reason.CORRUPT, "its pixel values are not finite numbers")
-    low, high = min(extremes), max(extremes)
-    return next(((0.0, white) for white in (1.0, 255.0, 65535.0) if low >= 0 and high <= white), (low, high))
-
-
 def _reason(error: Exception, file: _Tracked, limits: Limits, needed_bytes: int) -> Exception:
     """Turn a decoder's exception into a `PhotoError`, or return the failed read behind it."""
     if file.failure is not None:
@@ -257,8 +265,10 @@ def _reason(error: Exception, file: _Tracked, limits: Limits, needed_bytes: int)
     if isinstance(error, UnidentifiedImageError):
         detail = "the header cannot be read"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        others, jpeg = limits.max_megapixels, limits.max_jpeg_megapixels
-        return PhotoError(Reason.TOO_MANY_PIXELS, f"the limit is {jpeg:g} megapixels for JPEG, {others:g} for others")
+        others, for_jpeg = limits.max_megapixels, limits.max_jpeg_megapixels
+        return PhotoError(
+            Reason.TOO_MANY_PIXELS, f"the limit is {for_jpeg:g} megapixels for JPEG, {others:g} for others"
+        )
     file.seek(0)
     head = file.read(SIGNATURE_BYTES)
     if not head:

@@ -207,6 +207,12 @@ class HistoryReader:
         found = self._database.rows(f"{query} ORDER BY m.id DESC LIMIT 1", ())
         return str(found[0][0]) if found else None
 
+    def folders(self) -> set[str]:
+        """The folders of the output that photos were ever sorted into."""
+        return {
+            folder for (folder,) in self._database.rows("SELECT DISTINCT folder FROM moves WHERE undoes IS NULL", ())
+        }
+
     def last_failure(self) -> Entry | None:
         """The last photo that went to `failed` and was neither restored nor sorted again."""
         query = f"{_ENTRY} AND m.kind = 'failed'{_UNDOABLE} AND NOT {_SORTED_AGAIN} ORDER BY m.id DESC LIMIT 1"

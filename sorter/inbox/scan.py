@@ -14,38 +14,11 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 
 from sorter.errors import InboxGoneError
 from sorter.files.photo import Identity, Photo, file_of, open_folder, opened_folder
-
-# Names that downloads, copies, editors and synchronisers give to incomplete files. Hidden files are never photos, so
-# `.syncthing.*`, `.pending-*`, rsync's `.name.XXXXXX` and the like need no pattern.
-TEMPORARY_NAMES = (
-    "*.part",
-    "*.partial",
-    "*.filepart",
-    "*.crdownload",
-    "*.download",
-    "*.opdownload",
-    "*.!ut",
-    "*.!qb",
-    "*.!sync",
-    "*.ffs_tmp",
-    "*.aria2",
-    "*.tmp",
-    "*.temp",
-    "*.swp",
-    "*.lock",
-    "~*",
-    "*~",
-)
-
-
-def is_temporary(base: str) -> bool:
-    """Whether the name marks a hidden or incomplete file."""
-    return base.startswith(".") or any(fnmatch(base.lower(), pattern) for pattern in TEMPORARY_NAMES)
+from sorter.inbox.selection import Selection
 
 
 class Inbox:
@@ -56,12 +29,22 @@ class Inbox:
         recursive: look into subfolders too; never through symbolic links.
         excluded: folders that photos are sorted into, as real paths.
         settle_seconds: how long a file must stay unchanged.
+        selection: which files and folders count, by their names.
     """
 
-    def __init__(self, root: Path, *, recursive: bool, excluded: frozenset[str], settle_seconds: float) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        recursive: bool,
+        excluded: frozenset[str],
+        settle_seconds: float,
+        selection: Selection | None = None,
+    ) -> None:
         self.root = root.absolute()
         self.recursive = recursive
         self.settle_seconds = settle_seconds
+        self.selection = selection or Selection()
         self._real_root = os.path.realpath(root)
         self._excluded = excluded
         self._excluded_files: frozenset[tuple[int, int]] = frozenset()  # the same by device and inode
@@ -141,11 +124,10 @@ class Inbox:
 
     def enters(self, folder: str) -> bool:
         """Whether photos are taken from a subfolder."""
-        hidden = any(part.startswith(".") for part in folder.split("/"))
-        return not hidden and os.path.join(self._real_root, folder) not in self._excluded
+        return self.selection.enters(folder) and os.path.join(self._real_root, folder) not in self._excluded
 
     def _look(self, name: str, entry: "os.DirEntry[str]", now: float) -> Photo | None:
-        if is_temporary(entry.name) or not entry.is_file(follow_symlinks=False):
+        if not self.selection.takes(name) or not entry.is_file(follow_symlinks=False):
             self._changing.pop(name, None)
             return None
         try:
@@ -157,7 +139,7 @@ class Inbox:
     def look(self, name: str, now: float) -> Photo | None:
         """Look at one file by name; None unless it is settled."""
         folder, _, base = name.rpartition("/")
-        if is_temporary(base) or (folder and not (self.recursive and self._enters_all(folder))):
+        if not self.selection.takes(name) or (folder and not (self.recursive and self._enters_all(folder))):
             return None
         try:
             with opened_folder(self.root, folder) as descriptor:

@@ -46,7 +46,7 @@ from sorter.files.atomic import (
 from sorter.files.lease import Lease, OpenForWritingError
 from sorter.files.photo import Identity, Photo, open_file, open_folder, opened_folder
 from sorter.history.store import NAME
-from sorter.inbox.sidecars import exists, sidecars
+from sorter.inbox.sidecars import FolderListing, SidecarNames, exists
 from sorter.moving.recovery import Plan, resolve
 
 # What a hard link is refused with where there are none, or no more.
@@ -78,12 +78,15 @@ class Mover:
 
     Args:
         output: the folder that has `cats/` and the others; folders are made when first needed.
+        sidecars: says which files in the output belong to others' photos.
         settle_seconds: how long a copied photo must stay unchanged before the original is removed, where it cannot be
             known otherwise that nobody writes to it.
     """
 
-    def __init__(self, output: Path, *, settle_seconds: float = 2.0) -> None:
+    def __init__(self, output: Path, sidecars: SidecarNames | None = None, *, settle_seconds: float = 2.0) -> None:
         self.output, self.settle_seconds = output.absolute(), settle_seconds
+        self._sidecars = sidecars or SidecarNames()
+        self._listings: dict[str, FolderListing] = {}  # of the output's folders
         self.lock = threading.Lock()
         """Held while one photo moves: whoever holds it can end the process with nothing half moved."""
         self._touched: set[tuple[Path, str]] = set()
@@ -100,14 +103,18 @@ class Mover:
         if not name:
             name = next(filter(partial(self._is_free, folder), self._names(os.path.basename(photo.name), folder)))
         self._promised.add((folder, name))
+        if self._sidecars.is_sidecar(name):
+            self._listing(folder).add(name)
         return Plan(photo, folder, name, new_token())
 
     def _is_free(self, folder: str, name: str) -> bool:
         # Beside somebody else's sidecar it would be taken for that one's photo.
         if (folder, name) in self._promised:
             return False
-        place = os.path.join(self.output, folder, "")
-        return not any(exists(place + taken) for taken in (name, *sidecars(name)))
+        return not exists(os.path.join(self.output, folder, name)) and not self._listing(folder).sidecars(name)
+
+    def _listing(self, folder: str) -> FolderListing:
+        return self._listings.setdefault(folder, FolderListing(self.output, folder, self._sidecars))
 
     def forget(self, plan: Plan) -> None:
         """Take a plan's promise back, once it is carried out or given up."""

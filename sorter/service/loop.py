@@ -216,6 +216,8 @@ class Service:
             self._accounting.skip_put_back(photo)
         elif self._sidecars.follow_sorted(photo):
             self._account()
+        elif not self._inbox.selection.includes(photo.name):  # a sidecar without a photo
+            self._accounting.ignored.add(photo)
         else:
             return photo
         self._retries.forget(photo.name)

@@ -5,6 +5,7 @@ In: photos that were moved, and sidecars that arrive later. Out: a `Decision` fo
 
 import os
 import time
+from collections.abc import Iterator
 
 from sorter.decisions import Decision
 from sorter.decoding.decoded import Decoded
@@ -12,11 +13,12 @@ from sorter.files.photo import Photo
 from sorter.history.reader import HistoryReader
 from sorter.history.store import SIDECAR
 from sorter.inbox.scan import Inbox
-from sorter.inbox.sidecars import LATE_SECONDS, beside, has_photo, is_sidecar, photos, renamed
+from sorter.inbox.sidecars import LATE_SECONDS, FolderListing
 from sorter.pipeline.pipeline import Pipeline
 from sorter.service.accounting import Accounting
 
 _MAX_BATCH = 100
+_MAX_LISTINGS = 16  # the scan goes from folder to folder, and what it found is decided on a little later
 
 
 class SidecarFollower:
@@ -30,6 +32,8 @@ class SidecarFollower:
     def __init__(self, inbox: Inbox, in_hand: set[str], accounting: Accounting, history: HistoryReader | None) -> None:
         self._inbox, self._in_hand = inbox, in_hand
         self._accounting, self._history = accounting, history
+        self._names = inbox.selection.sidecars
+        self._listings: dict[str, FolderListing] = {}
         self._pending: list[Decision] = []
 
     @property
@@ -45,39 +49,58 @@ class SidecarFollower:
 
     def must_wait(self, file: Photo) -> bool:
         """Whether a file is a sidecar whose photo is still there, or being sorted: it will follow that photo."""
-        if not is_sidecar(file.name):
+        folder, base = os.path.split(file.name)
+        if not self._names.is_sidecar(base):
             return False
-        return any(name in self._in_hand for name in _photo_names(file)) or has_photo(file)
+        self._listing(folder).add(base)
+        return next(self._photos(folder, base), None) is not None
 
     def follow_sorted(self, file: Photo) -> bool:
         """Have a sidecar follow its photo, if that was sorted lately; False if it is not one, or was not."""
-        if self._history is None or not is_sidecar(file.name):
+        folder, base = os.path.split(file.name)
+        if self._history is None:
             return False
-        entry = self._history.last_sorted(file.root, _photo_names(file), time.time() - LATE_SECONDS)
-        if entry is None:
-            return False
-        self._follow(file, entry.name, entry.destination)
-        return True
+        for photos in self._names.photos(base):
+            names = [os.path.join(folder, name) for name in photos]
+            entry = self._history.last_sorted(file.root, names, time.time() - LATE_SECONDS)
+            if entry is not None:
+                self._follow(file, entry.name, entry.destination)
+                return True
+        return False
 
     def follow(self, photo: Photo, destination: str) -> None:
         """Have the sidecars beside a photo follow it; one that another photo shares waits for that one."""
-        for name in beside(photo):
-            sidecar = self._inbox.look(name, time.time())
-            if sidecar is not None and name not in self._in_hand and not self.must_wait(sidecar):
+        folder, base = os.path.split(photo.name)
+        for name in self._listing(folder).sidecars(base):
+            sidecar = self._inbox.look(os.path.join(folder, name), time.time())
+            if sidecar is None or sidecar.name in self._in_hand:
+                continue
+            if not any(self._fits(name, other, base) for other in self._photos(folder, name) if other != base):
                 self._accounting.ignored.discard(sidecar)  # it may have arrived before its photo
                 self._follow(sidecar, photo.name, destination)
 
+    def _photos(self, folder: str, sidecar: str) -> Iterator[str]:
+        """The photos that a sidecar may belong to: those being sorted, then those beside it."""
+        for names in self._names.photos(sidecar):
+            yield from (name for name in names if os.path.join(folder, name) in self._in_hand)
+        yield from self._listing(folder).photos(sidecar)
+
+    def _fits(self, sidecar: str, other: str, photo: str) -> bool:
+        """Whether a sidecar's name fits another photo at least as well as it fits this one."""
+        ranks = self._names.rank(sidecar, other), self._names.rank(sidecar, photo)
+        return ranks[0] is not None and ranks[1] is not None and ranks[0] <= ranks[1]
+
+    def _listing(self, folder: str) -> FolderListing:
+        if folder not in self._listings and len(self._listings) >= _MAX_LISTINGS:
+            del self._listings[next(iter(self._listings))]
+        return self._listings.setdefault(folder, FolderListing(self._inbox.root, folder, self._names))
+
     def _follow(self, sidecar: Photo, photo: str, destination: str) -> None:
         folder, new = os.path.split(destination)
-        name = renamed(os.path.basename(sidecar.name), os.path.basename(photo), new)
+        name = self._names.renamed(os.path.basename(sidecar.name), os.path.basename(photo), new)
         if os.path.lexists(os.path.join(folder, name)):
             self._accounting.leave(sidecar, f"cannot follow its photo: {os.path.join(folder, name)} exists")
             return
         decoded = Decoded(sidecar, "skipped")
         self._pending.append(Decision(decoded, SIDECAR, os.path.basename(folder), name=name, follows=new))
         self._in_hand.add(sidecar.name)
-
-
-def _photo_names(sidecar: Photo) -> list[str]:
-    folder, _, base = sidecar.name.rpartition("/")
-    return [os.path.join(folder, name) for name in photos(base)]
