@@ -6,6 +6,7 @@ In: the settings. Out: an exit code, a log on standard error, and the summary or
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from sorter import logs
 from sorter.classifier.manifest import Manifest
 from sorter.cli import console, preflight
 from sorter.errors import ConfigurationError, ExitCode, StorageError
-from sorter.files import FOLDER, lock
+from sorter.files import FOLDER, file_systems, lock
 from sorter.files.atomic import make_folder
 from sorter.files.lock import Lock
 from sorter.history.reader import HistoryReader
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 # An undo that recovers from a crash holds the lock for a moment.
 _PATIENCE_SECONDS = 2.0
+# How often a daemon that starts on a full disk tries again.
+_FULL_SECONDS = 2.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -78,8 +81,7 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
     with ExitStack() as stack:
         inbox_lock = history = None
         if not settings.dry_run:
-            inbox_lock = _take_lock(inbox.root, stack)
-            history = _open_history(inbox.root, output, this_run, stack)
+            inbox_lock, history = _open_folders(inbox.root, output, this_run, stack, patient=not settings.once)
         _log_start(settings, model, engine, inbox.root, output, log_fields)
         mover = Mover(output)
         shutdown.move_lock = mover.lock
@@ -138,6 +140,28 @@ def _serve_metrics(settings: Settings, model: Manifest, engine: "Engine") -> "Me
     return Metrics(settings.metrics_port, info)
 
 
+def _open_folders(inbox: Path, output: Path, run: Run, stack: ExitStack, *, patient: bool) -> tuple[Lock, History]:
+    """Lock the folders and begin a run; while their disk is full, a patient one waits."""
+    log, waited = structlog.get_logger(), False
+    while True:
+        try:
+            with ExitStack() as opened:
+                inbox_lock = _take_lock(inbox, opened)
+                history = _open_history(inbox, output, run, opened)
+                stack.callback(opened.pop_all().close)
+        except StorageError as error:
+            if not patient:
+                raise
+            if not waited:
+                log.error("storage.waiting", detail=str(error))
+            waited = True
+            time.sleep(_FULL_SECONDS)
+        else:
+            if waited:
+                log.info("storage.ready")
+            return inbox_lock, history
+
+
 def _take_lock(folder: Path, stack: ExitStack) -> Lock:
     """Lock a folder until the stack unwinds."""
     held = Lock(folder)
@@ -151,6 +175,8 @@ def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> Hist
     try:
         make_folder(output)
     except OSError as error:
+        if error.errno in file_systems.NO_SPACE:
+            raise StorageError(f"cannot create {output} ({error.strerror}): free some space") from None
         raise ConfigurationError(f"cannot create {output} ({error.strerror}): use another --output") from None
     if not os.path.samefile(inbox, output):
         _take_lock(output, stack)

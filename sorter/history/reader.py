@@ -201,6 +201,10 @@ class HistoryReader:
         found = self._database.rows(f"{query} ORDER BY m.id DESC LIMIT 1", ())
         return str(found[0][0]) if found else None
 
+    def has_run(self, run: str) -> bool:
+        """Whether there was a run or an undo with this ID."""
+        return bool(self._database.rows("SELECT 1 FROM runs WHERE id = ?", (run,)))
+
     def last_failure(self) -> Entry | None:
         """The last photo that went to `failed` and was not restored."""
         found = self._database.rows(f"{_ENTRY} AND m.kind = 'failed'{_UNDOABLE} ORDER BY m.id DESC LIMIT 1", ())

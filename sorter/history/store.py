@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sorter.errors import ConfigurationError, StorageError
+from sorter.errors import ConfigurationError, SorterError, StorageError
 from sorter.files import FOLDER, file_systems
 from sorter.files.photo import Identity, file_of
 from sorter.history import schema
@@ -107,6 +107,7 @@ class History:
 
     Raises:
         ConfigurationError: the file is damaged, another program's, a newer sorter's, or cannot be opened.
+        StorageError: the disk is full or fails.
     """
 
     def __init__(self, output: Path) -> None:
@@ -115,12 +116,8 @@ class History:
         self._run: Run | None = None
         try:
             self._connect()
-        except sqlite3.OperationalError as error:  # no permission, no space, no such folder
-            raise ConfigurationError(
-                f"the history {self.path} cannot be opened ({error}): check its folder and permissions"
-            ) from None
         except sqlite3.DatabaseError as error:
-            raise self._damaged(error) from None
+            raise self._unusable(error) from None
 
     def _connect(self) -> None:
         with contextlib.suppress(OSError):  # then SQLite says why it cannot be opened
@@ -182,9 +179,7 @@ class History:
                 yield
         except (sqlite3.DatabaseError, ConfigurationError) as error:
             self._file = None
-            raise StorageError(
-                f"the history {self.path} cannot be written ({error}): free some space and check its folder"
-            ) from error
+            raise self._unwritable(error) from error
 
     def close(self) -> None:
         """Close the file; idempotent."""
@@ -246,18 +241,38 @@ class History:
 
         Raises:
             ConfigurationError: the file is damaged.
+            StorageError: the disk is full or fails.
         """
         query = f"SELECT {_COLUMNS} FROM moves WHERE done IS NULL ORDER BY id"  # noqa: S608
         try:
             return [_move(row) for row in self._connection.execute(query)]
         except sqlite3.DatabaseError as error:
-            raise self._damaged(error) from None
+            raise self._unusable(error) from None
 
-    def _damaged(self, error: sqlite3.DatabaseError) -> ConfigurationError:
+    def _unwritable(self, error: Exception) -> StorageError:
+        return StorageError(
+            f"the history {self.path} cannot be written ({error}): free some space and check its folder"
+        )
+
+    def _unusable(self, error: sqlite3.DatabaseError) -> SorterError:
+        """The error to raise for a history that cannot be opened or read."""
+        if is_disk_error(error):
+            return self._unwritable(error)
+        if isinstance(error, sqlite3.OperationalError):  # no permission, no such folder
+            return ConfigurationError(
+                f"the history {self.path} cannot be opened ({error}): check its folder and permissions"
+            )
         return ConfigurationError(
             f"the history {self.path} is damaged ({error}): move it elsewhere and restart sorter; that does not "
             "affect the photos"
         )
+
+
+def is_disk_error(error: sqlite3.DatabaseError) -> bool:
+    """Whether the disk is to blame, which is full or fails, and not the file."""
+    # The low byte of SQLite's extended codes is the plain one. On a full disk the shared memory of a write-ahead log
+    # cannot be created either, which is an IOERR.
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 
 def _row(move: Move) -> tuple[object, ...]:
