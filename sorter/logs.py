@@ -89,9 +89,17 @@ def _escape(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
-def is_json(log_format: LogFormat) -> bool:
+def _is_json(log_format: LogFormat) -> bool:
     """True if the log is JSON: because it was asked for, or because standard error is not a terminal."""
     return log_format == "json" or (log_format == "auto" and not os.isatty(2))
+
+
+def say(line: str) -> None:
+    """Write a line that is no event to standard error, which may be reserved for the log."""
+    if structlog.is_configured():
+        structlog.get_config()["logger_factory"]().msg(line)
+    else:
+        sys.stderr.write(f"{line}\n")
 
 
 def configure(log_format: LogFormat, log_level: LogLevel) -> LogStream:
@@ -110,7 +118,7 @@ def configure(log_format: LogFormat, log_level: LogLevel) -> LogStream:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    if not is_json(log_format):
+    if not _is_json(log_format):
         render = structlog.dev.ConsoleRenderer(
             colors=stream.isatty(), pad_event_to=16, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
         )
