@@ -149,7 +149,7 @@ def test_check_refuses_folders_models_and_devices_that_cannot_be_used(
     missing, file = tmp_path / "missing", tmp_path / "file"
     file.write_bytes(b"mine")
     for arguments, sentence in (
-        (("--inbox", missing), f"there is no inbox {missing}: "),
+        (("--inbox", missing), f"the inbox folder '{missing}' does not exist: "),
         (("--inbox", file), f"the inbox {file} is not a folder: "),
         (("--inbox", tmp_path, "--model", missing), f"there is no model in {missing} "),
         (("--inbox", tmp_path, "--device", "cuda:999"), "--device"),

@@ -104,7 +104,13 @@ def test_a_person_gets_a_table_with_one_line_per_photo(sorted_once: Path, readin
     assert not any(str(sorted_once) in line for line in lines)
     assert len(reading("history", "--limit", "3", "--inbox", sorted_once).stdout.splitlines()) == 4
     assert "No photos match." in reading("history", "--since", "2999-01-01", "--inbox", sorted_once).stdout
-    assert "No photos match." in reading("history", "--run", "other", "--inbox", sorted_once).stdout
+
+
+def test_a_run_that_does_not_exist_is_an_error(sorted_once: Path, reading: Commands) -> None:
+    for command in ("history", "undo"):
+        done = reading(command, "--run", "zzz", "--inbox", sorted_once, code=2)
+        assert done.stdout == ""
+        assert done.stderr == "sorter: there is no run zzz: sorter history lists the runs\n"
 
 
 def test_a_closed_pipe_is_not_an_error(sorted_once: Path) -> None:
@@ -177,7 +183,7 @@ def test_undo_changes_nothing_if_the_settings_ask_for_a_dry_run(
     placed = read_tree(inbox)
     monkeypatch.setenv("SORTER_DRY_RUN", "true")
     assert main(["undo", "--last", "--inbox", str(inbox)]) == 0
-    assert capsys.readouterr().out.endswith("Would restore 1 photo; 0 could not be restored.\n")
+    assert capsys.readouterr().out.endswith("Would restore 1 photo; 0 could not be.\n")
     assert read_tree(inbox) == placed
     assert main(["undo", "--last", "--no-dry-run", "--inbox", str(inbox)]) == 0
     assert read_tree(inbox) == {"a.jpg": photo(1)}

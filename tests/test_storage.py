@@ -207,6 +207,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     umount("-l", disk)
 
 
+def test_a_read_only_file_system_is_named_as_the_reason(
+    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (small_disk / "in", small_disk / "out", tmp_path / "in"):
+        folder.mkdir()
+    assert mount("-o", "remount,ro", small_disk)
+    for inbox, output in ((small_disk / "in", tmp_path), (tmp_path / "in", small_disk / "out")):
+        assert main(["check", "--inbox", str(inbox), "--output", str(output)]) == 2
+        assert "is on a read-only file system: " in capsys.readouterr().err
+
+
 def test_a_history_on_a_full_disk_cannot_be_written_but_read(small_disk: Path) -> None:
     (small_disk / ".sorter").mkdir()
     history = History(small_disk)

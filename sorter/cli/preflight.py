@@ -119,11 +119,15 @@ def check_folders(settings: Settings, manifest: Manifest) -> None:
 def _check_folders(settings: Settings, manifest: Manifest) -> None:
     inbox = settings.inbox
     if not inbox.exists():
-        raise ConfigurationError(f"there is no inbox {inbox}: create it, or use another folder with --inbox")
+        raise ConfigurationError(f"the inbox folder '{inbox}' does not exist: create it, or use another with --inbox")
     if not inbox.is_dir():
         raise ConfigurationError(f"the inbox {inbox} is not a folder: use a folder with --inbox")
     needed = os.R_OK | os.X_OK | (0 if settings.dry_run else os.W_OK)
     if not os.access(inbox, needed):
+        if needed & os.W_OK and _is_read_only(inbox):
+            raise ConfigurationError(
+                f"the inbox {inbox} is on a read-only file system: make that writable, or use another --inbox"
+            )
         wanted = "read" if settings.dry_run else "read and write"
         raise ConfigurationError(f"this user may not {wanted} the inbox {inbox}: change its permissions")
     output = settings.output_folder
@@ -144,6 +148,14 @@ def _check_writable(target: Path) -> None:
     if not nearest.is_dir():
         raise ConfigurationError(f"{nearest} is not a folder, so {target} cannot be created: use another --output")
     if not os.access(nearest, os.W_OK | os.X_OK):
+        if _is_read_only(nearest):
+            raise ConfigurationError(
+                f"{nearest} is on a read-only file system: make that writable, or use another --output"
+            )
         raise ConfigurationError(
             f"this user may not write to {nearest}: change its permissions, or use another --output"
         )
+
+
+def _is_read_only(folder: Path) -> bool:
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
