@@ -25,11 +25,13 @@ class LogStream:
 
     Attributes:
         above: prints a line above the progress bar while one is shown.
+        only_problems: show warnings and errors only, because the rest is shown in another way.
     """
 
     def __init__(self, descriptor: int) -> None:
         self._file: IO[str] = os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
         self.above: Callable[[str], None] | None = None
+        self.only_problems = False
         self.encoding = self._file.encoding
 
     def write(self, text: str) -> int:
@@ -65,10 +67,10 @@ class _LineLogger:
 
 
 def _only_problems(stream: LogStream) -> Processor:
-    """While a progress bar is shown, drop what it counts anyway and keep warnings and errors."""
+    """Drop what the terminal shows in another way, and keep warnings and errors."""
 
     def drop(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-        if stream.above is not None and method in ("debug", "info"):
+        if stream.only_problems and method in ("debug", "info"):
             raise structlog.DropEvent
         return event
 

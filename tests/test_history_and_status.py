@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -199,6 +200,23 @@ def test_a_dry_run_prints_one_decision_per_line_and_writes_nothing(tmp_path: Pat
     assert lines["c.jpg"]["reason"] == "truncated"
     assert {path: path.stat().st_mtime_ns for path in (inbox, *inbox.rglob("*"))} == before
     assert "--dry-run" in sorter("run", "--once", "--json", "--inbox", inbox, code=2).stderr
+
+
+def test_a_dry_run_names_each_photo_and_where_it_would_go(tmp_path: Path) -> None:
+    inbox = make_tree(tmp_path / "in", {"a.jpg": photo(1), "sea/a.jpg": photo(1), "c.jpg": photo(3)[:99], "d.txt": b""})
+    before = read_tree(inbox)
+    done = sorter("run", "--once", "--dry-run", "--recursive", "--inbox", inbox, "--output", tmp_path / "out", code=3)
+    planned, summary = done.stdout.splitlines()[:3], done.stdout.splitlines()[3]
+    assert summary.startswith("2 photos would be sorted")
+    patterns = (
+        r"(sea/)?a\.jpg → (cat|dog)s/ \(\2 \d+\.\d%\)",
+        r"(sea/)?a\.jpg → (cat|dog)s/a-1\.jpg \(\2 \d+\.\d%\)",
+        r"c\.jpg → failed/ \(truncated: .*\)",
+    )
+    for pattern in patterns:
+        assert len([line for line in planned if re.fullmatch(pattern, line)]) == 1, planned
+    assert read_tree(inbox) == before
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_history_of_the_first_schema_is_upgraded(tmp_path: Path, reading: Commands) -> None:

@@ -87,9 +87,7 @@ def test_a_folder_that_takes_no_photo_back_holds_up_no_other(obstacle: str, tmp_
     else:
         (inbox / "deep").write_bytes(b"a file")
     flags = ("--output", tmp_path / "out", "--last")
-    assert (
-        undo(inbox, *flags, "--dry-run", code=3).splitlines()[-1] == "Would restore 3 photos; 2 could not be."
-    )
+    assert undo(inbox, *flags, "--dry-run", code=3).splitlines()[-1] == "Would restore 3 photos; 2 could not be."
     assert undo(inbox, *flags, code=3) == "Restored 3 photos; 2 could not be restored.\n"
     assert set(photos(3, first=2)) <= set(read_tree(inbox))
     assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ import sorter
 from sorter import logs
 from sorter.classifier.manifest import Manifest
 from sorter.cli import console, preflight
+from sorter.decisions import Outcome
 from sorter.errors import ConfigurationError, ExitCode, StorageError
 from sorter.files import FOLDER, file_systems, lock
 from sorter.files.atomic import make_folder
@@ -109,7 +110,7 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
             log_fields=log_fields,
             on_outcome=_ignore if bar is None else bar.advance,
             on_waiting=_ignore if bar is None else bar.waiting,
-            on_decision=console.print_decision if as_json else _ignore,
+            on_decision=_printer(settings, as_json=as_json),
             history=reader,
         )
         counters = service.run_once() if settings.once else _watch(service, inbox, pipeline, metrics)
@@ -234,8 +235,18 @@ def _show_bar(settings: Settings, stream: logs.LogStream, stack: ExitStack) -> c
     """A progress bar for a person at a terminal who waits for the end."""
     if not settings.once or settings.log_format == "json" or not stream.isatty():
         return None
+    if settings.dry_run:  # prints a line for each photo instead
+        stream.only_problems = True
+        return None
     total = None if settings.recursive else _count(settings.inbox)
     return stack.enter_context(console.bar(stream, total))
+
+
+def _printer(settings: Settings, *, as_json: bool) -> Callable[[Outcome], None]:
+    """What prints each decision of a dry run to standard output; a daemon's are in its log."""
+    if as_json:
+        return console.print_decision
+    return console.print_plan if settings.dry_run and settings.once else _ignore
 
 
 def _start_hook(command: Sequence[str], log_fields: dict[str, object], shutdown: Shutdown, stack: ExitStack) -> Hook:
