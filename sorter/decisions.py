@@ -3,7 +3,7 @@
 In: a decoded photo and its probabilities. Out: a `Decision`; later, from the mover, an `Outcome`.
 
 The confidence threshold (`--min-confidence`, or the one that `--max-error-rate` stands for) is applied in `decide`, and
-nowhere else.
+nowhere else. The OpenVINO engine compares it with the cascade's threshold, to know whether it can use the cascade.
 """
 
 from dataclasses import dataclass

@@ -33,7 +33,7 @@ class ReadOnlyDatabase:
         try:
             if not path.is_file():
                 raise ConfigurationError(
-                    f"{path.parents[1]} has no history, so nothing was sorted into it: name the right folder with "
+                    f"{path.parents[1]} has no history, so nothing was sorted into it: pass the right folder with "
                     "--output"
                 )
             self._open()
