@@ -12,8 +12,8 @@ from typing import Any, Literal
 from sorter.classifier.manifest import Manifest
 from sorter.decoding.decoded import Decoded
 from sorter.errors import Reason
+from sorter.files import FAILED, UNSURE
 from sorter.files.photo import Photo
-from sorter.history.store import FAILED, UNSURE
 
 TRUNCATED_GRACE_SECONDS = 60.0
 """A photo that reads as truncated and changed within this time may still be arriving: it is looked at again."""
@@ -93,9 +93,9 @@ def decide(
     confidence, likeliest = probabilities[best], manifest.classes[best]
     if distance is not None and manifest.neither is not None and distance > manifest.neither.threshold:
         detail = "looks like neither " + " nor ".join(c.label for c in manifest.classes)
-        return Decision(decoded, "unsure", UNSURE, likeliest.label, confidence, batch_size, detail=detail)
+        return Decision(decoded, UNSURE, UNSURE, likeliest.label, confidence, batch_size, detail=detail)
     if confidence < min_confidence:
-        return Decision(decoded, "unsure", UNSURE, likeliest.label, confidence, batch_size)
+        return Decision(decoded, UNSURE, UNSURE, likeliest.label, confidence, batch_size)
     return Decision(decoded, "sorted", likeliest.folder, likeliest.label, confidence, batch_size)
 
 
@@ -110,7 +110,7 @@ def decide_unclassified(decoded: Decoded, now: float) -> Decided:
         return Outcome(decoded.photo, "again", detail="may still be written", look_again=complete)
     match decoded.verdict:
         case "failed":
-            return Decision(decoded, "failed", FAILED)
+            return Decision(decoded, FAILED, FAILED)
         case "skipped" | "left":
             return Outcome(decoded.photo, decoded.verdict, detail=decoded.detail)
         case _:

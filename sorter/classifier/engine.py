@@ -24,8 +24,6 @@ NVIDIA_FILES = ("/dev/nvidiactl", "/usr/lib/wsl/lib/libcuda.so.1")
 GPU_FILES = (*NVIDIA_FILES, "/dev/kfd")
 """And what AMD's driver creates. Asking PyTorch instead would take seconds."""
 
-Floats = npt.NDArray[np.float32]
-
 
 class Engine(Protocol):
     """Classifies batches of pixels.

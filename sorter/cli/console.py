@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from sorter.cli.entries import counted, printable
 from sorter.decisions import Outcome, described
+from sorter.files import UNSURE
 from sorter.logs import LogStream
 from sorter.service.counters import Counters
 
@@ -103,7 +104,7 @@ def print_decision(outcome: Outcome) -> None:
 def summary(counters: Counters, folders: list[str], *, dry_run: bool) -> str:
     """The lines that `sorter run --once` ends with."""
     rows = [
-        (f"{folder}/", counters.folders[folder]) for folder in folders if counters.folders[folder] or folder != "unsure"
+        (f"{folder}/", counters.folders[folder]) for folder in folders if counters.folders[folder] or folder != UNSURE
     ]
     rows += [("sidecars moved along", counters.sidecars)] if counters.sidecars else []
     rows += [("skipped, not photos", counters.skipped), ("left in the inbox", counters.left)]

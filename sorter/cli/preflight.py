@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from sorter import extras
 from sorter.classifier import manifest as manifests
-from sorter.classifier.manifest import RESERVED_FOLDERS, Manifest
+from sorter.classifier.manifest import Manifest
 from sorter.errors import ConfigurationError
+from sorter.files import FAILED, UNSURE
 from sorter.inbox.scan import Inbox
 from sorter.service import hook
 from sorter.settings import Settings
@@ -39,7 +40,7 @@ def check(settings: Settings) -> tuple[Settings, Manifest, list[str] | None]:
 
 def destinations(manifest: Manifest) -> list[str]:
     """The folders that photos are sorted into, in the manifest's order, then `unsure` and `failed`."""
-    return [*(c.folder for c in manifest.classes), *sorted(RESERVED_FOLDERS, reverse=True)]
+    return [*(c.folder for c in manifest.classes), UNSURE, FAILED]
 
 
 def watched(settings: Settings, manifest: Manifest) -> Inbox:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sorter.errors import ConfigurationError
-from sorter.files import FOLDER
+from sorter.files import FAILED, FOLDER, UNSURE
 from sorter.files.photo import Photo, file_of
 from sorter.history.database import ReadOnlyDatabase
-from sorter.history.store import FAILED, NAME, SIDECAR, UNSURE
+from sorter.history.store import NAME, SIDECAR
 
 _ENTRY = """
     SELECT m.id, m.run, m.done, m.root, m.source, m.target, m.folder, m.name, m.size, m.mtime_ns, m.kind, m.label,
@@ -207,7 +207,7 @@ class HistoryReader:
 
     def last_failure(self) -> Entry | None:
         """The last photo that went to `failed` and was not restored."""
-        found = self._database.rows(f"{_ENTRY} AND m.kind = 'failed'{_UNDOABLE} ORDER BY m.id DESC LIMIT 1", ())
+        found = self._database.rows(f"{_ENTRY} AND m.kind = '{FAILED}'{_UNDOABLE} ORDER BY m.id DESC LIMIT 1", ())
         return self._entry(found[0]) if found else None
 
     def counts(self, since: float = 0.0) -> Counts:
@@ -248,23 +248,23 @@ class HistoryReader:
         root, source, name = (os.fsdecode(part) for part in (root, source, name))
         there = str(self._output) if target is None else os.fsdecode(target)
         return Entry(
-            id_,
-            run,
-            done,
-            os.path.join(root, source),
-            os.path.join(there, folder, name),
-            root,
-            source,
-            size,
-            int(mtime_ns),
-            kind,
-            label,
-            confidence,
-            reason,
-            detail,
-            follows,
-            model,
-            bool(undone),
+            id=id_,
+            run=run,
+            done=done,
+            source=os.path.join(root, source),
+            destination=os.path.join(there, folder, name),
+            root=root,
+            name=source,
+            size=size,
+            mtime_ns=int(mtime_ns),
+            kind=kind,
+            label=label,
+            confidence=confidence,
+            reason=reason,
+            detail=detail,
+            follows=follows,
+            model=model,
+            undone=bool(undone),
         )
 
 

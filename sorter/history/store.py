@@ -22,9 +22,8 @@ from sorter.files.photo import Identity, file_of
 from sorter.history import schema
 
 NAME = "history.sqlite3"
-FAILED, UNSURE = "failed", "unsure"
 SIDECAR: Final = "sidecar"
-"""Kinds of moves; the first two are also the names of folders."""
+"""The kind of a move that follows a photo's."""
 
 BUSY_SECONDS = 30.0
 
@@ -34,12 +33,12 @@ _COLUMNS = (
 )
 # The row of a sidecar's photo: the last one that took that name in that folder. NULL for anything but a sidecar.
 _FOLLOWS = (
-    "CASE WHEN ? IS NOT NULL THEN (SELECT id FROM moves WHERE folder = ? AND name = ? AND kind <> 'sidecar' "
-    "AND done IS NOT NULL AND undoes IS NULL ORDER BY id DESC LIMIT 1) END"
+    "CASE WHEN :follows IS NOT NULL THEN (SELECT id FROM moves WHERE folder = :folder AND name = :follows "
+    "AND kind <> 'sidecar' AND done IS NOT NULL AND undoes IS NULL ORDER BY id DESC LIMIT 1) END"
 )
 _INSERT = (
     f"INSERT INTO moves ({_COLUMNS}, follows) "  # noqa: S608
-    f"VALUES ({', '.join('?' * len(_COLUMNS.split(',')))}, {_FOLLOWS})"
+    f"VALUES ({', '.join(f':{column}' for column in _COLUMNS.split(', '))}, {_FOLLOWS})"
 )
 
 
@@ -275,52 +274,49 @@ def is_disk_error(error: sqlite3.DatabaseError) -> bool:
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 
 
-def _row(move: Move) -> tuple[object, ...]:
-    device, inode, size, mtime_ns, _ = move.identity
-    follows = None if move.follows is None else os.fsencode(move.follows)
-    return (
-        move.token,
-        move.run,
-        os.fsencode(move.root),
-        os.fsencode(move.source),
-        move.folder,
-        os.fsencode(move.name),
-        _signed(device),
-        _signed(inode),
-        size,
-        str(mtime_ns),
-        move.kind,
-        move.label,
-        move.confidence,
-        move.reason,
-        move.detail,
-        None if move.target is None else os.fsencode(move.target),
-        move.undoes,
-        follows,
-        move.folder,
-        follows,
-    )
+def _row(move: Move) -> dict[str, object]:
+    return {
+        "token": move.token,
+        "run": move.run,
+        "root": os.fsencode(move.root),
+        "source": os.fsencode(move.source),
+        "folder": move.folder,
+        "name": os.fsencode(move.name),
+        "device": _signed(move.identity.device),
+        "inode": _signed(move.identity.inode),
+        "size": move.identity.size,
+        "mtime_ns": str(move.identity.mtime_ns),
+        "kind": move.kind,
+        "label": move.label,
+        "confidence": move.confidence,
+        "reason": move.reason,
+        "detail": move.detail,
+        "target": None if move.target is None else os.fsencode(move.target),
+        "undoes": move.undoes,
+        "follows": None if move.follows is None else os.fsencode(move.follows),
+    }
 
 
 def _move(row: Sequence[Any]) -> Move:
-    token, run, root, source, folder, name, device, inode, size, mtime_ns, *why = row
-    kind, label, confidence, reason, detail, target, undoes = why
-    identity = Identity(_unsigned(device), _unsigned(inode), size, int(mtime_ns), 0)
+    value = dict(zip(_COLUMNS.split(", "), row, strict=True))
+    identity = Identity(
+        _unsigned(value["device"]), _unsigned(value["inode"]), value["size"], int(value["mtime_ns"]), ctime_ns=0
+    )
     return Move(
-        token,
-        run,
-        Path(os.fsdecode(root)),
-        os.fsdecode(source),
-        folder,
-        os.fsdecode(name),
-        identity,
-        kind,
-        label,
-        confidence,
-        reason,
-        detail,
-        target=None if target is None else Path(os.fsdecode(target)),
-        undoes=undoes,
+        token=value["token"],
+        run=value["run"],
+        root=Path(os.fsdecode(value["root"])),
+        source=os.fsdecode(value["source"]),
+        folder=value["folder"],
+        name=os.fsdecode(value["name"]),
+        identity=identity,
+        kind=value["kind"],
+        label=value["label"],
+        confidence=value["confidence"],
+        reason=value["reason"],
+        detail=value["detail"],
+        target=None if value["target"] is None else Path(os.fsdecode(value["target"])),
+        undoes=value["undoes"],
     )
 
 

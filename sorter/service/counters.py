@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from sorter.errors import ExitCode
-from sorter.history.store import FAILED
+from sorter.files import FAILED
 
 
 @dataclass
