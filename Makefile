@@ -29,8 +29,9 @@ uninstall: ## remove what install added; photos, configuration and history stay
 	@systemd/install uninstall
 
 # The command that made the shipped model. A new model starts from its backbone unless WEIGHTS names another.
-model: $(VENV)/.installed-train ## train a model on the photos in DATA and write it to MODEL (default ./mymodel)
+model: ## train a model on the photos in DATA and write it to MODEL (default ./mymodel)
 	@test -n "$$DATA" || { echo "Name the folder or zip file of the dataset: make model DATA=cat-and-dog.zip" >&2; exit 2; }
+	@$(MAKE) --no-print-directory $(VENV)/.installed-train
 	@$(BIN)/trainer fit --data "$$DATA" --output "$$MODEL" --weights "$$WEIGHTS" --image-size $(SIZE) --recipe head $${CALIBRATION:+--calibration "$$CALIBRATION"}
 
 bench: $(VENV)/.installed ## measure photos/s on copies of PHOTOS, or on generated photos, against a plain loop

@@ -3,7 +3,7 @@
 In: a decoded photo and its probabilities. Out: a `Decision`; later, from the mover, an `Outcome`.
 
 The confidence threshold (`--min-confidence`, or the one that `--max-error-rate` stands for) is applied in `decide`, and
-nowhere else.
+nowhere else. The OpenVINO engine compares it with the cascade's threshold, to know whether it can use the cascade.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from sorter.classifier.manifest import Manifest
 from sorter.decoding.decoded import Decoded
 from sorter.decoding.images import ARRIVING_SECONDS
 from sorter.errors import Reason
+from sorter.files import FAILED, UNSURE
 from sorter.files.photo import Photo
-from sorter.history.store import FAILED, UNSURE
 
 Kind = Literal["sorted", "unsure", "failed", "sidecar", "kept", "skipped", "left", "again"]
 
@@ -91,9 +91,9 @@ def decide(
     confidence, likeliest = probabilities[best], manifest.classes[best]
     if distance is not None and manifest.neither is not None and distance > manifest.neither.threshold:
         detail = "looks like neither " + " nor ".join(c.label for c in manifest.classes)
-        return Decision(decoded, "unsure", UNSURE, likeliest.label, confidence, batch_size, detail=detail)
+        return Decision(decoded, UNSURE, UNSURE, likeliest.label, confidence, batch_size, detail=detail)
     if confidence < min_confidence:
-        return Decision(decoded, "unsure", UNSURE, likeliest.label, confidence, batch_size)
+        return Decision(decoded, UNSURE, UNSURE, likeliest.label, confidence, batch_size)
     return Decision(decoded, "sorted", likeliest.folder, likeliest.label, confidence, batch_size)
 
 
@@ -113,7 +113,7 @@ def decide_unclassified(decoded: Decoded, now: float) -> Decided:
         return Outcome(decoded.photo, "again", detail="may still be written", look_again=complete)
     match decoded.verdict:
         case "failed":
-            return Decision(decoded, "failed", FAILED)
+            return Decision(decoded, FAILED, FAILED)
         case "skipped" | "left":
             return Outcome(decoded.photo, decoded.verdict, detail=decoded.detail)
         case _:

@@ -27,11 +27,13 @@ class LogStream:
 
     Attributes:
         above: prints a line above the progress bar while one is shown.
+        only_problems: show warnings and errors only, because the rest is shown in another way.
     """
 
     def __init__(self, descriptor: int) -> None:
         self._file: IO[str] = os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
         self.above: Callable[[str], None] | None = None
+        self.only_problems = False
         self.encoding = self._file.encoding
 
     def write(self, text: str) -> int:
@@ -76,10 +78,10 @@ class _LineLogger:
 
 
 def _only_problems(stream: LogStream) -> Processor:
-    """While a progress bar is shown, drop what it counts anyway and keep warnings and errors."""
+    """Drop what the terminal shows in another way, and keep warnings and errors."""
 
     def drop(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
-        if stream.above is not None and method in ("debug", "info"):
+        if stream.only_problems and method in ("debug", "info"):
             raise structlog.DropEvent
         return event
 
@@ -100,9 +102,17 @@ def _escape(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
 
 
-def is_json(log_format: LogFormat) -> bool:
+def _is_json(log_format: LogFormat) -> bool:
     """True if the log is JSON: because it was asked for, or because standard error is not a terminal."""
     return log_format == "json" or (log_format == "auto" and not os.isatty(2))
+
+
+def say(line: str) -> None:
+    """Write a line that is no event to standard error, which may be reserved for the log."""
+    if structlog.is_configured():
+        structlog.get_config()["logger_factory"]().msg(line)
+    else:
+        sys.stderr.write(f"{line}\n")
 
 
 def configure(log_format: LogFormat, log_level: LogLevel) -> LogStream:
@@ -121,7 +131,7 @@ def configure(log_format: LogFormat, log_level: LogLevel) -> LogStream:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
-    if not is_json(log_format):
+    if not _is_json(log_format):
         render = structlog.dev.ConsoleRenderer(
             colors=stream.isatty(), pad_event_to=16, sort_keys=False, exception_formatter=structlog.dev.plain_traceback
         )

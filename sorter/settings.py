@@ -294,6 +294,7 @@ def load(flags: Mapping[str, Any]) -> Settings:
         config = _expanded(Path(config))
         _check_file(config)
 
+    # pydantic-settings takes the file's name from the class only.
     class Loaded(Settings):
         model_config = SettingsConfigDict(toml_file=config)
 

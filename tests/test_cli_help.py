@@ -128,12 +128,21 @@ def test_everything_that_is_wrong_gets_a_line(capsys: Capture) -> None:
     assert sorted(line.split(":")[1] for line in lines) == [" --batch-size", " --device"]
 
 
-def test_run_reports_errors_as_json_if_a_program_reads_them() -> None:
+def test_run_reports_mistakes_as_a_sentence_unless_json_was_asked_for() -> None:
     command = [sys.executable, "-m", "sorter", "run", "--batch-size", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert json.loads(line)["detail"].startswith("--batch-size: ")
+
+    def failed(*flags: str, **variables: str) -> str:
+        environment = {**os.environ, **variables}
+        done = subprocess.run(
+            [*command, *flags], capture_output=True, text=True, timeout=110, check=False, env=environment
+        )
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        return line
+
+    assert failed().startswith("sorter: --batch-size: ")
+    for line in (failed("--log-format", "json"), failed(SORTER_LOG_FORMAT="json")):
+        assert json.loads(line)["detail"].startswith("--batch-size: ")
 
 
 def test_check_refuses_folders_models_and_devices_that_cannot_be_used(

@@ -90,6 +90,17 @@ def test_pytorch_is_installed_where_the_sorter_would_look_for_an_nvidia_gpu() ->
     assert tuple(files.split()) == NVIDIA_FILES
 
 
+def test_make_model_asks_for_its_data_before_anything_is_installed() -> None:
+    command = ["make", "--silent", "model", "VENV=/nonexistent/venv", "PYTHON=/nonexistent/python"]
+    environment = {name: value for name, value in os.environ.items() if name != "DATA"}
+    done = subprocess.run(
+        command, cwd=SCRIPT.parents[1], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert "make model DATA=" in done.stderr
+    assert "There is no" not in done.stderr
+
+
 def test_what_is_missing_is_said_before_anything_is_installed(tmp_path: Path) -> None:
     cases = [
         (environment(tmp_path, "", PYTHON="python9"), "There is no python9: install Python 3.11"),

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -104,7 +105,13 @@ def test_a_person_gets_a_table_with_one_line_per_photo(sorted_once: Path, readin
     assert not any(str(sorted_once) in line for line in lines)
     assert len(reading("history", "--limit", "3", "--inbox", sorted_once).stdout.splitlines()) == 4
     assert "No photos match." in reading("history", "--since", "2999-01-01", "--inbox", sorted_once).stdout
-    assert "No photos match." in reading("history", "--run", "other", "--inbox", sorted_once).stdout
+
+
+def test_a_run_that_does_not_exist_is_an_error(sorted_once: Path, reading: Commands) -> None:
+    for command in ("history", "undo"):
+        done = reading(command, "--run", "zzz", "--inbox", sorted_once, code=2)
+        assert done.stdout == ""
+        assert done.stderr == "sorter: there is no run zzz: sorter history lists the runs\n"
 
 
 def test_a_closed_pipe_is_not_an_error(sorted_once: Path) -> None:
@@ -177,7 +184,7 @@ def test_undo_changes_nothing_if_the_settings_ask_for_a_dry_run(
     placed = read_tree(inbox)
     monkeypatch.setenv("SORTER_DRY_RUN", "true")
     assert main(["undo", "--last", "--inbox", str(inbox)]) == 0
-    assert capsys.readouterr().out.endswith("Would restore 1 photo; 0 could not be restored.\n")
+    assert capsys.readouterr().out.endswith("Would restore 1 photo; 0 could not be.\n")
     assert read_tree(inbox) == placed
     assert main(["undo", "--last", "--no-dry-run", "--inbox", str(inbox)]) == 0
     assert read_tree(inbox) == {"a.jpg": photo(1)}
@@ -193,6 +200,23 @@ def test_a_dry_run_prints_one_decision_per_line_and_writes_nothing(tmp_path: Pat
     assert lines["c.jpg"]["reason"] == "truncated"
     assert {path: path.stat().st_mtime_ns for path in (inbox, *inbox.rglob("*"))} == before
     assert "--dry-run" in sorter("run", "--once", "--json", "--inbox", inbox, code=2).stderr
+
+
+def test_a_dry_run_names_each_photo_and_where_it_would_go(tmp_path: Path) -> None:
+    inbox = make_tree(tmp_path / "in", {"a.jpg": photo(1), "sea/a.jpg": photo(1), "c.jpg": photo(3)[:99], "d.txt": b""})
+    before = read_tree(inbox)
+    done = sorter("run", "--once", "--dry-run", "--recursive", "--inbox", inbox, "--output", tmp_path / "out", code=3)
+    planned, summary = done.stdout.splitlines()[:3], done.stdout.splitlines()[3]
+    assert summary.startswith("2 photos would be sorted")
+    patterns = (
+        r"(sea/)?a\.jpg → (cat|dog)s/ \(\2 \d+\.\d%\)",
+        r"(sea/)?a\.jpg → (cat|dog)s/a-1\.jpg \(\2 \d+\.\d%\)",
+        r"c\.jpg → failed/ \(truncated: .*\)",
+    )
+    for pattern in patterns:
+        assert len([line for line in planned if re.fullmatch(pattern, line)]) == 1, planned
+    assert read_tree(inbox) == before
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_history_of_the_first_schema_is_upgraded(tmp_path: Path, reading: Commands) -> None:

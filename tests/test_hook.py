@@ -217,8 +217,8 @@ def test_a_command_that_cannot_run_is_an_error_that_says_what_to_do(tmp_path: Pa
     plain_file = tmp_path / "file"
     plain_file.touch(mode=0o644)
     for command, sentence in (
-        ("no-such-program --x", "there is no program 'no-such-program' that can be run: check its path"),
-        (str(plain_file), f"there is no program '{plain_file}' that can be run: check its path and its permissions"),
+        ("no-such-program --x", "'no-such-program' was not found or is not executable: check its path"),
+        (str(plain_file), f"'{plain_file}' was not found or is not executable: check its path and its permissions"),
         ("sh 'a", '--on-sorted: cannot parse "sh \'a" (no closing quotation): correct the command'),
         (" ", "--on-sorted is empty: give a command or omit it"),
     ):
@@ -232,7 +232,7 @@ def test_a_command_that_cannot_run_is_refused_at_the_start(tmp_path: Path, start
     for name in ("run", "check"):
         refused = start(name, "--inbox", inbox, "--on-sorted", "no-such-program --x")
         assert refused.finish()[0] == 2
-        assert "no program 'no-such-program'" in refused.errors.read_text()
+        assert "'no-such-program' was not found" in refused.errors.read_text()
     assert list(inbox.iterdir()) == [inbox / "a.jpg"]
 
 

@@ -25,8 +25,8 @@ def test_the_second_sorter_says_who_has_a_folder_and_ends_with_4(
     before = read_tree(tmp_path)
     second = start("run", *mode, "--inbox", tmp_path / "in", "--output", tmp_path / "out")
     assert second.finish()[0] == 4
-    detail = second.events("run.failed")[0]["detail"]
-    assert detail.startswith(str(tmp_path / taken))
+    (detail,) = second.errors.read_text().splitlines()
+    assert detail.startswith(f"sorter: {tmp_path / taken}")
     assert re.search(rf"process {os.getpid()} on \S+ since 2\d\d\d-\d\d-\d\d \d\d:\d\d", detail)
     assert "stop that one first" in detail
     assert {name: content for name, content in read_tree(tmp_path).items() if name in before} == before

@@ -261,7 +261,7 @@ def test_a_long_time_with_the_owner_loses_and_doubles_nothing(
 ) -> None:
     figures = prove(machine, 400, 20)
     proved(
-        f"{figures['examples']} times an owner at work, {figures['actions']} actions of his and "
-        f"{figures['interruptions']} more in the middle of a move, {figures['runs']} runs, {figures['kills']} of them "
-        "killed: zero lost, zero twice"
+        f"{figures['examples']:,} simulated owners, {figures['actions']:,} actions and "
+        f"{figures['interruptions']:,} more in the middle of a move, {figures['runs']:,} runs, {figures['kills']:,} of "
+        "them killed: zero lost, zero twice"
     )

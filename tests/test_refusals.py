@@ -173,7 +173,8 @@ def refused(
         code, errors = program.run(folder, [*command, "--inbox", "in", *arguments], variables or {})
         lines = errors.splitlines()
         assert (code, len(lines)) == (2, 1), (what, errors)
-        said = json.loads(lines[0])["detail"] if command[0] == "run" else lines[0].removeprefix("sorter: ")
+        assert lines[0].startswith("sorter: "), what
+        said = lines[0].removeprefix("sorter: ")
         assert sentence in said, what
         assert "\n" not in said, what
         assert len(said) < 1000, what

@@ -21,6 +21,7 @@ from sorter.history.reader import HistoryReader
 from sorter.inbox.scan import Inbox
 from sorter.inbox.watcher import Watcher
 from sorter.moving import mover
+from sorter.service import loop
 from sorter.service.accounting import Accounting, Ignored
 from sorter.service.counters import Counters
 from sorter.service.loop import Service
@@ -153,6 +154,21 @@ def test_a_photo_that_changes_while_it_is_sorted_is_sorted_after_another_look(
     counters = sort_once(inbox, manifest, engine)
     assert read_tree(inbox) == {"cats/a.jpg": plain(RED, 1)}
     assert (counters.photos, counters.left, counters.exit_code) == (1, 0, 0)
+
+
+def test_a_wait_for_a_file_is_logged_once_and_does_not_count_as_slow(
+    tmp_path: Path, manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "QUIET_SECONDS", 0.5)
+    inbox = make_tree(tmp_path / "in", {"a.jpg": plain(RED)})
+    (inbox / "empty.jpg").touch()  # just now, so that it may still be written
+    with capture_logs() as logs:
+        counters = sort_once(inbox, manifest, RedGreenEngine(), settle_timeout_seconds=2)
+    (waiting,) = (log for log in logs if log["event"] == "inbox.waiting")
+    assert (waiting["files"], waiting["path"]) == (1, str(inbox / "empty.jpg"))
+    assert 1 < waiting["seconds"] <= 2
+    assert counters.waited > 1.5
+    assert counters.photos_per_second == pytest.approx(1 / (counters.seconds - counters.waited))
 
 
 def test_a_photo_that_was_put_back_while_it_waited_for_another_look_is_counted_once(

@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,11 @@ import pytest
 from conftest import Running, make_tree, photo, read_tree
 from pictures import encoded
 from PIL import Image
+
+from sorter.cli.main import main
+from sorter.errors import StorageError
+from sorter.history.reader import HistoryReader
+from sorter.history.store import History, Run
 
 
 class Daemon(Running):
@@ -190,6 +195,82 @@ def test_an_output_that_becomes_read_only_is_waited_for(daemons: dict[str, Daemo
         with contextlib.suppress(subprocess.CalledProcessError):
             umount("-l", daemon.output)
         raise
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if not mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", disk):
+        pytest.skip("needs root to mount small disks")
+    yield disk
+    umount("-l", disk)
+
+
+def test_a_read_only_file_system_is_named_as_the_reason(
+    small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (small_disk / "in", small_disk / "out", tmp_path / "in"):
+        folder.mkdir()
+    assert mount("-o", "remount,ro", small_disk)
+    for inbox, output in ((small_disk / "in", tmp_path), (tmp_path / "in", small_disk / "out")):
+        assert main(["check", "--inbox", str(inbox), "--output", str(output)]) == 2
+        assert "is on a read-only file system: " in capsys.readouterr().err
+
+
+def test_a_history_on_a_full_disk_cannot_be_written_but_read(small_disk: Path) -> None:
+    (small_disk / ".sorter").mkdir()
+    history = History(small_disk)
+    history.begin(Run("r", "0", "m"))
+    history.close()
+    filler = fill(small_disk, 0)
+    with pytest.raises(StorageError, match="free some space"):
+        History(small_disk)
+    reader = HistoryReader(small_disk)
+    assert reader.has_run("r")
+    filler.unlink()
+    history = History(small_disk)
+    history.begin(Run("later", "0", "m"))
+    assert reader.has_run("later")
+    history.close()
+
+
+@pytest.mark.long
+def test_a_daemon_that_starts_on_a_full_disk_waits_for_space_and_its_history_can_be_read(
+    small_disk: Path, start: Callable[..., Running], capsys: pytest.CaptureFixture[str]
+) -> None:
+    inbox = make_tree(small_disk / "in", {"a.jpg": photo(0)})
+    assert start("run", "--once", "--inbox", inbox).finish()[0] == 0
+    filler = fill(small_disk, 0)
+    capsys.readouterr()
+    daemon = start("run", "--inbox", inbox, "--settle-seconds", "0.2")
+    daemon.wait_for_event("storage.waiting")
+    assert "free some space" in daemon.events("storage.waiting")[0]["detail"]
+    for command in ("history", "status", "undo --last --dry-run"):
+        assert main([*command.split(), "--inbox", str(inbox)]) == 0, capsys.readouterr()
+        assert capsys.readouterr().out
+    filler.unlink()
+    make_tree(inbox, {"b.jpg": photo(1)})
+    daemon.wait_for_event("storage.ready")
+    daemon.wait_for_event("photo.sorted")
+    assert len(daemon.events("storage.waiting")) == 1
+    daemon.process.send_signal(signal.SIGTERM)
+    assert daemon.finish()[0] == 0
+
+
+@pytest.mark.long
+def test_a_run_that_starts_on_a_full_disk_ends_with_1_and_can_be_repeated(
+    small_disk: Path, start: Callable[..., Running]
+) -> None:
+    inbox = make_tree(small_disk / "in", {"a.jpg": photo(0)})
+    filler = fill(small_disk, 0)
+    for _ in range(2):
+        running = start("run", "--once", "--inbox", inbox)
+        assert running.finish()[0] == 1
+        assert "free some space" in running.events("run.failed")[0]["detail"]
+        assert (inbox / "a.jpg").exists()
+    filler.unlink()
+    assert start("run", "--once", "--inbox", inbox).finish()[0] == 0
 
 
 def drop_and_fill(daemon: Daemon, first: int, count: int) -> Path:

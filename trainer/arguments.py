@@ -85,7 +85,7 @@ def _add_fitting(fitting: Any) -> None:
         help="head (default): the head alone, in minutes; finetune: then all layers; notebook: the published baseline",
     )
     fitting.add_argument(
-        "--epochs", type=_count, metavar="N", help="most epochs of the last stage (default: the recipe's)"
+        "--epochs", type=_count, metavar="N", help="maximum epochs in the last stage (default: the recipe's)"
     )
     fitting.add_argument(
         "--batch-size", type=_count, metavar="N", help="photos per step in the last stage (default: the recipe's)"

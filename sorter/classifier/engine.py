@@ -28,8 +28,6 @@ GPU_FILES = (*NVIDIA_FILES, "/dev/kfd")
 _TAKEN = ("out of memory", "busy or unavailable")
 """What PyTorch's error says where another program has the GPU or its memory."""
 
-Floats = npt.NDArray[np.float32]
-
 
 class Engine(Protocol):
     """Classifies batches of pixels.

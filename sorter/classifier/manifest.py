@@ -27,6 +27,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from sorter.decoding.images import Preprocessing
 from sorter.errors import ModelError
+from sorter.files import FAILED, UNSURE
 from sorter.files.replaced import replaced
 
 FORMAT_VERSION = 1
@@ -35,7 +36,7 @@ WEIGHTS = "weights.safetensors"
 OPENVINO_INT8 = ("openvino.xml", "openvino.bin")
 OPENVINO_FP16 = ("openvino-fp16.xml", "openvino-fp16.bin")
 NEITHER = "neither.safetensors"
-RESERVED_FOLDERS = frozenset({"unsure", "failed"})
+_RESERVED_FOLDERS = frozenset({UNSURE, FAILED})
 MAX_MANIFEST_BYTES = 10_000_000
 _MAX_NAME_BYTES = 255  # of a folder, on the usual file systems
 
@@ -171,7 +172,7 @@ class Manifest(_Part):
         folders = [_folded(c.folder) for c in self.classes]
         for folder, folded in zip((c.folder for c in self.classes), folders, strict=True):
             plain = re.fullmatch(r"[^/.][^/]*", folder) and folder.isprintable()
-            if not plain or len(os.fsencode(folder)) > _MAX_NAME_BYTES or folded in RESERVED_FOLDERS:
+            if not plain or len(os.fsencode(folder)) > _MAX_NAME_BYTES or folded in _RESERVED_FOLDERS:
                 raise ValueError(f"the folder {ascii(folder)[:60]} is not a plain name, or is reserved")
         if len(set(folders)) < len(folders) or len({c.label for c in self.classes}) < len(folders):
             raise ValueError("two classes have the same label or folder")

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from sorter.cli.entries import counted
+from sorter.cli.entries import counted, printable
 from sorter.decisions import Outcome, described
+from sorter.files import UNSURE
 from sorter.logs import LogStream
 from sorter.service.counters import Counters
 
@@ -25,7 +26,7 @@ class Bar:
     def advance(self, counters: Counters) -> None:
         """Show how many files have been dealt with."""
         done = counters.folders.total() + counters.kept.total() + counters.skipped + counters.put_back + counters.left
-        speed = done / max(time.monotonic() - counters.started, 0.001)
+        speed = done / max(time.monotonic() - counters.started - counters.waited, 0.001)
         self._progress.update(self._task, completed=done, speed=f"{speed:.1f} photos/s")
 
     def waiting(self, files: int) -> None:
@@ -53,11 +54,12 @@ def bar(stream: LogStream, total: int | None) -> Iterator[Bar]:
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
         task = progress.add_task("sorting", total=total, speed="")
         # The bar itself is written to this stream as well; only log lines are routed around it.
+        stream.only_problems = True
         stream.above = lambda text: progress.console.print(Text.from_ansi(text.rstrip("\n")), soft_wrap=True)
         try:
             yield Bar(progress, task)
         finally:
-            stream.above = None
+            stream.above, stream.only_problems = None, False
 
 
 def say(text: str, stream: TextIO | None, *, flush: bool = False) -> None:
@@ -77,6 +79,21 @@ def discard(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def print_plan(outcome: Outcome) -> None:
+    """Print what a dry run would do with a photo, for a person."""
+    decision, destination = outcome.decision, outcome.destination
+    assert decision is not None, "called only for photos with a decision"
+    assert destination is not None, "a dry run has one for each decision"
+    base = os.path.basename(destination)
+    place = os.path.join(decision.folder, "" if base == os.path.basename(outcome.photo.name) else base)
+    reason, detail = decision.decoded.reason, decision.detail
+    if reason is not None:
+        why = f"{reason}: {decision.decoded.detail}"
+    else:
+        why = detail or f"{decision.label} {decision.confidence:.1%}"
+    print(f"{printable(outcome.photo.name)} → {printable(place)} ({why})")
+
+
 def print_decision(outcome: Outcome) -> None:
     """Print what a dry run would do with a photo, as a line of JSON on standard output."""
     decision = outcome.decision
@@ -87,15 +104,17 @@ def print_decision(outcome: Outcome) -> None:
 def summary(counters: Counters, folders: list[str], *, dry_run: bool) -> str:
     """The lines that `sorter run --once` ends with."""
     rows = [
-        (f"{folder}/", counters.folders[folder]) for folder in folders if counters.folders[folder] or folder != "unsure"
+        (f"{folder}/", counters.folders[folder]) for folder in folders if counters.folders[folder] or folder != UNSURE
     ]
     rows += [(f"kept in {folder}/", count) for folder, count in counters.kept.items()]
     rows += [("sidecars moved along", counters.sidecars)] if counters.sidecars else []
     rows += [("skipped, not photos", counters.skipped), ("left in the inbox", counters.left)]
     rows += [("restored by undo, not sorted again", counters.put_back)] if counters.put_back else []
     would = "would be " if dry_run else ""
-    head = f"{counted(counters.photos, 'photo')} {would}sorted in {counters.seconds:.1f} s"
+    head = f"{counted(counters.photos, 'photo')} {would}sorted in {counters.seconds - counters.waited:.1f} s"
     head += f" ({counters.photos_per_second:.1f} photos/s)"
+    if counters.waited >= 1:
+        head += f", plus {counters.waited:.1f} s waiting for files to stop changing"
     if counters.interrupted:
         head += ", interrupted: the rest is still in the inbox"
     width = max(len(name) for name, _ in rows)

@@ -1,12 +1,23 @@
-"""How `history`, `status` and `undo` show the history's entries: the words and the JSON they share."""
+"""What `history`, `status` and `undo` share: how an entry is shown, and the check of `--run`."""
 
 import codecs
 import sys
 from datetime import datetime
 from typing import Any
 
-from sorter.history.reader import Entry
+from sorter.errors import ConfigurationError
+from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import SIDECAR
+
+
+def check_run(reader: HistoryReader, run: str) -> None:
+    """Make sure that the history has a run.
+
+    Raises:
+        ConfigurationError: it has not.
+    """
+    if not reader.has_run(run):
+        raise ConfigurationError(f"there is no run {printable(run)}: sorter history lists the runs")
 
 
 def to_json(entry: Entry) -> dict[str, Any]:

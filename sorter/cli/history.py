@@ -25,9 +25,12 @@ def show(settings: Settings, *, limit: int, since: float | None, run: str | None
     """Print the last entries of the history, oldest first.
 
     Raises:
-        ConfigurationError: the history is missing or cannot be read.
+        ConfigurationError: the history is missing or cannot be read, or has no such run.
     """
-    found = HistoryReader(settings.output_folder).entries(run=run, since=since, limit=limit)
+    reader = HistoryReader(settings.output_folder)
+    if run is not None:
+        entries.check_run(reader, run)
+    found = reader.entries(run=run, since=since, limit=limit)
     if as_json:
         for entry in found:
             print(json.dumps(entries.to_json(entry)))

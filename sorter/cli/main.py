@@ -1,6 +1,7 @@
 """The commands of `sorter`, and how one of them is run: arguments in, an exit code out."""
 
 import io
+import os
 import sys
 from collections.abc import Sequence
 
@@ -98,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS[name]
     # A flag that is not a setting is an option of the command.
     options = {flag: flags.pop(flag) for flag in [*flags] if flag not in Settings.model_fields and flag != "config"}
-    log_format, log_level = flags.get("log_format", "auto"), flags.get("log_level", "info")
+    log_format = flags.get("log_format", os.environ.get("SORTER_LOG_FORMAT"))
+    log_level = flags.get("log_level", "info")
     code = ExitCode.DONE
     try:
         if command.groups:
@@ -113,17 +115,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:
             console.discard(sys.stdout)
     except Exception as error:
-        # A program that reads standard error gets JSON from its first line on.
-        if name in ("run", "retry") and logs.is_json(log_format) and not structlog.is_configured():
+        as_json = log_format == "json"
+        if name in ("run", "retry") and as_json and not structlog.is_configured():
             logs.configure("json", "info")
-        _report(error, with_traceback=log_level == "debug")
+        _report(error, as_json=as_json, with_traceback=log_level == "debug")
         return int(error.exit_code if isinstance(error, SorterError) else ExitCode.STOPPED)
     return int(code)
 
 
-def _report(error: Exception, *, with_traceback: bool) -> None:
+def _report(error: Exception, *, as_json: bool, with_traceback: bool) -> None:
     detail = str(error) if isinstance(error, SorterError) else f"{type(error).__name__}: {error}"
-    if structlog.is_configured():
+    # A mistake is corrected by a person, wherever standard error goes, so it is an event only for those who asked.
+    is_mistake = isinstance(error, SorterError) and error.exit_code in (ExitCode.USAGE, ExitCode.NOT_NOW)
+    if structlog.is_configured() and (as_json or not is_mistake):
         structlog.get_logger().error("run.failed", detail=detail, exc_info=error if with_traceback else None)
     else:
-        sys.stderr.write("".join(f"sorter: {line}\n" for line in detail.splitlines()))
+        for line in detail.splitlines():
+            logs.say(f"sorter: {line}")

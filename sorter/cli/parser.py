@@ -23,7 +23,7 @@ exit codes:
 """
 _DESCRIPTION = "Sorts photos into cats/ and dogs/ with a ResNet50, and never overwrites or deletes one."
 _SOURCES = "Settings come from flags, then SORTER_... variables, then the TOML file."
-_CONFIG_HELP = "TOML file with any of these settings, with _ for - in their names (also SORTER_CONFIG)"
+_CONFIG_HELP = "TOML file with any of these settings, using _ instead of - (also SORTER_CONFIG)"
 
 FOLDERS = ("Folders",)
 EVERY_GROUP = tuple(dict.fromkeys(extra(field, "group") for field in Settings.model_fields.values()))

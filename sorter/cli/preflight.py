@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from sorter import extras
 from sorter.classifier import manifest as manifests
-from sorter.classifier.manifest import RESERVED_FOLDERS, Manifest
+from sorter.classifier.manifest import Manifest
 from sorter.errors import ConfigurationError, NotNowError
-from sorter.files import FOLDER
+from sorter.files import FAILED, FOLDER, UNSURE
 from sorter.history.reader import HistoryReader
 from sorter.history.store import NAME
 from sorter.inbox.scan import Inbox
@@ -57,7 +57,7 @@ def check(settings: Settings) -> tuple[Settings, Manifest, list[str] | None]:
 
 def destinations(manifest: Manifest) -> list[str]:
     """The folders that photos are sorted into, in the manifest's order, then `unsure` and `failed`."""
-    return [*(c.folder for c in manifest.classes), *sorted(RESERVED_FOLDERS, reverse=True)]
+    return [*(c.folder for c in manifest.classes), UNSURE, FAILED]
 
 
 def watched(settings: Settings, manifest: Manifest) -> Inbox:
@@ -80,7 +80,7 @@ def watched(settings: Settings, manifest: Manifest) -> Inbox:
 def sorted_again(settings: Settings) -> str | None:
     """The folder of the output that is the inbox, where that is `unsure` or `failed`."""
     inbox = settings.inbox.resolve()
-    return next((name for name in RESERVED_FOLDERS if inbox == (settings.output_folder / name).resolve()), None)
+    return next((name for name in (UNSURE, FAILED) if inbox == (settings.output_folder / name).resolve()), None)
 
 
 def excluded(settings: Settings, manifest: Manifest) -> frozenset[str]:
@@ -146,7 +146,9 @@ def check_folders(settings: Settings, manifest: Manifest) -> None:
         NotNowError: there is no inbox.
     """
     if not inbox_exists(settings):
-        raise NotNowError(f"there is no inbox {settings.inbox}: create or mount it, or use another folder with --inbox")
+        raise NotNowError(
+            f"the inbox folder '{settings.inbox}' does not exist: create or mount it, or use another folder with --inbox"
+        )
     try:
         _check_folders(settings, manifest)
     except OSError as error:
@@ -170,12 +172,16 @@ def _check_folders(settings: Settings, manifest: Manifest) -> None:
         raise ConfigurationError(f"the inbox {inbox} is not a folder: use a folder with --inbox")
     needed = os.R_OK | os.X_OK | (0 if settings.dry_run else os.W_OK)
     if not os.access(inbox, needed):
+        if needed & os.W_OK and _is_read_only(inbox):
+            raise ConfigurationError(
+                f"the inbox {inbox} is on a read-only file system: make that writable, or use another --inbox"
+            )
         wanted = "read" if settings.dry_run else "read and write"
         raise ConfigurationError(f"this user may not {wanted} the inbox {inbox}: change its permissions")
     output = settings.output_folder
     for folder in destinations(manifest):
         target = output / folder
-        if inbox.resolve() == target.resolve() and folder not in RESERVED_FOLDERS:
+        if inbox.resolve() == target.resolve() and folder not in (UNSURE, FAILED):
             raise ConfigurationError(f"the inbox {inbox} is a folder that photos are sorted into: use another --output")
         if target.is_symlink():
             raise ConfigurationError(f"{target} is a symbolic link: use the real folder with --output")
@@ -190,6 +196,14 @@ def _check_writable(target: Path) -> None:
     if not nearest.is_dir():
         raise ConfigurationError(f"{nearest} is not a folder, so {target} cannot be created: use another --output")
     if not os.access(nearest, os.W_OK | os.X_OK):
+        if _is_read_only(nearest):
+            raise ConfigurationError(
+                f"{nearest} is on a read-only file system: make that writable, or use another --output"
+            )
         raise ConfigurationError(
             f"this user may not write to {nearest}: change its permissions, or use another --output"
         )
+
+
+def _is_read_only(folder: Path) -> bool:
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)

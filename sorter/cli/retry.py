@@ -4,7 +4,7 @@ import argparse
 
 from sorter.cli import run
 from sorter.errors import ConfigurationError, ExitCode
-from sorter.history.store import FAILED, UNSURE
+from sorter.files import FAILED, UNSURE
 from sorter.settings import Settings
 
 

@@ -7,7 +7,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +19,9 @@ import sorter
 from sorter import logs
 from sorter.classifier.manifest import Manifest
 from sorter.cli import console, preflight
+from sorter.decisions import Outcome
 from sorter.errors import ConfigurationError, ExitCode, ModelError, NotNowError, StorageError
-from sorter.files import FOLDER, inodes, lock
+from sorter.files import FOLDER, file_systems, inodes, lock
 from sorter.files.atomic import make_folder
 from sorter.files.lock import Lock
 from sorter.history.reader import HistoryReader
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 _INBOX_SECONDS = 1.0  # how often to look for an inbox that is not there yet
 # An undo that recovers from a crash holds the lock for a moment.
 _PATIENCE_SECONDS = 2.0
+# How often a daemon that starts on a full disk tries again.
+_FULL_SECONDS = 2.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -87,8 +90,7 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
     with ExitStack() as stack:
         inbox_lock = history = None
         if not settings.dry_run:
-            inbox_lock = _take_lock(inbox.root, stack)
-            history = _open_history(inbox.root, output, this_run, stack)
+            inbox_lock, history = _open_folders(inbox.root, output, this_run, stack, patient=not settings.once)
             inodes.look((inbox.root, output))
         _log_start(settings, model, engine, inbox.root, output, log_fields)
         mover = Mover(output, inbox.selection.sidecars, settle_seconds=settings.settle_seconds)
@@ -120,7 +122,7 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
             log_fields=log_fields,
             on_outcome=_ignore if bar is None else bar.advance,
             on_waiting=_ignore if bar is None else bar.waiting,
-            on_decision=console.print_decision if as_json else _ignore,
+            on_decision=_printer(settings, as_json=as_json),
             history=reader,
         )
         try:
@@ -166,6 +168,28 @@ def _serve_metrics(settings: Settings, model: Manifest, engine: "Engine") -> "Me
     return Metrics(settings.metrics_port, info)
 
 
+def _open_folders(inbox: Path, output: Path, run: Run, stack: ExitStack, *, patient: bool) -> tuple[Lock, History]:
+    """Lock the folders and begin a run; while their disk is full, a patient one waits."""
+    log, waited = structlog.get_logger(), False
+    while True:
+        try:
+            with ExitStack() as opened:
+                inbox_lock = _take_lock(inbox, opened)
+                history = _open_history(inbox, output, run, opened)
+                stack.callback(opened.pop_all().close)
+        except StorageError as error:
+            if not patient:
+                raise
+            if not waited:
+                log.error("storage.waiting", detail=str(error))
+            waited = True
+            time.sleep(_FULL_SECONDS)
+        else:
+            if waited:
+                log.info("storage.ready")
+            return inbox_lock, history
+
+
 def _take_lock(folder: Path, stack: ExitStack) -> Lock:
     """Lock a folder until the stack unwinds."""
     held = Lock(folder)
@@ -179,6 +203,8 @@ def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> Hist
     try:
         make_folder(output)
     except OSError as error:
+        if error.errno in file_systems.NO_SPACE:
+            raise StorageError(f"cannot create {output} ({error.strerror}): free some space") from None
         raise ConfigurationError(f"cannot create {output} ({error.strerror}): use another --output") from None
     if not os.path.samefile(inbox, output):
         _take_lock(output, stack)
@@ -234,8 +260,18 @@ def _show_bar(settings: Settings, inbox: Inbox, stream: logs.LogStream, stack: E
     """A progress bar for a person at a terminal who waits for the end."""
     if not settings.once or settings.log_format == "json" or not stream.isatty():
         return None
+    if settings.dry_run:  # prints a line for each photo instead
+        stream.only_problems = True
+        return None
     total = None if settings.recursive else _count(inbox)
     return stack.enter_context(console.bar(stream, total))
+
+
+def _printer(settings: Settings, *, as_json: bool) -> Callable[[Outcome], None]:
+    """What prints each decision of a dry run to standard output; a daemon's are in its log."""
+    if as_json:
+        return console.print_decision
+    return console.print_plan if settings.dry_run and settings.once else _ignore
 
 
 def _start_hook(command: Sequence[str], log_fields: dict[str, object], shutdown: Shutdown, stack: ExitStack) -> Hook:

@@ -118,8 +118,10 @@ def _check_run(reader: HistoryReader, output: Path, *, last: bool, run: str | No
     """The ID of the run to undo, None if photos are chosen another way."""
     if last and (run := reader.last_run()) is None:
         raise ConfigurationError(f"{output} has no sorted photos to restore: sorter history shows what was done")
-    if run is not None and next(reader.undoable(run=run), None) is None:
-        raise ConfigurationError(f"run {run} has no photos to restore: sorter history lists the runs")
+    if run is not None:
+        entries.check_run(reader, run)
+        if next(reader.undoable(run=run), None) is None:
+            raise ConfigurationError(f"run {run} has no photos to restore: sorter history lists the runs")
     return run
 
 
@@ -155,5 +157,6 @@ def _summary(counts: Counter[str], *, dry_run: bool) -> str:
     what = entries.counted(counts["photo"], "photo")
     if counts["sidecar"]:
         what += f" and {entries.counted(counts['sidecar'], 'sidecar')}"
-    restored = "Would restore" if dry_run else "Restored"
-    return f"{restored} {what}; {counts['stayed']} could not be restored."
+    if dry_run:
+        return f"Would restore {what}; {counts['stayed']} could not be."
+    return f"Restored {what}; {counts['stayed']} could not be restored."

@@ -3,5 +3,10 @@
 In: paths. Out: descriptors, identities, locks. Imports `sorter.errors` only.
 """
 
+from typing import Final
+
 FOLDER = ".sorter"
 """Hidden folder in the output and the inbox for the history and the locks."""
+UNSURE: Final = "unsure"
+FAILED: Final = "failed"
+"""Folders in the output that no class of a model may have. What goes there has a kind of the same name."""

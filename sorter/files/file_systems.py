@@ -1,8 +1,11 @@
-"""The type of file system that a folder is on, in the kernel's names."""
+"""The type of file system that a folder is on, in the kernel's names, and how it says that it is full."""
 
+import errno
 import os
 from pathlib import Path
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""What creating or writing a file fails with while its file system is full."""
 NETWORK = ("nfs", "cifs", "smb", "9p", "fuse", "afs", "ceph", "glusterfs", "lustre", "virtiofs", "vboxsf")
 """Prefixes of the types whose files other machines may change too, or that pass requests on to another program."""
 

@@ -14,8 +14,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sorter.errors import ConfigurationError, NotNowError
-from sorter.files import FOLDER
+from sorter.errors import ConfigurationError, NotNowError, StorageError
+from sorter.files import FOLDER, file_systems
 from sorter.files.atomic import sync_folder
 from sorter.files.photo import opened_folder
 
@@ -55,6 +55,7 @@ class Lock:
 
         Raises:
             NotNowError: another process holds the lock.
+            StorageError: the disk is full.
             ConfigurationError: the folder cannot be locked.
         """
         try:
@@ -65,6 +66,8 @@ class Lock:
         except OSError as error:
             if self._descriptor is not None:  # cannot be reached at the moment, but still ours
                 return
+            if error.errno in file_systems.NO_SPACE:
+                raise StorageError(f"{self._folder} is on a full disk ({error.strerror}): free some space") from None
             raise ConfigurationError(
                 f"{self._folder / FOLDER / self._name} cannot be created or opened ({error.strerror}): check the "
                 "folder's permissions"

@@ -4,7 +4,9 @@ In: the path of the file, and queries. Out: rows, of whatever file has that path
 """
 
 import contextlib
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,11 @@ from typing import Any
 from sorter.errors import ConfigurationError
 from sorter.files.photo import file_of
 from sorter.history import schema
-from sorter.history.store import BUSY_SECONDS
+from sorter.history.store import BUSY_SECONDS, is_disk_error
 
 
 class ReadOnlyDatabase:
-    """An open history; an older one is read from a temporary copy.
+    """An open history; an older one, or one on a full disk, is read from a temporary copy.
 
     Args:
         path: of the file.
@@ -31,7 +33,7 @@ class ReadOnlyDatabase:
         try:
             if not path.is_file():
                 raise ConfigurationError(
-                    f"{path.parents[1]} has no history, so nothing was sorted into it: name the right folder with "
+                    f"{path.parents[1]} has no history, so nothing was sorted into it: pass the right folder with "
                     "--output"
                 )
             self._open()
@@ -44,6 +46,12 @@ class ReadOnlyDatabase:
             self._is_copy = schema.version_of(self._connection, self._path) < schema.NEWEST
             if self._is_copy:
                 self._connection = _upgraded_copy(self._connection, self._path)
+        except sqlite3.OperationalError as error:
+            self._connection.close()
+            # A copy of the files would close descriptors, see `_is_in_wal_mode`.
+            if self._beside_writer or not is_disk_error(error):
+                raise
+            self._connection, self._is_copy = _copied_elsewhere(self._path), True
         except BaseException:
             self._connection.close()
             raise
@@ -84,8 +92,13 @@ class ReadOnlyDatabase:
             return True
         if not self._is_copy:
             return False
-        with contextlib.closing(self._connect()) as connection:  # a sorter may have upgraded it since
-            return schema.version_of(connection, self._path) == schema.NEWEST
+        try:
+            with contextlib.closing(self._connect()) as connection:  # a sorter may have upgraded it since
+                return schema.version_of(connection, self._path) == schema.NEWEST
+        except sqlite3.OperationalError as error:
+            if is_disk_error(error):  # still full, so nobody writes
+                return False
+            raise
 
 
 def _unreadable(path: Path, error: sqlite3.DatabaseError | OSError) -> ConfigurationError:
@@ -106,6 +119,16 @@ def _is_in_wal_mode(path: Path) -> bool:
     """
     with path.open("rb") as file:
         return file.read(20)[18:20] == b"\2\2"  # sqlite.org/fileformat.html: versions for writing and reading
+
+
+def _copied_elsewhere(path: Path) -> sqlite3.Connection:
+    """A temporary copy of a history whose disk has no space for the files that SQLite needs to read it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, path.name)
+        for name in (path.name, f"{path.name}-wal"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(path.with_name(name), copy.with_name(name))
+        return _upgraded_copy(sqlite3.connect(copy), path)
 
 
 def _upgraded_copy(connection: sqlite3.Connection, path: Path) -> sqlite3.Connection:

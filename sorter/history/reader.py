@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sorter.errors import ConfigurationError
-from sorter.files import FOLDER
+from sorter.files import FAILED, FOLDER, UNSURE
 from sorter.files.photo import Photo, file_of
 from sorter.history.database import ReadOnlyDatabase
-from sorter.history.store import FAILED, NAME, SIDECAR, UNSURE
+from sorter.history.store import NAME, SIDECAR
 
 _ENTRY = """
     SELECT m.id, m.run, m.done, m.root, m.source, m.target, m.folder, m.name, m.size, m.mtime_ns, m.kind, m.label,
@@ -207,6 +207,10 @@ class HistoryReader:
         found = self._database.rows(f"{query} ORDER BY m.id DESC LIMIT 1", ())
         return str(found[0][0]) if found else None
 
+    def has_run(self, run: str) -> bool:
+        """Whether there was a run or an undo with this ID."""
+        return bool(self._database.rows("SELECT 1 FROM runs WHERE id = ?", (run,)))
+
     def folders(self) -> set[str]:
         """The folders of the output that photos were ever sorted into."""
         return {
@@ -215,7 +219,7 @@ class HistoryReader:
 
     def last_failure(self) -> Entry | None:
         """The last photo that went to `failed` and was neither restored nor sorted again."""
-        query = f"{_ENTRY} AND m.kind = 'failed'{_UNDOABLE} AND NOT {_SORTED_AGAIN} ORDER BY m.id DESC LIMIT 1"
+        query = f"{_ENTRY} AND m.kind = '{FAILED}'{_UNDOABLE} AND NOT {_SORTED_AGAIN} ORDER BY m.id DESC LIMIT 1"
         found = self._database.rows(query, self._folders_sorted_again)
         return self._entry(found[0]) if found else None
 
@@ -262,23 +266,23 @@ class HistoryReader:
         root, source, name = (os.fsdecode(part) for part in (root, source, name))
         there = str(self._output) if target is None else os.fsdecode(target)
         return Entry(
-            id_,
-            run,
-            done,
-            os.path.join(root, source),
-            os.path.join(there, folder, name),
-            root,
-            source,
-            size,
-            int(mtime_ns),
-            kind,
-            label,
-            confidence,
-            reason,
-            detail,
-            follows,
-            model,
-            bool(undone),
+            id=id_,
+            run=run,
+            done=done,
+            source=os.path.join(root, source),
+            destination=os.path.join(there, folder, name),
+            root=root,
+            name=source,
+            size=size,
+            mtime_ns=int(mtime_ns),
+            kind=kind,
+            label=label,
+            confidence=confidence,
+            reason=reason,
+            detail=detail,
+            follows=follows,
+            model=model,
+            undone=bool(undone),
         )
 
 

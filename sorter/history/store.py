@@ -16,15 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sorter.errors import ConfigurationError, StorageError
+from sorter.errors import ConfigurationError, SorterError, StorageError
 from sorter.files import FOLDER, file_systems
 from sorter.files.photo import Identity, file_of
 from sorter.history import schema
 
 NAME = "history.sqlite3"
-FAILED, UNSURE = "failed", "unsure"
 SIDECAR: Final = "sidecar"
-"""Kinds of moves; the first two are also the names of folders."""
+"""The kind of a move that follows a photo's."""
 
 BUSY_SECONDS = 30.0
 
@@ -34,12 +33,12 @@ _COLUMNS = (
 )
 # The row of a sidecar's photo: the last one that took that name in that folder. NULL for anything but a sidecar.
 _FOLLOWS = (
-    "CASE WHEN ? IS NOT NULL THEN (SELECT id FROM moves WHERE folder = ? AND name = ? AND kind <> 'sidecar' "
-    "AND done IS NOT NULL AND undoes IS NULL ORDER BY id DESC LIMIT 1) END"
+    "CASE WHEN :follows IS NOT NULL THEN (SELECT id FROM moves WHERE folder = :folder AND name = :follows "
+    "AND kind <> 'sidecar' AND done IS NOT NULL AND undoes IS NULL ORDER BY id DESC LIMIT 1) END"
 )
 _INSERT = (
     f"INSERT INTO moves ({_COLUMNS}, follows) "  # noqa: S608
-    f"VALUES ({', '.join('?' * len(_COLUMNS.split(',')))}, {_FOLLOWS})"
+    f"VALUES ({', '.join(f':{column}' for column in _COLUMNS.split(', '))}, {_FOLLOWS})"
 )
 
 
@@ -107,6 +106,7 @@ class History:
 
     Raises:
         ConfigurationError: the file is damaged, another program's, a newer sorter's, or cannot be opened.
+        StorageError: the disk is full or fails.
     """
 
     def __init__(self, output: Path) -> None:
@@ -115,12 +115,8 @@ class History:
         self._run: Run | None = None
         try:
             self._connect()
-        except sqlite3.OperationalError as error:  # no permission, no space, no such folder
-            raise ConfigurationError(
-                f"the history {self.path} cannot be opened ({error}): check its folder and permissions"
-            ) from None
         except sqlite3.DatabaseError as error:
-            raise self._damaged(error) from None
+            raise self._unusable(error) from None
 
     def _connect(self) -> None:
         with contextlib.suppress(OSError):  # then SQLite says why it cannot be opened
@@ -182,9 +178,7 @@ class History:
                 yield
         except (sqlite3.DatabaseError, ConfigurationError) as error:
             self._file = None
-            raise StorageError(
-                f"the history {self.path} cannot be written ({error}): free some space and check its folder"
-            ) from error
+            raise self._unwritable(error) from error
 
     def close(self) -> None:
         """Close the file; idempotent."""
@@ -246,66 +240,83 @@ class History:
 
         Raises:
             ConfigurationError: the file is damaged.
+            StorageError: the disk is full or fails.
         """
         query = f"SELECT {_COLUMNS} FROM moves WHERE done IS NULL ORDER BY id"  # noqa: S608
         try:
             return [_move(row) for row in self._connection.execute(query)]
         except sqlite3.DatabaseError as error:
-            raise self._damaged(error) from None
+            raise self._unusable(error) from None
 
-    def _damaged(self, error: sqlite3.DatabaseError) -> ConfigurationError:
+    def _unwritable(self, error: Exception) -> StorageError:
+        return StorageError(
+            f"the history {self.path} cannot be written ({error}): free some space and check its folder"
+        )
+
+    def _unusable(self, error: sqlite3.DatabaseError) -> SorterError:
+        """The error to raise for a history that cannot be opened or read."""
+        if is_disk_error(error):
+            return self._unwritable(error)
+        if isinstance(error, sqlite3.OperationalError):  # no permission, no such folder
+            return ConfigurationError(
+                f"the history {self.path} cannot be opened ({error}): check its folder and permissions"
+            )
         return ConfigurationError(
             f"the history {self.path} is damaged ({error}): move it elsewhere and restart sorter; that does not "
             "affect the photos"
         )
 
 
-def _row(move: Move) -> tuple[object, ...]:
-    device, inode, size, mtime_ns, _ = move.identity
-    follows = None if move.follows is None else os.fsencode(move.follows)
-    return (
-        move.token,
-        move.run,
-        os.fsencode(move.root),
-        os.fsencode(move.source),
-        move.folder,
-        os.fsencode(move.name),
-        _signed(device),
-        _signed(inode),
-        size,
-        str(mtime_ns),
-        move.kind,
-        move.label,
-        move.confidence,
-        move.reason,
-        move.detail,
-        None if move.target is None else os.fsencode(move.target),
-        move.undoes,
-        follows,
-        move.folder,
-        follows,
-    )
+def is_disk_error(error: sqlite3.DatabaseError) -> bool:
+    """Whether the disk is to blame, which is full or fails, and not the file."""
+    # The low byte of SQLite's extended codes is the plain one. On a full disk the shared memory of a write-ahead log
+    # cannot be created either, which is an IOERR.
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+
+
+def _row(move: Move) -> dict[str, object]:
+    return {
+        "token": move.token,
+        "run": move.run,
+        "root": os.fsencode(move.root),
+        "source": os.fsencode(move.source),
+        "folder": move.folder,
+        "name": os.fsencode(move.name),
+        "device": _signed(move.identity.device),
+        "inode": _signed(move.identity.inode),
+        "size": move.identity.size,
+        "mtime_ns": str(move.identity.mtime_ns),
+        "kind": move.kind,
+        "label": move.label,
+        "confidence": move.confidence,
+        "reason": move.reason,
+        "detail": move.detail,
+        "target": None if move.target is None else os.fsencode(move.target),
+        "undoes": move.undoes,
+        "follows": None if move.follows is None else os.fsencode(move.follows),
+    }
 
 
 def _move(row: Sequence[Any]) -> Move:
-    token, run, root, source, folder, name, device, inode, size, mtime_ns, *why = row
-    kind, label, confidence, reason, detail, target, undoes = why
-    identity = Identity(_unsigned(device), _unsigned(inode), size, int(mtime_ns), 0)
+    value = dict(zip(_COLUMNS.split(", "), row, strict=True))
+    identity = Identity(
+        _unsigned(value["device"]), _unsigned(value["inode"]), value["size"], int(value["mtime_ns"]), ctime_ns=0
+    )
     return Move(
-        token,
-        run,
-        Path(os.fsdecode(root)),
-        os.fsdecode(source),
-        folder,
-        os.fsdecode(name),
-        identity,
-        kind,
-        label,
-        confidence,
-        reason,
-        detail,
-        target=None if target is None else Path(os.fsdecode(target)),
-        undoes=undoes,
+        token=value["token"],
+        run=value["run"],
+        root=Path(os.fsdecode(value["root"])),
+        source=os.fsdecode(value["source"]),
+        folder=value["folder"],
+        name=os.fsdecode(value["name"]),
+        identity=identity,
+        kind=value["kind"],
+        label=value["label"],
+        confidence=value["confidence"],
+        reason=value["reason"],
+        detail=value["detail"],
+        target=None if value["target"] is None else Path(os.fsdecode(value["target"])),
+        undoes=value["undoes"],
     )
 
 

@@ -75,7 +75,7 @@ def _check_folder(entry: Entry) -> None:
     try:
         with opened_folder(Path(entry.root), os.path.dirname(entry.name)) as descriptor:
             if not os.access(".", os.W_OK | os.X_OK, dir_fd=descriptor):
-                raise StayedError("its old folder may not be changed by this user")
+                raise StayedError("no write permission on its original folder")
     except FileNotFoundError:
         pass
     except OSError as error:

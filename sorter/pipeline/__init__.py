@@ -1,6 +1,7 @@
 """Decode, batch, classify, decide and move, overlapped.
 
-In: settled `Photo`s. Out: one `Outcome` for each. Imports every package that a photo passes through; used by `service`.
+In: settled `Photo`s. Out: one `Outcome` for each. Imports every package that a photo passes through after
+the inbox; used by `service`.
 
 Data flows one way. Stages hand on frozen dataclasses through queues, and none waits for an answer from a later one.
 Some are given a callback for that, which does nothing but pass the data on: the decoders' `deliver` (into the batcher)

@@ -234,7 +234,7 @@ class Pipeline:
             self._failure.raise_error()
 
     def stop(self) -> None:
-        """Finish the batch in hand and forget the photos that are not classified yet; idempotent.
+        """Finish the current batch and forget the photos that are not classified yet; idempotent.
 
         The mover goes on until `close`, for the sidecars of what it moves.
         """

@@ -193,6 +193,17 @@ class Accounting:
                 log.error("storage.waiting", detail=blocked)
         self._blocked = blocked
 
+    def wait(self, names: Iterable[str], root: Path, seconds: float) -> None:
+        """Log that only files are left that may still be written, and for how long they are waited for at most."""
+        first, *others = sorted(names)
+        log.info(
+            "inbox.waiting",
+            path=os.path.join(root, first),
+            files=1 + len(others),
+            seconds=round(seconds, 1),
+            reason="still changing, or cut short and new: may still be written",
+        )
+
     def finish(self) -> None:
         """Log what the run did, however it ended."""
         counters = self.counters
@@ -207,6 +218,7 @@ class Accounting:
             put_back=counters.put_back,
             left=counters.left,
             seconds=round(counters.seconds, 3),
+            waited=round(counters.waited, 3),
             photos_per_second=round(counters.photos_per_second, 1),
         )
 

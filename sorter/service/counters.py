@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from sorter.errors import ExitCode
-from sorter.history.store import FAILED
+from sorter.files import FAILED
 
 
 @dataclass
@@ -22,6 +22,7 @@ class Counters:
         interrupted: whether a signal ended the run before the inbox was empty.
         started: a monotonic time.
         seconds: how long the run took; 0 until it has ended.
+        waited: how many of them it did nothing but wait for files to stop changing.
     """
 
     folders: Counter[str] = field(default_factory=Counter)
@@ -33,6 +34,7 @@ class Counters:
     interrupted: bool = False
     started: float = field(default_factory=time.monotonic)
     seconds: float = 0.0
+    waited: float = 0.0
 
     @property
     def photos(self) -> int:
@@ -41,8 +43,8 @@ class Counters:
 
     @property
     def photos_per_second(self) -> float:
-        """Sorted photos per second of the run; 0 until it has ended."""
-        return self.photos / self.seconds if self.seconds else 0.0
+        """Sorted photos per second of the run, not counting waits; 0 until it has ended."""
+        return self.photos / (self.seconds - self.waited) if self.seconds else 0.0
 
     @property
     def exit_code(self) -> ExitCode:

@@ -51,7 +51,7 @@ def split(command: str) -> list[str]:
         raise ConfigurationError("--on-sorted is empty: give a command or omit it")
     if found is None:
         raise ConfigurationError(
-            f"--on-sorted: there is no program {words[0]!r} that can be run: check its path and its permissions"
+            f"--on-sorted: {words[0]!r} was not found or is not executable: check its path and its permissions"
         )
     return words
 

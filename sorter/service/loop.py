@@ -30,6 +30,9 @@ from sorter.settings import Settings
 
 log = structlog.get_logger()
 
+QUIET_SECONDS = 5.0
+"""With `--once`, how long a wait for files that may still be written goes unmentioned: most are short."""
+
 
 class Service:
     """Feeds settled photos to the pipeline and accounts for what comes out.
@@ -139,20 +142,24 @@ class Service:
 
     def _feed_what_settles(self) -> None:
         """Sort files as they settle, until none is left or `settle_timeout_seconds` passed with nothing sorted."""
-        sorted_before, deadline = -1, 0.0
+        sorted_before, deadline, told = -1, 0.0, False
         while not self._shutdown.requested and (self._in_hand or self._unsettled or self._look_at_once):
             if self.counters.folders.total() != sorted_before:
                 sorted_before = self.counters.folders.total()
                 deadline = time.monotonic() + self._settings.settle_timeout_seconds
             self._feed_due()
-            self._account(timeout_seconds=0.1)
+            self._account(timeout_seconds=0.1 if self._in_hand else 0.0)
             if self._in_hand:
                 continue
-            if time.monotonic() >= deadline:
+            left_seconds = deadline - time.monotonic()
+            if left_seconds <= 0:
                 return
             if unsettled := self._unsettled:
                 self._on_waiting(len(unsettled))
-            time.sleep(0.1)
+                if not told and self._settings.settle_timeout_seconds - left_seconds >= QUIET_SECONDS:
+                    self._accounting.wait(unsettled, self._inbox.root, left_seconds)
+                    told = True
+            self.counters.waited += _sleep(0.1)
 
     def _feed_backlog(self) -> None:
         self._pipeline.backlog = True
@@ -298,3 +305,10 @@ class Service:
         finally:
             self._pipeline.close()
             self._accounting.finish()
+
+
+def _sleep(seconds: float) -> float:
+    """Sleep, and return how long that took."""
+    started = time.monotonic()
+    time.sleep(seconds)
+    return time.monotonic() - started

@@ -17,7 +17,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from sorter.errors import ConfigurationError
-from sorter.history.store import FAILED, UNSURE
+from sorter.files import FAILED, UNSURE
 from sorter.inbox.watcher import Watcher
 from sorter.pipeline.measures import Measures
 from sorter.pipeline.pipeline import Pipeline

@@ -65,8 +65,8 @@ class Notifier:
             self._status = text
 
     def stopping(self) -> None:
-        """Report that the batch in hand is the last."""
-        self._send("STOPPING=1\nSTATUS=Finishing the batch in hand")
+        """Report that the current batch is the last."""
+        self._send("STOPPING=1\nSTATUS=Finishing the current batch")
 
     def _send(self, message: str) -> bool:
         if not self._is_wanted:

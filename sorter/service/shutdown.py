@@ -10,7 +10,7 @@ _MOVE_SECONDS = 2.0  # how long a second signal lets the move in hand take
 
 
 class Shutdown:
-    """The first SIGTERM or SIGINT asks for an end after the batch in hand; a second one ends the process at once.
+    """The first SIGTERM or SIGINT asks for an end after the current batch; a second one ends the process at once.
 
     SIGHUP is like the first where there is a terminal, because it closes. A service has none, and goes on.
 
