@@ -217,3 +217,15 @@ def test_a_class_may_be_named_train(tmp_path: Path) -> None:
     root = make_tree(tmp_path / "d", {f"train/{n}.jpg": picture(n) for n in range(20)})
     make_tree(root, {f"plane/{n}.jpg": picture(100 + n) for n in range(20)})
     assert [c.folder for c in load(root, tmp_path / "c").classes] == ["plane", "train"]
+
+
+def test_a_sorted_output_is_a_dataset_without_its_unsure_failed_and_hidden_folders(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "d", cats_and_dogs("{kind}s/{n}.jpg"))
+    make_tree(root, {"unsure/1.jpg": picture(5001), "Failed/2.jpg": picture(5002), ".trash/3.jpg": picture(5003)})
+    found = layouts.find(root, tmp_path / "c")
+    assert [c.folder for c in found.classes] == ["cats", "dogs"]
+    assert found.reserved == ("Failed", "unsure")
+    make_tree(tmp_path / "split/train", cats_and_dogs("{kind}s/{n}.jpg"))
+    make_tree(tmp_path / "split/train", {"unsure/1.jpg": picture(5001)})
+    found = layouts.find(tmp_path / "split", tmp_path / "c")
+    assert ([c.folder for c in found.classes], found.reserved) == (["cats", "dogs"], ("unsure",))

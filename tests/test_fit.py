@@ -93,9 +93,11 @@ class Fitted:
         red_and_green(self.data, 60)
         (self.data / "cats/dangling.jpg").symlink_to("nowhere.jpg")
         (self.data / "cats" / os.fsdecode(b"caf\xe9\n.jpg")).write_bytes(b"no photo")
+        make_tree(self.data, {"unsure/1.jpg": tinted(RED, 3333), "failed/2.jpg": b"no photo"})
+        self.model.mkdir()
         out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = fit_model(self.data, self.model, *SMALL, "--tensorboard", str(self.events))
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(self.model):
+            code = fit_model(self.data, Path(), *SMALL, "--tensorboard", str(self.events))
         assert code == 0, err.getvalue()
         self.out = out.getvalue()
         self.log = [json.loads(line) for line in err.getvalue().splitlines()]
@@ -108,6 +110,44 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
 
 def test_a_fitted_model_sorts_new_photos(fitted: Fitted, tmp_path: Path) -> None:
     assert set(sort(fitted.model, new_photos(tmp_path))) == {"cats/red.jpg", "dogs/green.jpg"}
+
+
+def test_a_model_in_the_current_folder_is_named_after_it(fitted: Fitted) -> None:
+    assert manifest_module.read(fitted.model).name == "colours"
+
+
+def test_the_sorter_s_own_folders_are_no_classes_and_are_skipped_with_a_sentence(fitted: Fitted) -> None:
+    assert [c.folder for c in manifest_module.read(fitted.model).classes] == ["cats", "dogs"]
+    said = [line["text"] for line in fitted.log if line["event"] == "note"]
+    for name in ("unsure", "failed"):
+        assert f"left out, the folder {name}: sorter keeps that name for photos of no class" in said
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (("ca\nts", "dogs"), "cannot be a class"),
+        (("x" * 201, "dogs"), "cannot be a class"),
+        (("Birds", "birds"), "two classes have the same label or folder"),
+    ],
+)
+def test_classes_that_no_model_can_have_are_refused_before_anything_is_fitted(
+    names: tuple[str, ...],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("something was fitted")
+
+    monkeypatch.setattr(fit, "fit", never)
+    shift = {name: 1000 * i for i, name in enumerate(names)}
+    make_tree(tmp_path / "data", {f"{name}/{n}.jpg": tinted(RED, shift[name] + n) for name in names for n in range(40)})
+    assert fit_model(tmp_path / "data", tmp_path / "model", *SMALL) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("trainer: ")
+    assert sentence in last
 
 
 def test_a_fit_prints_and_writes_how_good_the_model_is(fitted: Fitted) -> None:

@@ -18,7 +18,7 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -167,13 +167,7 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        folders = [_folded(c.folder) for c in self.classes]
-        for folder, folded in zip((c.folder for c in self.classes), folders, strict=True):
-            plain = re.fullmatch(r"[^/.][^/]*", folder) and folder.isprintable()
-            if not plain or len(os.fsencode(folder)) > _MAX_NAME_BYTES or folded in RESERVED_FOLDERS:
-                raise ValueError(f"the folder {ascii(folder)[:60]} is not a plain name, or is reserved")
-        if len(set(folders)) < len(folders) or len({c.label for c in self.classes}) < len(folders):
-            raise ValueError("two classes have the same label or folder")
+        check_classes(self.classes)
         if self.input.crop == "center" and self.input.resize < self.input.size:
             raise ValueError("a center crop needs a resize of at least the input size")
         if self.first_look is not None and self.first_look.size >= self.input.size:
@@ -186,6 +180,25 @@ class Manifest(_Part):
     def accuracy(self) -> float | None:
         """On the test photos, which nothing was chosen on; None if it was never measured."""
         return next((e.accuracy for e in self.evaluations if e.role == "test"), None)
+
+
+def check_classes(classes: Sequence[Class]) -> None:
+    """Make sure that each class has a folder of its own that the sorter can create and does not use itself.
+
+    Raises:
+        ValueError: what is wrong with them.
+    """
+    for folder in (c.folder for c in classes):
+        plain = re.fullmatch(r"[^/.][^/]*", folder) and folder.isprintable()
+        if not plain or len(os.fsencode(folder)) > _MAX_NAME_BYTES or is_reserved(folder):
+            raise ValueError(f"the folder {ascii(folder)[:60]} is not a plain name, or is reserved")
+    if min(len({_folded(c.folder) for c in classes}), len({c.label for c in classes})) < len(classes):
+        raise ValueError("two classes have the same label or folder")
+
+
+def is_reserved(folder: str) -> bool:
+    """Whether the sorter keeps a folder's name for photos of no class."""
+    return _folded(folder) in RESERVED_FOLDERS
 
 
 def _folded(folder: str) -> str:
