@@ -14,6 +14,8 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import openvino
@@ -27,12 +29,16 @@ from torch import nn
 from sorter.classifier import manifest as manifest_module
 from sorter.classifier import network
 from sorter.classifier.engine import open_engine
+from sorter.classifier.network import Classifier
 from sorter.errors import ConfigurationError
 from sorter.inbox.scan import Inbox
 from sorter.settings import Settings
 from trainer import arguments
 from trainer.cli import main
+from trainer.data.layouts import labels_of
+from trainer.data.pixels import read
 from trainer.fitting import fit, recipes, sources, weights
+from trainer.packaging import export, metrics
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch and NNCF warn about themselves
 
@@ -96,11 +102,30 @@ class Fitted:
         make_tree(self.data, {"unsure/1.jpg": tinted(RED, 3333), "failed/2.jpg": b"no photo"})
         self.model.mkdir()
         out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(self.model):
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            contextlib.chdir(self.model),
+            mock.patch.object(export, "networks", self._networks),
+        ):
             code = fit_model(self.data, Path(), *SMALL, "--tensorboard", str(self.events))
         assert code == 0, err.getvalue()
         self.out = out.getvalue()
         self.log = [json.loads(line) for line in err.getvalue().splitlines()]
+
+    def _networks(self, network: nn.Module, *arguments: Any) -> export.Networks:
+        """Keep what the 8-bit network was made of and compared with."""
+        described, calibration, logits = arguments[1], arguments[3], arguments[4]
+        pixels = np.stack([read(sample.path, described.preprocessing) for sample in calibration])
+        with torch.inference_mode():
+            classifier = Classifier(network, described.mean, described.std)
+            self.exact_logits = classifier(torch.from_numpy(pixels)).numpy()
+        self.logits, self.labels = logits, labels_of(calibration)
+        self.networks = _make_networks(network, *arguments)
+        return self.networks
+
+
+_make_networks = export.networks
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +190,34 @@ def test_a_fit_prints_and_writes_how_good_the_model_is(fitted: Fitted) -> None:
     card = (fitted.model / "README.md").read_text()
     assert "Classifies photos as cat or dog." in card
     assert ("The 8-bit network is used" in card) == (fitted.model / "openvino.xml").exists()
+
+
+def test_each_engine_has_the_temperature_of_the_network_that_it_runs(fitted: Fitted) -> None:
+    written = manifest_module.read(fitted.model)
+    assert written.temperature == metrics.fit_temperature(fitted.networks.logits, fitted.labels)
+    assert written.torch_temperature == metrics.fit_temperature(fitted.logits, fitted.labels)
+    assert np.abs(fitted.networks.logits - fitted.logits).max() > 0.001, "two networks, so that the test can fail"
+
+
+def test_the_8_bit_network_is_compared_with_one_of_32_bits_on_any_processor(fitted: Fitted) -> None:
+    assert np.abs(fitted.exact_logits - fitted.logits).max() < 1e-3
+
+
+def test_each_engine_is_measured_and_the_rates_that_few_photos_cannot_show_are_named(fitted: Fitted) -> None:
+    written = manifest_module.read(fitted.model)
+    assert [(e.engine, e.catch_neither, e.rates) for e in written.error_rates] == [
+        ("openvino", False, ()),
+        ("torch", False, ()),
+    ]
+    sentence = "no threshold for an error rate of 1.0% can be shown with 12 photos: at least 299 are needed"
+    assert sentence in fitted.out
+    assert sentence in (fitted.model / "report.html").read_text()
+
+
+def test_the_model_card_names_all_that_the_calibration_photos_were_used_for(fitted: Fitted) -> None:
+    card = (fitted.model / "README.md").read_text()
+    assert "| temperatures, 8 or 16 bits, thresholds for error rates |" in card
+    assert "| nothing was tuned on them |" in card
 
 
 def test_the_report_is_one_file_that_needs_no_other(fitted: Fitted) -> None:

@@ -53,8 +53,8 @@ def build(options: Options, reporter: Reporter) -> Manifest | None:
     describe = partial(describe_part, options.data, options.calibration, dataset)
     packed = package.write(options.output, fitted, described, dataset, describe, reporter)
     _write_tables(options.output, epochs, dataset.test, packed.tested, dataset.classes)
-    before = packed.calibration_error_before
-    page = report.page(packed.manifest, dataset, epochs, packed.tested, calibration_error_before=before)
+    errors = packed.calibration_errors
+    page = report.page(packed.manifest, dataset, epochs, packed.tested, calibration_errors=errors)
     (options.output / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
     (options.output / checkpoint.NAME).unlink(missing_ok=True)  # the model is complete
     return packed.manifest
@@ -104,8 +104,7 @@ def load(source: Path, calibration: Path | None, seed: int, workers: int, cache:
 def describe_part(data: Path, calibration: Path | None, dataset: Dataset, part: str) -> str:
     """Describe the photos of a part to the manifest's reader."""
     if part == "calibration" and calibration is not None:
-        photos = len(dataset.calibration)
-        return f"{calibration.name}, {photos} photos, on which the temperature and thresholds were chosen"
+        return calibration.resolve().name
     return f"the {part} part of {data.resolve().name} ({dataset.layout})"
 
 

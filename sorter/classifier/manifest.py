@@ -20,7 +20,7 @@ import stat
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -28,7 +28,8 @@ from sorter.decoding.images import Preprocessing
 from sorter.errors import ModelError
 from sorter.files.replaced import replaced
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Format 1 had one table of error rates, of OpenVINO without `--catch-neither`, and one temperature."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 OPENVINO_INT8 = ("openvino.xml", "openvino.bin")
@@ -49,6 +50,7 @@ def _printable(text: str) -> str:
 Printable = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+EngineName = Literal["openvino", "torch"]
 Channels = tuple[float, float, float]
 
 
@@ -96,7 +98,8 @@ class Evaluation(_Part):
 class Coverage(_Part):
     """The share of photos that can be sorted at some error rate.
 
-    Photos whose confidence reaches the threshold are wrong at most at that rate, as a 95 % upper confidence bound.
+    Photos like the calibration photos whose confidence reaches the threshold are wrong at most at that rate, as a 95 %
+    upper confidence bound.
     """
 
     error_rate: Probability
@@ -104,11 +107,29 @@ class Coverage(_Part):
     coverage: Probability
 
 
+class ErrorRates(_Part):
+    """The thresholds for one way of running the model; another way gives other confidences, and so needs its own.
+
+    Attributes:
+        catch_neither: whether photos that the outlier detector catches are left out.
+        rates: none if the photos support no rate.
+    """
+
+    engine: EngineName
+    catch_neither: bool
+    rates: tuple[Coverage, ...]
+
+
 class Int8(_Part):
-    """How often the 8-bit and the 32-bit network agree, on photos that neither was fitted on."""
+    """How often the 8-bit and the 32-bit network agree, on the calibration photos.
+
+    Attributes:
+        log_loss_increase: of the 8-bit network over the 32-bit one, each with its own temperature.
+    """
 
     photos: int = Field(gt=0)
     agreement: Probability
+    log_loss_increase: float | None = None
 
 
 class FirstLook(_Part):
@@ -118,7 +139,7 @@ class FirstLook(_Part):
         size: side of the network's input, pixels.
         temperature: for this size; the network is less confident about smaller pictures.
         threshold: the confidence from which the answer is final.
-        photos: how many it was measured on; nothing was fitted on them.
+        photos: the calibration photos, on which temperature and threshold were chosen.
         enough: the share of them for which the low-resolution pass was final.
         agreement: the share of them that get the same label as at full size.
     """
@@ -137,7 +158,7 @@ class Neither(_Part):
     Attributes:
         score: the Mahalanobis distance of the head's first hidden layer.
         threshold: the distance above which a photo counts as showing none of the classes.
-        photos: how many photos of the classes it was chosen on; nothing was fitted on them.
+        photos: how many photos of the classes it was chosen on; the detector was fitted on others.
         caught: the share of them that exceeds it, by mistake.
     """
 
@@ -148,7 +169,13 @@ class Neither(_Part):
 
 
 class Manifest(_Part):
-    """A model folder's description, field by field as in `manifest.json`."""
+    """A model folder's description, field by field as in `manifest.json`.
+
+    Attributes:
+        temperature: of the network that OpenVINO runs, at full size.
+        torch_temperature: of the network that PyTorch runs; None for the same one.
+        error_rates: one table for each way of running the model that was measured.
+    """
 
     format_version: int = Field(ge=1)
     name: Printable
@@ -157,13 +184,22 @@ class Manifest(_Part):
     classes: tuple[Class, ...] = Field(min_length=2, max_length=10_000)
     input: Input
     temperature: float = Field(gt=0)
+    torch_temperature: float | None = Field(default=None, gt=0)
     evaluations: tuple[Evaluation, ...] = ()
-    risk_coverage: tuple[Coverage, ...] = ()
+    error_rates: tuple[ErrorRates, ...] = ()
     int8: Int8 | None = None
     first_look: FirstLook | None = None
     neither: Neither | None = None
     training: Mapping[str, str | int | float] = {}
     files: Mapping[str, str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_format_1(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or "risk_coverage" not in content:
+            return content
+        table = {"engine": "openvino", "catch_neither": False, "rates": content["risk_coverage"]}
+        return {name: value for name, value in content.items() if name != "risk_coverage"} | {"error_rates": [table]}
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
@@ -175,6 +211,14 @@ class Manifest(_Part):
         if self.neither is not None and not self.head_hidden:
             raise ValueError("neither needs a head with a hidden layer")
         return self
+
+    def temperature_of(self, engine: EngineName) -> float:
+        """What an engine divides the logits of the full-size pass by."""
+        return self.torch_temperature or self.temperature if engine == "torch" else self.temperature
+
+    def rates_of(self, engine: EngineName, *, catch_neither: bool) -> tuple[Coverage, ...] | None:
+        """The thresholds for a way of running the model; None if it was not measured."""
+        return next((e.rates for e in self.error_rates if (e.engine, e.catch_neither) == (engine, catch_neither)), None)
 
     @property
     def accuracy(self) -> float | None:
