@@ -75,8 +75,8 @@ def test_each_engine_has_thresholds_of_its_own(shipped: Manifest) -> None:
         tables.append(ErrorRates.model_validate({"engine": way[0], "catch_neither": way[1], "rates": rates}))
     measured = with_rates(shipped, *tables)
     for (engine, caught), wanted in expected.items():
-        way: dict[str, Any] = {"engine": engine, "device": "cpu", "catch_neither": caught}
-        assert preflight.decided(Settings(max_error_rate=0.02, **way), measured).min_confidence == wanted
+        chosen: dict[str, Any] = {"engine": engine, "device": "cpu", "catch_neither": caught}
+        assert preflight.decided(Settings(max_error_rate=0.02, **chosen), measured).min_confidence == wanted
 
 
 def test_the_table_of_an_older_model_folder_is_openvino_s_without_catch_neither(shipped: Manifest) -> None:

@@ -222,7 +222,7 @@ class Manifest(_Part):
 
     @property
     def accuracy(self) -> float | None:
-        """On the test photos, which nothing was chosen on; None if it was never measured."""
+        """On the test photos, on which nothing was tuned; None if it was never measured."""
         return next((e.accuracy for e in self.evaluations if e.role == "test"), None)
 
 

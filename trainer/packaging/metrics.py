@@ -1,7 +1,7 @@
 """Figures of a classifier: accuracy, log-loss, calibration, and the thresholds for an error rate.
 
 In: probabilities float32 (N, C) or logits of the same shape, and labels (N,). Out: numbers. Temperature and thresholds
-are chosen on calibration photos; nothing is chosen on test photos.
+are chosen on calibration photos; nothing is tuned on test photos.
 """
 
 import math
