@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pictures import encoded, smooth
 
 from sorter.bench import parts, programs, report
 from sorter.errors import ConfigurationError
-from sorter.settings import Settings
+from sorter.settings import SHIPPED_MODEL, Settings
 
 
 def bench(*flags: str | Path, temporary: Path) -> "subprocess.CompletedProcess[str]":
@@ -44,8 +45,12 @@ def test_it_measures_copies_and_leaves_nothing_behind(photos: Path, tmp_path: Pa
     assert (found["photos"], found["distinct"], found["runs"], found["compared"]) == (24, 10, 2, 10)
     assert found["image_size"] == 144
     assert found["differing"] <= found["compared"]
-    for rate in ("decode", "classify", "move", "sorter", "plain_loop", "ratio", "start_seconds", "peak_mb"):
+    for rate in ("decode", "classify", "move", "sorter", "start_seconds", "peak_mb"):
         assert found[rate] > 0, rate
+    for loop in ("loader", "plain"):
+        assert found[f"{loop}_loop"] > 0
+        assert found[f"{loop}_ratio"] == pytest.approx(found["sorter"] / found[f"{loop}_loop"], rel=0.01)
+        assert len(found[f"{loop}_loop_runs"]) == 2
     assert read_tree(photos) == before
     assert list((tmp_path / "tmp").glob("sorter-*")) == []
 
@@ -59,11 +64,23 @@ def test_without_pytorch_the_plain_loop_is_skipped_with_a_sentence(
     before = read_tree(photos)
     found = report.measure(Settings(), photos, 12, 1, said.append)
     assert "skipping: the plain loop needs the extra 'gpu': run pip install '.[gpu]' in sorter's folder" in said
-    assert (found.photos, found.distinct, found.compared, found.plain_loop, found.ratio) == (12, 10, 0, None, None)
+    assert (found.photos, found.distinct, found.compared) == (12, 10, 0)
+    assert (found.loader_loop, found.loader_ratio, found.plain_loop, found.plain_ratio) == (None, None, None, None)
     assert min(found.decode, found.classify, found.move, found.sorter, found.start_seconds, found.peak_mb) > 0
-    assert "plain loop      not measured: it needs the extra 'gpu'" in report.as_text(found)
+    assert "plain loops     not measured: it needs the extra 'gpu'" in report.as_text(found)
     assert json.loads(report.as_json(found))["plain_loop_runs"] == []
+    with_loops = replace(found, loader_loop=50.0, loader_ratio=5.1, plain_loop=30.0, plain_ratio=8.5)
+    rows = [line.split() for line in report.as_text(with_loops).splitlines() if "times as fast" in line]
+    assert [row[:2] for row in rows] == [["data", "loader"], ["plain", "loop"]], "the faster loop comes first"
     assert read_tree(photos) == before
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_plain_loop_sorts_with_and_without_a_data_loader(workers: int, photos: Path, tmp_path: Path) -> None:
+    copies = make_tree(tmp_path, {path.name: path.read_bytes() for path in photos.glob("*.jpg")})
+    assert programs.plain_loop(SHIPPED_MODEL, copies, 4, workers) > 0
+    assert set(programs.folders(copies)) == {f"{n}.jpg" for n in range(10)}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])

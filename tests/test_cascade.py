@@ -144,13 +144,15 @@ def test_thresholds_above_the_cascade_s_are_measured_on_the_full_size_pass() -> 
     labels = np.zeros(2000, np.intp)
     look = FirstLook(size=96, temperature=1.0, threshold=0.97, photos=2000, enough=0.5, agreement=1.0)
     # At low resolution 1 % of the confident answers are wrong; at full size none of the most confident are.
-    quick = np.concatenate([answers_of(0.98, 1000, 10), answers_of(0.6, 1000, 100)])
+    quick = np.concatenate([answers_of(0.98, 1000, 10), answers_of(0.6, 1000, 60)])
     full = np.concatenate([answers_of(0.999, 1500, 0), answers_of(0.6, 500, 110)])
     table = {entry.error_rate: entry for entry in cascade.risk_coverage(quick, full, labels, look)}
     assert set(table) == {0.005, 0.01, 0.02, 0.05}
-    assert (table[0.01].threshold, table[0.01].coverage) == (0.999, 0.75)
+    assert table[0.01].threshold > 0.97
+    assert table[0.01].coverage == 0.75
     assert all(entry.threshold > 0.97 for rate, entry in table.items() if rate <= 0.02)
-    assert table[0.05].threshold == pytest.approx(0.6)
+    assert table[0.05].threshold <= 0.97
+    assert table[0.05].coverage == 1.0
 
 
 def test_a_threshold_of_the_full_size_pass_is_above_the_cascade_s() -> None:
@@ -159,7 +161,8 @@ def test_a_threshold_of_the_full_size_pass_is_above_the_cascade_s() -> None:
     full = answers_of(0.95, 2000, 0)
     full[:500] = answers_of(0.99, 500, 0)
     (first, *_) = cascade.risk_coverage(answers_of(0.99, 2000, 200), full, labels, look)
-    assert (first.threshold, first.coverage) == (0.9701, 0.25)
+    assert 0.97 < first.threshold <= 0.99
+    assert first.coverage == 0.25
 
 
 @pytest.mark.long
@@ -176,6 +179,9 @@ def test_a_fit_with_enough_calibration_photos_gives_a_model_with_a_cascade_and_a
     assert main(["fit", *given, "--num-workers", "0", "--output", str(tmp_path / "model")]) == 0
     written = manifests.read(tmp_path / "model")
     assert written.neither is not None
+    ways = [(table.engine, table.catch_neither) for table in written.error_rates]
+    assert ways == [("openvino", False), ("torch", False), ("openvino", True), ("torch", True)]
+    assert all(table.rates for table in written.error_rates)
     look = written.first_look
     assert look is not None
     assert look.size in (32, 48)

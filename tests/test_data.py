@@ -12,7 +12,7 @@ from conftest import make_tree
 from PIL import Image
 
 from sorter.errors import ConfigurationError
-from trainer.data import inspection, layouts, split
+from trainer.data import inspection, layouts, near_copies, split
 from trainer.data.layouts import Sample
 from trainer.data.split import Dataset
 
@@ -144,6 +144,47 @@ def test_copies_of_test_photos_are_left_out_of_training_and_listed(tmp_path: Pat
     assert not {"copy.jpg", "near.jpg"} & {s.path.name for s in all_samples(dataset)}
 
 
+def test_copies_of_validation_photos_are_left_out_of_training_and_listed(tmp_path: Path) -> None:
+    make_tree(tmp_path / "d", cats_and_dogs("train/{kind}s/{n}.jpg"))
+    make_tree(tmp_path / "d", cats_and_dogs("val/{kind}s/{n}.jpg", 5, first=500))
+    make_tree(tmp_path / "d", {"train/cats/near.jpg": picture(501, brightness=0.97, quality=70)})
+    dataset = load(tmp_path / "d", tmp_path / "c")
+    assert ("near.jpg", "1.jpg", "near") in {(d.path.name, d.of.name, d.kind) for d in dataset.duplicates}
+    assert "near.jpg" not in {s.path.name for s in all_samples(dataset)}
+    assert len(dataset.validation) == 10
+
+
+def test_photos_of_one_burst_are_drawn_into_one_part(tmp_path: Path) -> None:
+    for side, kind in enumerate(("cat", "dog")):
+        for burst in range(20):
+            shots = {
+                f"{kind}s/{burst}-{n}.jpg": picture(1000 * side + burst, brightness=1 - n / 50, quality=90 - n)
+                for n in range(4)
+            }
+            make_tree(tmp_path / "d", shots)
+    dataset = load(tmp_path / "d", tmp_path / "c")
+    parts: dict[str, set[str]] = {}
+    for sample in all_samples(dataset):
+        burst_name = f"{sample.label} {sample.path.name.split('-')[0]}"
+        parts.setdefault(burst_name, set()).add(sample.part)
+    assert {len(found) for found in parts.values()} == {1}
+    assert len(all_samples(dataset)) == 160, "no shot is left out as a copy of another part's"
+    for part in (dataset.validation, dataset.calibration, dataset.test):
+        assert [sum(s.label == label for s in part) for label in (0, 1)] == [8, 8]
+
+
+def test_a_burst_is_a_chain_of_photos_that_are_near_to_the_next() -> None:
+    chain = [0, 0b1111, 0b1111_1111, 0b1111 << 40, 0xFFFF_FFFF_FFFF_FFFF, 0]
+    groups = near_copies.groups(np.array(chain, np.uint64)).tolist()
+    assert len({groups[i] for i in (0, 1, 2, 3, 5)}) == 1
+    assert groups[4] != groups[0]
+    hashes = np.random.default_rng(0).integers(0, 2**63, 400).astype(np.uint64)
+    hashes[200:] = hashes[:200] ^ np.uint64(1 << 63 | 1 << 33 | 1 << 17 | 1)
+    found = near_copies.groups(hashes)
+    assert (found[200:] == found[:200]).all()
+    assert len(set(found.tolist())) == 200
+
+
 def test_many_photos_under_two_labels_are_refused(tmp_path: Path) -> None:
     make_tree(tmp_path / "d", cats_and_dogs("{kind}s/{n}.jpg"))
     make_tree(tmp_path / "d", {"cats/same.jpg": picture(9), "dogs/same.jpg": picture(9)})
@@ -241,3 +282,15 @@ def test_photos_are_inspected_in_processes_that_are_not_forks(tmp_path: Path) ->
     os.register_at_fork(before=lambda: forks.append(1))  # a fork of a process with threads may hang
     inspection.inspect_all([tmp_path / "a.jpg"], tmp_path / "cache", 1, lambda inspected, _: inspected)
     assert forks == []
+
+
+def test_a_sorted_output_is_a_dataset_without_its_unsure_failed_and_hidden_folders(tmp_path: Path) -> None:
+    root = make_tree(tmp_path / "d", cats_and_dogs("{kind}s/{n}.jpg"))
+    make_tree(root, {"unsure/1.jpg": picture(5001), "Failed/2.jpg": picture(5002), ".trash/3.jpg": picture(5003)})
+    found = layouts.find(root, tmp_path / "c")
+    assert [c.folder for c in found.classes] == ["cats", "dogs"]
+    assert found.reserved == ("Failed", "unsure")
+    make_tree(tmp_path / "split/train", cats_and_dogs("{kind}s/{n}.jpg"))
+    make_tree(tmp_path / "split/train", {"unsure/1.jpg": picture(5001)})
+    found = layouts.find(tmp_path / "split", tmp_path / "c")
+    assert ([c.folder for c in found.classes], found.reserved) == (["cats", "dogs"], ("unsure",))

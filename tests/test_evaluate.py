@@ -10,16 +10,22 @@ from pictures import encoded, smooth
 
 from sorter.classifier import manifest
 from sorter.classifier.manifest import Class
+from sorter.classifier.openvino_engine import OpenVinoEngine
 from sorter.errors import ConfigurationError
 from sorter.settings import SHIPPED_MODEL
 from trainer.cli import main
 from trainer.data.labelled import labelled_photos
-from trainer.data.layouts import Sample
+from trainer.data.layouts import Sample, labels_of
+from trainer.data.pixels import read
+from trainer.packaging import export
 from trainer.packaging.metrics import (
+    THRESHOLDS,
+    always,
     calibration_error,
     evaluation,
     fit_temperature,
     mistakes,
+    not_shown,
     risk_coverage,
     softmax,
     wilson,
@@ -169,10 +175,60 @@ def test_the_temperature_corrects_a_network_that_is_over_or_underconfident() -> 
         assert fit_temperature(logits, labels) == pytest.approx(sharpness, rel=0.05)
 
 
+def test_a_few_photos_that_are_all_right_do_not_make_every_answer_certain() -> None:
+    labels = np.arange(80) % 2
+    logits = np.random.default_rng(0).normal(3, 1, 80).clip(0.5).astype(np.float32)
+    temperature = fit_temperature(np.stack([np.zeros(80), np.where(labels == 1, logits, -logits)], 1), labels)
+    assert 0.6 < temperature < 1
+
+
+def test_a_threshold_that_is_tried_is_the_one_that_is_written() -> None:
+    logits, labels = uncertain(5000, 1.0)
+    answers = softmax(logits, 1.0)
+    table = risk_coverage(always(answers), labels)
+    assert table
+    for entry in table:
+        assert entry.threshold in THRESHOLDS
+        taken = answers.max(1).astype(np.float64) >= entry.threshold
+        assert taken.mean() == pytest.approx(entry.coverage, abs=1e-4)
+
+
+def test_photos_that_the_outlier_detector_catches_are_not_counted() -> None:
+    labels = np.zeros(1000, np.intp)
+    answers = np.tile(np.array([0.99, 0.01], np.float32), (1000, 1))
+    answers[:100] = answers[:100, ::-1]
+    assert risk_coverage(always(answers), labels) == ()
+    table = risk_coverage(always(answers), labels, np.arange(1000) >= 100)
+    assert {entry.coverage for entry in table} == {0.9}
+    assert len(table) == 4
+
+
+def test_too_few_photos_for_an_error_rate_are_told_how_many_are_needed() -> None:
+    assert not_shown((), 80)[1] == (
+        "no threshold for an error rate of 1.0% can be shown with 80 photos: at least 299 are needed, with no mistake "
+        "among them"
+    )
+    assert "too many of the confident answers are wrong" in not_shown((), 600)[0]
+
+
+def test_the_8_bit_network_is_refused_for_its_labels_and_for_its_confidences() -> None:
+    logits, labels = uncertain(500, 1.0)
+    same = export.compare(logits, logits, labels)
+    assert (same.agreement, same.log_loss_increase) == (1.0, 0.0)
+    assert export.is_good_enough(same)
+    other_labels = logits.copy()
+    other_labels[:10] = other_labels[:10, ::-1]
+    assert not export.is_good_enough(export.compare(other_labels, logits, labels))
+    blurred = np.stack([np.zeros(500), np.sign(logits[:, 1])], 1).astype(np.float32)  # each label, but no confidence
+    other_confidences = export.compare(blurred, logits, labels)
+    assert other_confidences.agreement == 1.0
+    assert not export.is_good_enough(other_confidences)
+
+
 def test_the_thresholds_keep_their_error_rates_on_new_photos() -> None:
     logits, labels = uncertain(40_000, 1.0)
     answers = softmax(logits, 1.0)
-    table = risk_coverage(answers[:20_000], labels[:20_000])
+    table = risk_coverage(always(answers[:20_000]), labels[:20_000])
     assert {entry.error_rate for entry in table} >= {0.01, 0.02, 0.05}
     fresh, theirs = answers[20_000:], labels[20_000:]
     for entry in table:
@@ -186,8 +242,8 @@ def test_the_thresholds_keep_their_error_rates_on_new_photos() -> None:
 def test_error_rates_that_the_photos_cannot_support_are_left_out() -> None:
     logits, labels = uncertain(100, 1.0)
     sure = np.stack([np.zeros(100), np.where(labels == 1, 9.0, -9.0)], 1).astype(np.float32)
-    assert [entry.error_rate for entry in risk_coverage(softmax(sure, 1.0), labels)] == [0.05]
-    assert risk_coverage(softmax(logits[:20], 1.0), labels[:20]) == ()
+    assert [entry.error_rate for entry in risk_coverage(always(softmax(sure, 1.0)), labels)] == [0.05]
+    assert risk_coverage(always(softmax(logits[:20], 1.0)), labels[:20]) == ()
 
 
 def test_evaluate_json_prints_one_json_object(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,6 +253,27 @@ def test_evaluate_json_prints_one_json_object(pictures: Path, capsys: pytest.Cap
     result = json.loads(out)
     assert (result["photos"], result["data"], result["role"]) == (7, f"all of {pictures.name} (classes)", "test")
     assert result["accuracy"] == pytest.approx(result["right"] / 7, abs=5e-5)
+
+
+def test_evaluate_compares_one_network_with_and_without_its_temperature(
+    pictures: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped, samples = manifest.read(SHIPPED_MODEL), labelled_photos(pictures, CLASSES)
+    assert shipped.first_look is not None
+    # In this copy of the shipped model the low-resolution pass is final for every photo.
+    quick = tmp_path_factory.mktemp("quick")
+    for file in SHIPPED_MODEL.iterdir():
+        (quick / file.name).symlink_to(file)
+    (quick / manifest.MANIFEST).unlink()
+    low = shipped.first_look.model_copy(update={"threshold": 0.0})
+    (quick / manifest.MANIFEST).write_text(shipped.model_copy(update={"first_look": low}).model_dump_json())
+    assert main(["evaluate", "--model", str(quick), "--data", str(pictures), "--device", "cpu", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    pixels = np.stack([read(sample.path, shipped.input.preprocessing) for sample in samples])
+    for temperature, name in ((1.0, "without_temperature"), (shipped.temperature, "full_size")):
+        engine = OpenVinoEngine(SHIPPED_MODEL, shipped.model_copy(update={"temperature": temperature}), 1.0)
+        expected = calibration_error(engine.classify(pixels), labels_of(samples))
+        assert result[f"calibration_error_{name}"] == pytest.approx(expected, abs=2e-3)
 
 
 def test_evaluate_says_how_many_were_right(pictures: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,8 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import openvino
@@ -27,12 +29,16 @@ from torch import nn
 from sorter.classifier import manifest as manifest_module
 from sorter.classifier import network
 from sorter.classifier.engine import open_engine
+from sorter.classifier.network import Classifier
 from sorter.errors import ConfigurationError
 from sorter.inbox.scan import Inbox
 from sorter.settings import Settings
 from trainer import arguments
 from trainer.cli import main
+from trainer.data.layouts import labels_of
+from trainer.data.pixels import read
 from trainer.fitting import fit, recipes, sources, weights
+from trainer.packaging import export, metrics
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch and NNCF warn about themselves
 
@@ -93,12 +99,33 @@ class Fitted:
         red_and_green(self.data, 60)
         (self.data / "cats/dangling.jpg").symlink_to("nowhere.jpg")
         (self.data / "cats" / os.fsdecode(b"caf\xe9\n.jpg")).write_bytes(b"no photo")
+        make_tree(self.data, {"unsure/1.jpg": tinted(RED, 3333), "failed/2.jpg": b"no photo"})
+        self.model.mkdir()
         out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = fit_model(self.data, self.model, *SMALL, "--tensorboard", str(self.events))
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            contextlib.chdir(self.model),
+            mock.patch.object(export, "networks", self._networks),
+        ):
+            code = fit_model(self.data, Path(), *SMALL, "--tensorboard", str(self.events))
         assert code == 0, err.getvalue()
         self.out = out.getvalue()
         self.log = [json.loads(line) for line in err.getvalue().splitlines()]
+
+    def _networks(self, network: nn.Module, *arguments: Any) -> export.Networks:
+        """Keep what the 8-bit network was made of and compared with."""
+        described, calibration, logits = arguments[1], arguments[3], arguments[4]
+        pixels = np.stack([read(sample.path, described.preprocessing) for sample in calibration])
+        with torch.inference_mode():
+            classifier = Classifier(network, described.mean, described.std)
+            self.exact_logits = classifier(torch.from_numpy(pixels)).numpy()
+        self.logits, self.labels = logits, labels_of(calibration)
+        self.networks = _make_networks(network, *arguments)
+        return self.networks
+
+
+_make_networks = export.networks
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +135,44 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
 
 def test_a_fitted_model_sorts_new_photos(fitted: Fitted, tmp_path: Path) -> None:
     assert set(sort(fitted.model, new_photos(tmp_path))) == {"cats/red.jpg", "dogs/green.jpg"}
+
+
+def test_a_model_in_the_current_folder_is_named_after_it(fitted: Fitted) -> None:
+    assert manifest_module.read(fitted.model).name == "colours"
+
+
+def test_the_sorter_s_own_folders_are_no_classes_and_are_skipped_with_a_sentence(fitted: Fitted) -> None:
+    assert [c.folder for c in manifest_module.read(fitted.model).classes] == ["cats", "dogs"]
+    said = [line["text"] for line in fitted.log if line["event"] == "note"]
+    for name in ("unsure", "failed"):
+        assert f"left out, the folder {name}: sorter keeps that name for photos of no class" in said
+
+
+@pytest.mark.parametrize(
+    ("names", "sentence"),
+    [
+        (("ca\nts", "dogs"), "cannot be a class"),
+        (("x" * 201, "dogs"), "cannot be a class"),
+        (("Birds", "birds"), "two classes have the same label or folder"),
+    ],
+)
+def test_classes_that_no_model_can_have_are_refused_before_anything_is_fitted(
+    names: tuple[str, ...],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("something was fitted")
+
+    monkeypatch.setattr(fit, "fit", never)
+    shift = {name: 1000 * i for i, name in enumerate(names)}
+    make_tree(tmp_path / "data", {f"{name}/{n}.jpg": tinted(RED, shift[name] + n) for name in names for n in range(40)})
+    assert fit_model(tmp_path / "data", tmp_path / "model", *SMALL) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("trainer: ")
+    assert sentence in last
 
 
 def test_a_fit_prints_and_writes_how_good_the_model_is(fitted: Fitted) -> None:
@@ -125,6 +190,34 @@ def test_a_fit_prints_and_writes_how_good_the_model_is(fitted: Fitted) -> None:
     card = (fitted.model / "README.md").read_text()
     assert "Classifies photos as cat or dog." in card
     assert ("The 8-bit network is used" in card) == (fitted.model / "openvino.xml").exists()
+
+
+def test_each_engine_has_the_temperature_of_the_network_that_it_runs(fitted: Fitted) -> None:
+    written = manifest_module.read(fitted.model)
+    assert written.temperature == metrics.fit_temperature(fitted.networks.logits, fitted.labels)
+    assert written.torch_temperature == metrics.fit_temperature(fitted.logits, fitted.labels)
+    assert np.abs(fitted.networks.logits - fitted.logits).max() > 0.001, "two networks, so that the test can fail"
+
+
+def test_the_8_bit_network_is_compared_with_one_of_32_bits_on_any_processor(fitted: Fitted) -> None:
+    assert np.abs(fitted.exact_logits - fitted.logits).max() < 1e-3
+
+
+def test_each_engine_is_measured_and_the_rates_that_few_photos_cannot_show_are_named(fitted: Fitted) -> None:
+    written = manifest_module.read(fitted.model)
+    assert [(e.engine, e.catch_neither, e.rates) for e in written.error_rates] == [
+        ("openvino", False, ()),
+        ("torch", False, ()),
+    ]
+    sentence = "no threshold for an error rate of 1.0% can be shown with 12 photos: at least 299 are needed"
+    assert sentence in fitted.out
+    assert sentence in (fitted.model / "report.html").read_text()
+
+
+def test_the_model_card_names_all_that_the_calibration_photos_were_used_for(fitted: Fitted) -> None:
+    card = (fitted.model / "README.md").read_text()
+    assert "| temperatures, 8 or 16 bits, thresholds for error rates |" in card
+    assert "| nothing was tuned on them |" in card
 
 
 def test_the_report_is_one_file_that_needs_no_other(fitted: Fitted) -> None:
@@ -389,7 +482,10 @@ def test_an_export_rebuilds_the_folder_with_an_8_bit_network(
     assert main([*export, "--data", str(fitted.data)]) == 0
     assert "agrees with the 32-bit one on" in capsys.readouterr().out
     before, after = manifest_module.read(fitted.model), manifest_module.read(tmp_path / "m")
-    assert after.int8 == before.int8
+    assert after.int8 is not None
+    assert before.int8 is not None
+    assert after.int8.agreement == before.int8.agreement
+    assert after.error_rates == before.error_rates
     assert after.files["weights.safetensors"] == before.files["weights.safetensors"]
 
 

@@ -23,7 +23,7 @@ import safetensors.numpy
 import structlog
 from conftest import make_tree, photo
 
-from sorter.classifier.manifest import MANIFEST, WEIGHTS, Class, Input, Manifest, digest_of, read, write
+from sorter.classifier.manifest import FORMAT_VERSION, MANIFEST, WEIGHTS, Class, Input, Manifest, digest_of, read, write
 from sorter.cli.main import main
 from sorter.errors import ModelError
 
@@ -260,7 +260,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing weights": (lambda m: (m / WEIGHTS).unlink(), "copy the whole folder again"),
     "a missing file beside them": (lambda m: (m / "openvino.bin").unlink(), "copy the whole folder again"),
     "a missing manifest": (lambda m: (m / MANIFEST).unlink(), "there is no model"),
-    "a newer format": (edited(lambda m: m.update(format_version=2)), "upgrade"),
+    "a newer format": (edited(lambda m: m.update(format_version=FORMAT_VERSION + 1)), "upgrade"),
     "a much newer format": (edited(lambda m: m.update(format_version=10**4200)), "upgrade"),
     "a manifest that is a folder": (in_place_of(MANIFEST, lambda p: p.mkdir()), "there is no model"),
     "a manifest that is a FIFO": (in_place_of(MANIFEST, os.mkfifo), "there is no model"),

@@ -11,6 +11,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from sorter.classifier.manifest import FORMAT_VERSION, MANIFEST, Class, Manifest
 from sorter.errors import ConfigurationError
 from sorter.files.replaced import unfinished
@@ -41,16 +43,18 @@ def build(options: Options, reporter: Reporter) -> Manifest | None:
         dataset = group.first_then_others(
             lambda: load(options.data, options.calibration, options.seed, options.workers, options.cache, own_reporter)
         )
+        draft = _described(options, dataset)
         fitted, epochs = fit.fit(options, dataset, device, group, own_reporter)
     if not group.is_first:
         return None
     reporter.close()
-    described = _described(options, dataset, len(epochs), round(time.monotonic() - started))
+    seconds = round(time.monotonic() - started)
+    described = draft.model_copy(update={"training": {**draft.training, "epochs": len(epochs), "seconds": seconds}})
     describe = partial(describe_part, options.data, options.calibration, dataset)
     packed = package.write(options.output, fitted, described, dataset, describe, reporter)
     _write_tables(options.output, epochs, dataset.test, packed.tested, dataset.classes)
-    before = packed.calibration_error_before
-    page = report.page(packed.manifest, dataset, epochs, packed.tested, calibration_error_before=before)
+    errors = packed.calibration_errors
+    page = report.page(packed.manifest, dataset, epochs, packed.tested, calibration_errors=errors)
     (options.output / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
     (options.output / checkpoint.NAME).unlink(missing_ok=True)  # the model is complete
     return packed.manifest
@@ -86,6 +90,8 @@ def load(source: Path, calibration: Path | None, seed: int, workers: int, cache:
     inspected = inspection.inspect_all(paths, cache, max(1, workers), reporter.tracker("inspecting photos"))
     dataset = split.divide(found, inspected, named, seed)
     reporter.say(split.describe(dataset))
+    for name in found.reserved:
+        reporter.say(f"left out, the folder {name}: sorter keeps that name for photos of no class")
     for path, reason in dataset.unreadable:
         reporter.say(f"left out, unreadable: {path} ({reason})")
     for duplicate in dataset.duplicates:
@@ -98,32 +104,40 @@ def load(source: Path, calibration: Path | None, seed: int, workers: int, cache:
 def describe_part(data: Path, calibration: Path | None, dataset: Dataset, part: str) -> str:
     """Describe the photos of a part to the manifest's reader."""
     if part == "calibration" and calibration is not None:
-        photos = len(dataset.calibration)
-        return f"{calibration.name}, {photos} photos, on which the temperature and thresholds were chosen"
-    return f"the {part} part of {data.name} ({dataset.layout})"
+        return calibration.resolve().name
+    return f"the {part} part of {data.resolve().name} ({dataset.layout})"
 
 
-def _described(options: Options, dataset: Dataset, epochs: int, seconds: int) -> Manifest:
-    """The manifest of a fitted network, before anything has been measured."""
-    return Manifest(
-        format_version=FORMAT_VERSION,
-        name=options.output.name,
-        architecture=options.architecture,
-        head_hidden=options.head_hidden,
-        classes=dataset.classes,
-        input=options.input,
-        temperature=1.0,
-        training={
-            "command": options.command,
-            "data": f"{options.data.name}, {split.describe(dataset)}",
-            "weights": Path(options.weights).name,
-            "recipe": options.recipe.name,
-            "epochs": epochs,
-            "seed": options.seed,
-            "seconds": seconds,
-        },
-        files={},
-    )
+def _described(options: Options, dataset: Dataset) -> Manifest:
+    """The manifest before anything is fitted or measured, so that an impossible one costs nobody a fit.
+
+    Raises:
+        ConfigurationError: the output folder's name cannot be the model's.
+    """
+    name = options.output.resolve().name
+    try:
+        return Manifest(
+            format_version=FORMAT_VERSION,
+            name=name,
+            architecture=options.architecture,
+            head_hidden=options.head_hidden,
+            classes=dataset.classes,
+            input=options.input,
+            temperature=1.0,
+            training={
+                "command": options.command,
+                "data": f"{options.data.resolve().name}, {split.describe(dataset)}",
+                "weights": Path(options.weights).name,
+                "recipe": options.recipe.name,
+                "seed": options.seed,
+            },
+            files={},
+        )
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigurationError(
+            f"{ascii(name)[:60]} cannot be the model's name ({reason}): give another --output"
+        ) from None
 
 
 def _write_tables(

@@ -73,7 +73,8 @@ def _fit(options: argparse.Namespace) -> ExitCode:
     low, high = test.accuracy_interval_95
     print(f"{test.right} of {test.photos} test photos right: {test.accuracy:.2%} ({low:.2%} to {high:.2%})")
     print(f"log-loss {test.log_loss:.4f}, temperature {written.temperature}")
-    _print_coverage(written.risk_coverage)
+    rates = written.rates_of("openvino", catch_neither=False) or ()
+    _print_coverage(rates, written.evaluations[0].photos)
     print(f"model folder {options.output}, report {options.output / 'report.html'}")
     print(f"try it: sorter run --once --model {shlex.quote(str(options.output))} --inbox DIR")
     return ExitCode.DONE
@@ -122,28 +123,34 @@ def _cache() -> Path:
 
 def _evaluate(options: argparse.Namespace) -> ExitCode:
     model = manifest.read(options.model)
+    from sorter.classifier.engine import choose
     from trainer.data.labelled import dataset_photos
     from trainer.data.layouts import labels_of
     from trainer.packaging import cascade, evaluate, metrics
 
     data, samples = dataset_photos(options.data, model.classes, _cache())
+    engine = choose(options.model, model, "auto", options.device)
+    low = model.first_look if engine == "openvino" else None
     readable, answers = _classify(options, model, samples)
     result = metrics.evaluation(answers, readable, data=data, role="test")
     labels = labels_of(readable)
-    untempered = metrics.softmax(metrics.log(answers), 1 / model.temperature)
-    error_before = metrics.calibration_error(untempered, labels)
-    full = _classify(options, model, readable, min_confidence=1.0)[1] if model.first_look else answers
-    coverage = cascade.risk_coverage(answers, full, labels, model.first_look)
+    # Of the full-size pass, because the low-resolution pass has a temperature of its own.
+    full = _classify(options, model, readable, min_confidence=1.0)[1] if low else answers
+    untempered = metrics.softmax(metrics.log(full), 1 / model.temperature_of(engine))
+    before, after = (metrics.calibration_error(each, labels) for each in (untempered, full))
+    coverage = cascade.risk_coverage(answers, full, labels, low)
     if options.csv is not None:
         evaluate.write_answers(options.csv, readable, answers, model.classes)
     if options.json:
         entries = [entry.model_dump() for entry in coverage]
-        extra = {"calibration_error_without_temperature": error_before, "risk_coverage": entries}
+        errors = {"calibration_error_full_size": after, "calibration_error_without_temperature": before}
+        extra = {**errors, "risk_coverage": entries}
         print(json.dumps({**result.model_dump(), **extra}))
         return ExitCode.DONE
     _print_evaluation(result, model)
-    print(f"calibration error {error_before:.4f} without the temperature, {result.calibration_error:.4f} with it")
-    _print_coverage(coverage)
+    print(f"calibration error {result.calibration_error:.4f}")
+    print(f"  of the full-size pass alone: {before:.4f} without its temperature, {after:.4f} with it")
+    _print_coverage(coverage, result.photos)
     for sample, called, confidence in list(metrics.mistakes(answers, readable))[:10]:
         path = str(sample.path).encode(errors="backslashreplace").decode()
         print(f"  classified as {model.classes[called].label} with {confidence:.1%} confidence: {path}")
@@ -159,10 +166,14 @@ def _print_evaluation(result: "Evaluation", model: manifest.Manifest) -> None:
         print(f"  {sum(row)} photos of {true.label}: {called}")
 
 
-def _print_coverage(coverage: Sequence[manifest.Coverage]) -> None:
+def _print_coverage(coverage: Sequence[manifest.Coverage], photos: int) -> None:
+    from trainer.packaging import metrics
+
     for entry in coverage:
         share = f"{entry.coverage:.0%} of the photos can be sorted"
-        print(f"at an error rate of {entry.error_rate:.1%}, {share} (--min-confidence {entry.threshold})")
+        print(f"at an error rate of {entry.error_rate:.1%}, {share} (--min-confidence {entry.threshold:g})")
+    for sentence in metrics.not_shown(coverage, photos):
+        print(sentence)
 
 
 def _predict(options: argparse.Namespace) -> ExitCode:

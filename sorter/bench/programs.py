@@ -77,17 +77,23 @@ def sort(inbox: Path, flags: Sequence[str], log: Path) -> Sorted:
 
 
 def has_torch() -> bool:
-    """True if the plain loop can run."""
+    """True if the plain loops can run."""
     return all(importlib.util.find_spec(name) is not None for name in ("torch", "torchvision"))
 
 
-def plain_loop(model: Path, folder: Path, batch_size: int) -> float:
+def plain_loop(model: Path, folder: Path, batch_size: int, workers: int) -> float:
     """Sort a folder with the plain loop, in photos per second without the start.
+
+    Args:
+        model: the model folder.
+        folder: of the photos.
+        batch_size: photos that are classified together.
+        workers: processes of the data loader; 0 decodes in the loop's own process.
 
     Raises:
         SorterError: the loop failed.
     """
-    command = [sys.executable, str(_PLAIN_LOOP), str(model), str(folder), str(batch_size)]
+    command = [sys.executable, str(_PLAIN_LOOP), str(model), str(folder), str(batch_size), str(workers)]
     done = subprocess.run(command, capture_output=True, text=True, env=_environment(), check=False)
     if done.returncode:
         raise SorterError(f"the plain loop failed: {(done.stderr.strip().splitlines() or ['without a message'])[-1]}")

@@ -31,7 +31,10 @@ class Report:
         distinct: photos that are not copies of another.
         of_what_the_parts_allow: `sorter` as a share of 1 / (1 / classify + 1 / decode), the most that CPU cores doing
             both can reach; None on a GPU.
-        plain_loop, ratio: None if PyTorch is not installed; `compared` and `differing` are 0 then.
+        loader_loop: a plain loop whose photos are decoded by a data loader, in one process for each CPU core.
+        plain_loop: the same loop in a single process.
+        loader_ratio, plain_ratio: how many times as fast the sorter is. These and the loops are None if PyTorch is not
+            installed; `compared` and `differing` are 0 then.
         differing: of the compared photos, those that the plain loop sorted into another folder.
     """
 
@@ -47,13 +50,16 @@ class Report:
     move: float
     sorter: float
     of_what_the_parts_allow: float | None
+    loader_loop: float | None
+    loader_ratio: float | None
     plain_loop: float | None
-    ratio: float | None
+    plain_ratio: float | None
     compared: int
     differing: int
     start_seconds: float
     peak_mb: float
     sorter_runs: tuple[float, ...]
+    loader_loop_runs: tuple[float, ...]
     plain_loop_runs: tuple[float, ...]
 
 
@@ -62,9 +68,9 @@ class _Setup:
     """What every run measures with.
 
     Attributes:
-        work: a temporary folder; `all` in it has `count` copies, `some` has those that the plain loop sorts.
+        work: a temporary folder; `all` in it has `count` copies, `some` has those that the plain loops sort.
         pixels: decoded photos, uint8 (N, S, S, 3).
-        compared: the number of photos in `some`; 0 without the plain loop.
+        compared: the number of photos in `some`; 0 without the plain loops.
     """
 
     settings: Settings
@@ -79,12 +85,13 @@ class _Setup:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What one run measured, in photos per second."""
+    """What one run measured, in photos per second; the loops are None without PyTorch."""
 
     sorted: Sorted
     decode: float
     classify: float
     move: float
+    loader_loop: float | None
     plain_loop: float | None
     differing: int
 
@@ -132,7 +139,11 @@ def _prepare(settings: Settings, source: Path | None, count: int, work: Path, sa
 def _measure_once(setup: _Setup) -> _Run:
     """Measure each part and program once; afterwards the copies are where they were."""
     settings, work = setup.settings, setup.work
-    plain_loop, expected = _sort_plainly(setup) if setup.compared else (None, {})
+    loader_loop = plain_loop = None
+    expected: dict[str, str] = {}
+    if setup.compared:
+        loader_loop, _ = _sort_plainly(setup, workers=available_cpus())
+        plain_loop, expected = _sort_plainly(setup, workers=0)
     flags = ["--model", str(settings.model.absolute()), "--engine", settings.engine, "--device", settings.device]
     flags += ["--batch-size", str(settings.batch_size)]
     result = programs.sort(work / "all", flags, work / "log")
@@ -144,13 +155,13 @@ def _measure_once(setup: _Setup) -> _Run:
     photos.gather(work / "moved", work / "all")
     (work / "back").rmdir()
     differing = sum(found.get(photo) != folder for photo, folder in expected.items())
-    return _Run(result, decode, classify, move, plain_loop, differing)
+    return _Run(result, decode, classify, move, loader_loop, plain_loop, differing)
 
 
-def _sort_plainly(setup: _Setup) -> tuple[float, dict[str, str]]:
-    """The plain loop's photos per second, and the folder that it chose for each photo."""
+def _sort_plainly(setup: _Setup, workers: int) -> tuple[float, dict[str, str]]:
+    """A plain loop's photos per second, and the folder that it chose for each photo."""
     some, back = setup.work / "some", setup.work / "back"
-    rate = programs.plain_loop(setup.settings.model.absolute(), some, setup.settings.batch_size)
+    rate = programs.plain_loop(setup.settings.model.absolute(), some, setup.settings.batch_size, workers)
     chosen = programs.folders(some)
     photos.gather(some, back)
     back.rename(some)
@@ -163,7 +174,9 @@ def _report(setup: _Setup, runs: Sequence[_Run]) -> Report:
         for rates in zip(*((run.sorted.rate, run.classify, run.decode, run.move) for run in runs), strict=True)
     )
     plain_loop_runs = tuple(run.plain_loop for run in runs if run.plain_loop is not None)
+    loader_loop_runs = tuple(run.loader_loop for run in runs if run.loader_loop is not None)
     plain_loop = statistics.median(plain_loop_runs) if plain_loop_runs else None
+    loader_loop = statistics.median(loader_loop_runs) if loader_loop_runs else None
     engine = setup.engine
     return Report(
         photos=setup.count,
@@ -178,13 +191,16 @@ def _report(setup: _Setup, runs: Sequence[_Run]) -> Report:
         move=move,
         sorter=sorter,
         of_what_the_parts_allow=sorter * (1 / classify + 1 / decode) if engine.device == "cpu" else None,
+        loader_loop=loader_loop,
+        loader_ratio=None if loader_loop is None else sorter / loader_loop,
         plain_loop=plain_loop,
-        ratio=None if plain_loop is None else sorter / plain_loop,
+        plain_ratio=None if plain_loop is None else sorter / plain_loop,
         compared=setup.compared,
         differing=runs[-1].differing,
         start_seconds=statistics.median(run.sorted.start_seconds for run in runs),
         peak_mb=max(run.sorted.peak_mb for run in runs),
         sorter_runs=tuple(run.sorted.rate for run in runs),
+        loader_loop_runs=loader_loop_runs,
         plain_loop_runs=plain_loop_runs,
     )
 
@@ -192,7 +208,7 @@ def _report(setup: _Setup, runs: Sequence[_Run]) -> Report:
 def as_json(report: Report) -> str:
     """A report as one line of JSON."""
     rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(report).items()}
-    for runs in ("sorter_runs", "plain_loop_runs"):
+    for runs in ("sorter_runs", "loader_loop_runs", "plain_loop_runs"):
         rounded[runs] = [round(value, 3) for value in getattr(report, runs)]
     return json.dumps(rounded)
 
@@ -206,10 +222,15 @@ def as_text(report: Report) -> str:
         ("mover alone", _rate(report.move)),
         ("sorter", _rate(report.sorter) + (f"   {share:.0%} of what decoder and engine allow" if share else "")),
     ]
-    if report.plain_loop is None:
-        rows.append(("plain loop", f"not measured: {extras.hint('it', 'gpu')}"))
+    if report.loader_loop is None or report.plain_loop is None:
+        rows.append(("plain loops", f"not measured: {extras.hint('it', 'gpu')}"))
     else:
-        rows.append(("plain loop", f"{_rate(report.plain_loop)}   sorter is {report.ratio:.1f} times as fast"))
+        loops = (
+            ("data loader", report.loader_loop, report.loader_ratio, f"with {report.processors} workers"),
+            ("plain loop", report.plain_loop, report.plain_ratio, "in one process"),
+        )
+        for name, rate, ratio, how in loops:
+            rows.append((name, f"{_rate(rate)}   a plain loop {how}: sorter is {ratio:.1f} times as fast"))
         rows.append(("other labels", f"{report.differing:8} of {report.compared}"))
     rows += [
         ("peak memory", f"{report.peak_mb:8.0f} MB"),

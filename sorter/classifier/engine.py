@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from sorter import extras
 from sorter.classifier import outliers
-from sorter.classifier.manifest import Manifest
+from sorter.classifier.manifest import EngineName, Manifest
 from sorter.classifier.outliers import OutlierDetector
 from sorter.errors import ConfigurationError, ModelError, NotNowError, SorterError
 
@@ -181,16 +181,12 @@ def _may_have_gpu() -> bool:
     return sys.platform == "darwin" or any(map(os.path.exists, GPU_FILES))
 
 
-def _open(
-    folder: Path,
-    manifest: Manifest,
-    engine: str,
-    device: str,
-    batch_size: int,
-    min_confidence: float,
-    detector: OutlierDetector | None,
-) -> Engine:
-    # Each engine is imported only where it runs: importing torch takes seconds, and it may not be installed.
+def choose(folder: Path, manifest: Manifest, engine: str, device: str) -> EngineName:
+    """Which engine runs a model with these settings.
+
+    Raises:
+        ConfigurationError: the device does not exist, or the engine cannot run on it or is not installed.
+    """
     from sorter.classifier import openvino_engine
 
     has_network = openvino_engine.network_files(manifest) is not None
@@ -201,14 +197,33 @@ def _open(
             f"the model in {folder} has no OpenVINO network: make one with trainer export, or use --engine torch"
         )
     if has_network and _prefers_openvino(engine, device):
-        return openvino_engine.OpenVinoEngine(folder, manifest, min_confidence, detector)
+        return "openvino"
     if not _has_torch():
         raise ConfigurationError(_torch_is_missing(folder, engine, device, has_network=has_network))
+    from sorter.classifier.torch_engine import choose_device
+
+    # Without a GPU that PyTorch can use, whatever the drivers say, OpenVINO is faster.
+    on_cpu = choose_device(device).type == "cpu"
+    return "openvino" if has_network and engine == "auto" and on_cpu else "torch"
+
+
+def _open(
+    folder: Path,
+    manifest: Manifest,
+    engine: str,
+    device: str,
+    batch_size: int,
+    min_confidence: float,
+    detector: OutlierDetector | None,
+) -> Engine:
+    # Each engine is imported only where it runs: importing torch takes seconds, and it may not be installed.
+    if choose(folder, manifest, engine, device) == "openvino":
+        from sorter.classifier import openvino_engine
+
+        return openvino_engine.OpenVinoEngine(folder, manifest, min_confidence, detector)
     from sorter.classifier.torch_engine import TorchEngine, choose_device
 
     chosen = choose_device(device)
-    if has_network and engine == "auto" and chosen.type == "cpu":  # a driver, but no GPU that PyTorch can use
-        return openvino_engine.OpenVinoEngine(folder, manifest, min_confidence, detector)
     try:
         return TorchEngine(folder, manifest, chosen, batch_size, detector)
     except SorterError:

@@ -18,10 +18,10 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -30,7 +30,8 @@ from sorter.errors import ModelError
 from sorter.files import FAILED, UNSURE
 from sorter.files.replaced import replaced
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Format 1 had one table of error rates, of OpenVINO without `--catch-neither`, and one temperature."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 OPENVINO_INT8 = ("openvino.xml", "openvino.bin")
@@ -51,6 +52,7 @@ def _printable(text: str) -> str:
 Printable = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
 Positive = Annotated[float, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+EngineName = Literal["openvino", "torch"]
 Channels = tuple[float, float, float]
 
 
@@ -98,7 +100,8 @@ class Evaluation(_Part):
 class Coverage(_Part):
     """The share of photos that can be sorted at some error rate.
 
-    Photos whose confidence reaches the threshold are wrong at most at that rate, as a 95 % upper confidence bound.
+    Photos like the calibration photos whose confidence reaches the threshold are wrong at most at that rate, as a 95 %
+    upper confidence bound.
     """
 
     error_rate: Probability
@@ -106,11 +109,29 @@ class Coverage(_Part):
     coverage: Probability
 
 
+class ErrorRates(_Part):
+    """The thresholds for one way of running the model; another way gives other confidences, and so needs its own.
+
+    Attributes:
+        catch_neither: whether photos that the outlier detector catches are left out.
+        rates: none if the photos support no rate.
+    """
+
+    engine: EngineName
+    catch_neither: bool
+    rates: tuple[Coverage, ...]
+
+
 class Int8(_Part):
-    """How often the 8-bit and the 32-bit network agree, on photos that neither was fitted on."""
+    """How often the 8-bit and the 32-bit network agree, on the calibration photos.
+
+    Attributes:
+        log_loss_increase: of the 8-bit network over the 32-bit one, each with its own temperature.
+    """
 
     photos: int = Field(gt=0)
     agreement: Probability
+    log_loss_increase: float | None = None
 
 
 class FirstLook(_Part):
@@ -120,7 +141,7 @@ class FirstLook(_Part):
         size: side of the network's input, pixels.
         temperature: for this size; the network is less confident about smaller pictures.
         threshold: the confidence from which the answer is final.
-        photos: how many it was measured on; nothing was fitted on them.
+        photos: the calibration photos, on which temperature and threshold were chosen.
         enough: the share of them for which the low-resolution pass was final.
         agreement: the share of them that get the same label as at full size.
     """
@@ -139,7 +160,7 @@ class Neither(_Part):
     Attributes:
         score: the Mahalanobis distance of the head's first hidden layer.
         threshold: the distance above which a photo counts as showing none of the classes.
-        photos: how many photos of the classes it was chosen on; nothing was fitted on them.
+        photos: how many photos of the classes it was chosen on; the detector was fitted on others.
         caught: the share of them that exceeds it, by mistake.
     """
 
@@ -150,7 +171,13 @@ class Neither(_Part):
 
 
 class Manifest(_Part):
-    """A model folder's description, field by field as in `manifest.json`."""
+    """A model folder's description, field by field as in `manifest.json`.
+
+    Attributes:
+        temperature: of the network that OpenVINO runs, at full size.
+        torch_temperature: of the network that PyTorch runs; None for the same one.
+        error_rates: one table for each way of running the model that was measured.
+    """
 
     format_version: int = Field(ge=1)
     name: Printable
@@ -159,23 +186,26 @@ class Manifest(_Part):
     classes: tuple[Class, ...] = Field(min_length=2, max_length=10_000)
     input: Input
     temperature: float = Field(gt=0)
+    torch_temperature: float | None = Field(default=None, gt=0)
     evaluations: tuple[Evaluation, ...] = ()
-    risk_coverage: tuple[Coverage, ...] = ()
+    error_rates: tuple[ErrorRates, ...] = ()
     int8: Int8 | None = None
     first_look: FirstLook | None = None
     neither: Neither | None = None
     training: Mapping[str, str | int | float] = {}
     files: Mapping[str, str]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_format_1(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or "risk_coverage" not in content:
+            return content
+        table = {"engine": "openvino", "catch_neither": False, "rates": content["risk_coverage"]}
+        return {name: value for name, value in content.items() if name != "risk_coverage"} | {"error_rates": [table]}
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
-        folders = [_folded(c.folder) for c in self.classes]
-        for folder, folded in zip((c.folder for c in self.classes), folders, strict=True):
-            plain = re.fullmatch(r"[^/.][^/]*", folder) and folder.isprintable()
-            if not plain or len(os.fsencode(folder)) > _MAX_NAME_BYTES or folded in _RESERVED_FOLDERS:
-                raise ValueError(f"the folder {ascii(folder)[:60]} is not a plain name, or is reserved")
-        if len(set(folders)) < len(folders) or len({c.label for c in self.classes}) < len(folders):
-            raise ValueError("two classes have the same label or folder")
+        check_classes(self.classes)
         if self.input.crop == "center" and self.input.resize < self.input.size:
             raise ValueError("a center crop needs a resize of at least the input size")
         if self.first_look is not None and self.first_look.size >= self.input.size:
@@ -184,10 +214,37 @@ class Manifest(_Part):
             raise ValueError("the outlier detector needs a head with a hidden layer")
         return self
 
+    def temperature_of(self, engine: EngineName) -> float:
+        """What an engine divides the logits of the full-size pass by."""
+        return self.torch_temperature or self.temperature if engine == "torch" else self.temperature
+
+    def rates_of(self, engine: EngineName, *, catch_neither: bool) -> tuple[Coverage, ...] | None:
+        """The thresholds for a way of running the model; None if it was not measured."""
+        return next((e.rates for e in self.error_rates if (e.engine, e.catch_neither) == (engine, catch_neither)), None)
+
     @property
     def accuracy(self) -> float | None:
-        """On the test photos, which nothing was chosen on; None if it was never measured."""
+        """On the test photos, on which nothing was tuned; None if it was never measured."""
         return next((e.accuracy for e in self.evaluations if e.role == "test"), None)
+
+
+def check_classes(classes: Sequence[Class]) -> None:
+    """Make sure that each class has a folder of its own that the sorter can create and does not use itself.
+
+    Raises:
+        ValueError: what is wrong with them.
+    """
+    for folder in (c.folder for c in classes):
+        plain = re.fullmatch(r"[^/.][^/]*", folder) and folder.isprintable()
+        if not plain or len(os.fsencode(folder)) > _MAX_NAME_BYTES or is_reserved(folder):
+            raise ValueError(f"the folder {ascii(folder)[:60]} is not a plain name, or is reserved")
+    if min(len({_folded(c.folder) for c in classes}), len({c.label for c in classes})) < len(classes):
+        raise ValueError("two classes have the same label or folder")
+
+
+def is_reserved(folder: str) -> bool:
+    """Whether the sorter keeps a folder's name for photos of no class."""
+    return _folded(folder) in _RESERVED_FOLDERS
 
 
 def _folded(folder: str) -> str:

@@ -70,7 +70,7 @@ class TorchEngine:
         folded = network.fold_batch_norm(loaded)
         resident = folded.to(device, dtype).to(memory_format=torch.channels_last)
         self._classifier = network.Classifier(resident, manifest.input.mean, manifest.input.std).to(device)
-        self._temperature = manifest.temperature
+        self._temperature = manifest.temperature_of("torch")
         self._launching = threading.Lock()
         self._slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         with self._on_device():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sorter import extras
 from sorter.classifier import manifest as manifests
-from sorter.classifier.manifest import Manifest
+from sorter.classifier.manifest import Coverage, Manifest
 from sorter.errors import ConfigurationError, NotNowError
 from sorter.files import FAILED, FOLDER, UNSURE
 from sorter.history.reader import HistoryReader
@@ -110,13 +110,40 @@ def decided(settings: Settings, manifest: Manifest) -> Settings:
         return settings
     if settings.min_confidence:
         raise ConfigurationError("--max-error-rate and --min-confidence both set the threshold: use only one of them")
-    kept = [entry for entry in manifest.risk_coverage if entry.error_rate <= rate]
+    rates = _measured_rates(settings, manifest)
+    kept = [entry for entry in rates if entry.error_rate <= rate]
     if not kept:
-        best = min((entry.error_rate for entry in manifest.risk_coverage), default=None)
-        problem = "has no measured error rates" if best is None else f"keeps an error rate of {best:g} at best"
+        best = min((entry.error_rate for entry in rates), default=None)
+        problem = "was shown to keep no error rate" if best is None else f"keeps an error rate of {best:g} at best"
         raise ConfigurationError(f"the model {manifest.name} {problem}: raise or omit --max-error-rate {rate:g}")
     chosen = max(kept, key=lambda entry: entry.coverage)
     return settings.model_copy(update={"min_confidence": chosen.threshold})
+
+
+def _measured_rates(settings: Settings, manifest: Manifest) -> tuple[Coverage, ...]:
+    """The thresholds for the way the model will run.
+
+    Raises:
+        ConfigurationError: they were not measured.
+    """
+    from sorter.classifier import engine  # imports libraries that take a while
+
+    chosen = engine.choose(settings.model, manifest, settings.engine, settings.device)
+    rates = manifest.rates_of(chosen, catch_neither=settings.catch_neither)
+    if rates is not None:
+        return rates
+    way = "PyTorch" if chosen == "torch" else "OpenVINO"
+    remedies = ["omit --max-error-rate"]
+    if settings.catch_neither:
+        way += " and --catch-neither"
+        if manifest.rates_of(chosen, catch_neither=False) is not None:
+            remedies.insert(0, "drop --catch-neither")
+    if chosen == "torch" and manifest.rates_of("openvino", catch_neither=settings.catch_neither) is not None:
+        remedies.insert(0, "use --engine openvino --device cpu")
+    raise ConfigurationError(
+        f"the error rates of the model {manifest.name} were not measured with {way}: {', '.join(remedies)}, or "
+        "recreate the model folder with trainer export"
+    )
 
 
 def open_engine(settings: Settings, manifest: Manifest) -> "Engine":
@@ -124,10 +151,11 @@ def open_engine(settings: Settings, manifest: Manifest) -> "Engine":
 
     Raises:
         ConfigurationError, ModelError: the device does not exist, or the weights cannot be used.
+        NotNowError: the GPU cannot be used at present, and `--max-error-rate` was resolved for it.
     """
     from sorter.classifier import engine  # imports libraries that take a while
 
-    return engine.open_engine(
+    opened = engine.open_engine(
         settings.model,
         manifest,
         settings.engine,
@@ -136,6 +164,10 @@ def open_engine(settings: Settings, manifest: Manifest) -> "Engine":
         settings.min_confidence,
         catch_neither=settings.catch_neither,
     )
+    chosen = engine.choose(settings.model, manifest, settings.engine, settings.device)
+    if settings.max_error_rate is not None and opened.name != chosen:
+        raise NotNowError(f"--max-error-rate stands for another threshold there: {opened.unused_gpu}")
+    return opened
 
 
 def check_folders(settings: Settings, manifest: Manifest) -> None:
@@ -147,7 +179,7 @@ def check_folders(settings: Settings, manifest: Manifest) -> None:
     """
     if not inbox_exists(settings):
         raise NotNowError(
-            f"the inbox folder '{settings.inbox}' does not exist: create or mount it, or use another folder with --inbox"
+            f"the inbox folder '{settings.inbox}' does not exist: create or mount it, or use another with --inbox"
         )
     try:
         _check_folders(settings, manifest)

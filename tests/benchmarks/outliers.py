@@ -138,7 +138,8 @@ def auroc(known: Floats, others: Floats) -> float:
 
 def print_confidence(model: Path, described: Manifest, groups: dict[str, list[Path]]) -> None:
     """Print how confidently the sorter classifies each group, and the share that each setting catches."""
-    rate = next(entry for entry in described.risk_coverage if entry.error_rate == 0.01)
+    rates = described.rates_of("openvino", catch_neither=False) or ()
+    rate = next(entry for entry in rates if entry.error_rate == 0.01)
     assert described.neither is not None, "the model has no outlier detector"
     usual = open_engine(model, described, "openvino", "cpu", evaluate.BATCH)
     careful = open_engine(model, described, "openvino", "cpu", evaluate.BATCH, rate.threshold)

@@ -64,13 +64,13 @@ def dataset_photos(data: Path, classes: Sequence[Class], cache: Path) -> tuple[s
         ConfigurationError: there is no labelled photo, or a class that the model does not know.
     """
     if data.suffix.lower() == ".csv" or (data / "labels.csv").is_file():
-        return data.name, labelled_photos(data, classes)
+        return data.resolve().name, labelled_photos(data, classes)
     try:
         found = find(data, cache)
     except ConfigurationError:
         if not data.is_dir():
             raise
-        return data.name, labelled_photos(data, classes)
+        return data.resolve().name, labelled_photos(data, classes)
     index = index_of(classes)
     unknown = [c.label for c in found.classes if c.label.lower() not in index]
     if unknown:
@@ -80,7 +80,7 @@ def dataset_photos(data: Path, classes: Sequence[Class], cache: Path) -> tuple[s
         )
     samples = [Sample(s.path, index[found.classes[s.label].label.lower()], s.part) for s in found.samples]
     test = [sample for sample in samples if sample.part == "test"]
-    return f"{'the test part' if test else 'all'} of {data.name} ({found.layout})", test or samples
+    return f"{'the test part' if test else 'all'} of {data.resolve().name} ({found.layout})", test or samples
 
 
 def unlabelled_photos(data: Path) -> list[Sample]:

@@ -19,8 +19,9 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
-from sorter.classifier.manifest import Class
+from sorter.classifier.manifest import Class, check_classes, is_reserved
 from sorter.decoding.formats import EXTENSIONS
 from sorter.errors import ConfigurationError
 
@@ -52,11 +53,16 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The photos of a dataset, before any is opened."""
+    """The photos of a dataset, before any is opened.
+
+    Attributes:
+        reserved: folders that are left out, because the sorter keeps their names for photos of no class.
+    """
 
     layout: str
     classes: tuple[Class, ...]
     samples: tuple[Sample, ...]
+    reserved: tuple[str, ...] = ()
 
 
 def find(data: Path, cache: Path) -> Found:
@@ -67,7 +73,7 @@ def find(data: Path, cache: Path) -> Found:
         cache: where zips are unpacked, once.
 
     Raises:
-        ConfigurationError: no layout matches, or there is only one class.
+        ConfigurationError: no layout matches, there is only one class, or a folder's name cannot be a class.
     """
     if not data.exists():
         raise ConfigurationError(f"{data} does not exist: give the dataset's folder or zip with --data")
@@ -139,13 +145,13 @@ def _split(root: Path) -> Found | None:
     parts = {_undoubled(folder): part for folder, part in folders.items() if part is not None}
     if "training" not in parts.values():
         return None
-    names = sorted({entry.name for folder in parts for entry in folder.iterdir() if entry.is_dir()})
+    names = sorted({entry.name for folder in parts for entry in _folders(folder)})
     if not names:  # a class named train
         return None
-    classes = _named(names)
+    classes, reserved = _named(names)
     samples = [s for folder, part in parts.items() for s in _in_class_folders(folder, classes, part)]
     layout = "cat-and-dog" if any(entry.name == "training_set" for entry in folders) else "image-folder"
-    return Found(layout, classes, tuple(samples))
+    return Found(layout, classes, tuple(samples), reserved)
 
 
 def _undoubled(folder: Path) -> Path:
@@ -156,19 +162,44 @@ def _undoubled(folder: Path) -> Path:
 
 def _classes(root: Path) -> Found | None:
     """A folder for each class."""
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and any(_photos(entry)))
+    names = [entry.name for entry in _folders(root) if any(_photos(entry))]
     if not names:
         return None
-    classes = _named(names)
+    classes, reserved = _named(names)
     layout = "pet-images" if root.name == "PetImages" else "classes"
-    return Found(layout, classes, tuple(_in_class_folders(root, classes, "training")))
+    return Found(layout, classes, tuple(_in_class_folders(root, classes, "training")), reserved)
 
 
-def _named(names: Sequence[str]) -> tuple[Class, ...]:
-    """Cats and dogs, however spelled, become `cats/` and `dogs/`; other classes keep their folders' names."""
+def _folders(root: Path) -> list[Path]:
+    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _named(names: Sequence[str]) -> tuple[tuple[Class, ...], tuple[str, ...]]:
+    """The classes of folders, and the reserved ones among the folders.
+
+    Cats and dogs, however spelled, become `cats/` and `dogs/`; other classes keep their folders' names.
+
+    Raises:
+        ConfigurationError: no model can have such a class.
+    """
+    reserved = tuple(name for name in names if is_reserved(name))
+    names = [name for name in names if name not in reserved]
     if {name.lower().rstrip("s") for name in names} == {"cat", "dog"}:
-        return CATS_AND_DOGS
-    return tuple(Class(label=name, folder=name) for name in names)
+        return CATS_AND_DOGS, reserved
+    classes = tuple(_class(name) for name in names)
+    try:
+        check_classes(classes)
+    except ValueError as error:
+        raise ConfigurationError(f"the folders of the dataset cannot be classes ({error}): rename one") from None
+    return classes, reserved
+
+
+def _class(name: str) -> Class:
+    try:
+        return Class(label=name, folder=name)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigurationError(f"the folder {ascii(name)[:60]} cannot be a class ({reason}): rename it") from None
 
 
 def index_of(classes: Sequence[Class]) -> dict[str, int]:
@@ -178,7 +209,7 @@ def index_of(classes: Sequence[Class]) -> dict[str, int]:
 
 def _in_class_folders(root: Path, classes: Sequence[Class], part: Part) -> list[Sample]:
     index = index_of(classes)
-    folders = [entry for entry in sorted(root.iterdir()) if entry.is_dir() and entry.name.lower() in index]
+    folders = [entry for entry in _folders(root) if entry.name.lower() in index]
     return [Sample(path, index[folder.name.lower()], part) for folder in folders for path in _photos(folder)]
 
 

@@ -1,4 +1,4 @@
-"""A dataset in four parts: photos that all decode, and no test or calibration photo in any other part.
+"""A dataset in four parts: photos that all decode, and no photo in two parts, not even as a near copy.
 
 In: what was found on disk, and each file's inspection. Out: a `Dataset`, and what was left out of it.
 """
@@ -16,13 +16,11 @@ import numpy.typing as npt
 
 from sorter.classifier.manifest import Class
 from sorter.errors import ConfigurationError
+from trainer.data import near_copies
 from trainer.data.inspection import Inspection
 from trainer.data.layouts import Found, Part, Sample
 
 VALIDATION_SHARE, CALIBRATION_SHARE, TEST_SHARE = 0.1, 0.1, 0.1
-NEAR_DUPLICATE_BITS = 4
-"""Photos whose 64-bit perceptual hashes differ in at most this many bits count as the same photo."""
-
 MAX_CONTRADICTORY_SHARE = 0.01
 """If more photos than this appear under two labels, it is no oversight and the dataset is refused."""
 
@@ -38,7 +36,7 @@ class Duplicate:
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """Photos that decode, in four parts; no test or calibration photo is in another part, not even a near copy.
+    """Photos that decode, in four parts; no photo is in two of them, not even as a near copy.
 
     Attributes:
         unreadable: files that were left out, each with the reason.
@@ -62,7 +60,7 @@ class Dataset:
 def divide(found: Found, inspected: dict[Path, Inspection], calibration: Sequence[Sample], seed: int) -> Dataset:
     """Leave out what cannot be used and divide the rest.
 
-    Parts that the layout lacks are drawn from the training part, stratified by class.
+    Parts that the layout lacks are drawn from the training part, stratified by class, near copies together.
 
     Args:
         found: the dataset's photos.
@@ -84,7 +82,7 @@ def divide(found: Found, inspected: dict[Path, Inspection], calibration: Sequenc
     for sample in readable:
         parts[sample.part].append(sample)
     parts["calibration"] = [sample for sample in calibration if inspected[sample.path].reason is None]
-    _draw_missing(parts, seed)
+    _draw_missing(parts, inspected, seed)
     duplicates = _leave_out_copies(parts, inspected)
     _check_every_class(parts, found.classes)
     return Dataset(
@@ -101,10 +99,11 @@ def divide(found: Found, inspected: dict[Path, Inspection], calibration: Sequenc
     )
 
 
-def _draw_missing(parts: dict[Part, list[Sample]], seed: int) -> None:
+def _draw_missing(parts: dict[Part, list[Sample]], inspected: dict[Path, Inspection], seed: int) -> None:
     """Draw the parts that are empty from the training part."""
     draw = random.Random(seed)  # noqa: S311
     photos = len(parts["training"])
+    clusters = _clusters(parts["training"], inspected)
     shares: dict[Part, float] = {
         "test": TEST_SHARE,
         "validation": VALIDATION_SHARE,
@@ -112,17 +111,23 @@ def _draw_missing(parts: dict[Part, list[Sample]], seed: int) -> None:
     }
     for part, share in shares.items():
         if not parts[part]:
-            parts[part], parts["training"] = _draw(parts["training"], share * photos, draw, part)
+            chosen = _draw(clusters, share * photos, draw)
+            paths = {sample.path for cluster in chosen for sample in cluster}
+            clusters = [cluster for cluster in clusters if cluster[0].path not in paths]
+            taken = [sample for sample in parts["training"] if sample.path in paths]
+            parts[part] = [Sample(sample.path, sample.label, part) for sample in taken]
+            parts["training"] = [sample for sample in parts["training"] if sample.path not in paths]
 
 
 def _leave_out_copies(parts: dict[Part, list[Sample]], inspected: dict[Path, Inspection]) -> list[Duplicate]:
-    """Remove test photos' copies from every other part, and calibration photos' copies from what is fitted on."""
-    parts["calibration"], copies = _without_copies(parts["calibration"], parts["test"], inspected)
-    held_out = [*parts["test"], *parts["calibration"]]
-    for part in ("training", "validation"):
+    """Remove test photos' copies from all other parts, calibration photos' from the next two, then validation's."""
+    held_out, duplicates = list(parts["test"]), []
+    others: tuple[Part, ...] = ("calibration", "validation", "training")
+    for part in others:
         parts[part], found = _without_copies(parts[part], held_out, inspected)
-        copies += found
-    return copies
+        duplicates += found
+        held_out += parts[part]
+    return duplicates
 
 
 def _check_every_class(parts: dict[Part, list[Sample]], classes: Sequence[Class]) -> None:
@@ -134,20 +139,27 @@ def _check_every_class(parts: dict[Part, list[Sample]], classes: Sequence[Class]
                 )
 
 
-def _draw(
-    samples: Sequence[Sample], count: float, draw: random.Random, part: Part
-) -> tuple[list[Sample], list[Sample]]:
-    """Draw about `count` samples, the same share of each class; return them and the rest."""
-    taken: list[Sample] = []
-    for label in sorted({sample.label for sample in samples}):
-        of_label = [sample for sample in samples if sample.label == label]
-        share = max(1, round(count * len(of_label) / len(samples)))
-        taken += draw.sample(of_label, min(share, len(of_label)))
-    chosen = {sample.path for sample in taken}
-    return (
-        [Sample(sample.path, sample.label, part) for sample in samples if sample.path in chosen],
-        [sample for sample in samples if sample.path not in chosen],
-    )
+def _clusters(samples: Sequence[Sample], inspected: dict[Path, Inspection]) -> list[list[Sample]]:
+    """The samples, near copies together: shots of one burst on both sides of a split would make it look too good."""
+    clusters: dict[int, list[Sample]] = {}
+    for sample, group in zip(samples, near_copies.groups(_hashes(samples, inspected)).tolist(), strict=True):
+        clusters.setdefault(group, []).append(sample)
+    return list(clusters.values())
+
+
+def _draw(clusters: Sequence[list[Sample]], count: float, draw: random.Random) -> list[list[Sample]]:
+    """Draw clusters of about `count` samples, the same share of each class."""
+    photos, chosen = sum(map(len, clusters)), []
+    for label in sorted({cluster[0].label for cluster in clusters}):
+        of_label = [cluster for cluster in clusters if cluster[0].label == label]
+        left = max(1, round(count * sum(map(len, of_label)) / photos))
+        fitting = []
+        for cluster in draw.sample(of_label, len(of_label)):
+            if len(cluster) <= left:
+                fitting.append(cluster)
+                left -= len(cluster)
+        chosen += fitting or [min(of_label, key=len)]
+    return chosen
 
 
 def _without_contradictions(
@@ -190,8 +202,8 @@ def _without_copies(
         if exact is not None:
             duplicates.append(Duplicate(sample.path, exact, "exact"))
             continue
-        distances = _bits_set(hashes ^ own)
-        if len(distances) and distances.min() <= NEAR_DUPLICATE_BITS:
+        distances = near_copies.distances(hashes, own)
+        if len(distances) and distances.min() <= near_copies.MAX_BITS:
             duplicates.append(Duplicate(sample.path, held_out[int(distances.argmin())].path, "near"))
             continue
         kept.append(sample)
@@ -200,12 +212,6 @@ def _without_copies(
 
 def _hashes(samples: Sequence[Sample], inspected: dict[Path, Inspection]) -> npt.NDArray[np.uint64]:
     return np.array([int(inspected[sample.path].perceptual_hash, 16) for sample in samples], np.uint64)
-
-
-def _bits_set(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
-    """The number of bits set in each value, (N,) -> (N,)."""
-    bits: npt.NDArray[np.intp] = np.unpackbits(values.view(np.uint8).reshape(-1, 8), axis=1).sum(1, dtype=np.intp)
-    return bits
 
 
 def _fingerprint(parts: dict[Part, list[Sample]], inspected: dict[Path, Inspection]) -> str:

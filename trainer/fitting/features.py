@@ -47,9 +47,15 @@ def runner(network: nn.Module, mean: Sequence[float], std: Sequence[float], size
     return on_openvino(convert(network, mean, std, size))
 
 
-def on_openvino(model: openvino.Model) -> Runner:
-    """Several batches at a time, each on some of the cores."""
-    compiled = openvino.Core().compile_model(model, "CPU", {"PERFORMANCE_HINT": "THROUGHPUT"})
+def on_openvino(model: openvino.Model, *, exactly: bool = False) -> Runner:
+    """Several batches at a time, each on some of the cores.
+
+    Args:
+        model: from uint8 (N, S, S, 3).
+        exactly: compute in 32 bits also on a CPU where OpenVINO would choose bf16.
+    """
+    settings = {"PERFORMANCE_HINT": "THROUGHPUT"} | ({"INFERENCE_PRECISION_HINT": "f32"} if exactly else {})
+    compiled = openvino.Core().compile_model(model, "CPU", settings)
     count = int(compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS"))
     requests = RequestPool(compiled, count)
 

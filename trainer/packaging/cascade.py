@@ -113,14 +113,4 @@ def risk_coverage(cascaded: Floats, full: Floats, labels: Labels, low: FirstLook
         labels: of the photos.
         low: the low-resolution pass; None if the model has no cascade.
     """
-    table = metrics.risk_coverage(cascaded, labels)
-    if low is None:
-        return table
-    within = {entry.error_rate: entry for entry in table if entry.threshold <= low.threshold}
-    above = {}
-    for entry in metrics.risk_coverage(full, labels):
-        threshold = max(entry.threshold, round(low.threshold + 1e-4, 4))
-        coverage = round(float((full.max(1) >= threshold).mean()), 4)
-        above[entry.error_rate] = entry.model_copy(update={"threshold": threshold, "coverage": coverage})
-    both = above | within
-    return tuple(both[rate] for rate in sorted(both))
+    return metrics.risk_coverage(lambda t: full if low is None or t > low.threshold else cascaded, labels)

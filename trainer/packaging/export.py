@@ -2,8 +2,8 @@
 
 In: a fitted network and photos. Out: the files' content.
 
-The 8-bit network is quantised with training photos, and must agree with the 32-bit one on the calibration part;
-otherwise a 16-bit network replaces it.
+The 8-bit network is quantised with training photos, and must be about as good as the 32-bit one on the calibration
+part; otherwise a 16-bit network replaces it.
 """
 
 import contextlib
@@ -22,13 +22,16 @@ from sorter.classifier import network
 from sorter.classifier.manifest import OPENVINO_FP16, OPENVINO_INT8, WEIGHTS, Input, Int8, Manifest
 from sorter.decoding.images import Preprocessing
 from sorter.files.replaced import replaced
-from trainer.data.layouts import Sample
+from trainer.data.layouts import Sample, labels_of
 from trainer.fitting.features import Floats, answers, batches, on_openvino
+from trainer.packaging.metrics import Labels, fit_temperature, log_loss, softmax
 
 INT8_PHOTOS = 300
 """Training photos that the ranges of the 8-bit values are taken from."""
 MIN_AGREEMENT = 0.99
 """Share of the calibration photos to which both networks must give the same label."""
+MAX_LOG_LOSS_INCREASE = 0.01
+"""How much higher the 8-bit network's log-loss may be: thresholds depend on confidences, not only on labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +72,24 @@ def networks(
     weights = {WEIGHTS: network.half(fitted.state_dict())}
     quantised = _quantise(converted, training, described.preprocessing)
     int8_logits = answers(on_openvino(quantised), calibration, described.preprocessing)
-    agreement = float((int8_logits.argmax(1) == logits.argmax(1)).mean())
-    int8 = Int8(photos=len(calibration), agreement=round(agreement, 4))
-    if agreement >= MIN_AGREEMENT:
+    int8 = compare(int8_logits, logits, labels_of(calibration))
+    if is_good_enough(int8):
         return Networks(weights | _saved(quantised, OPENVINO_INT8), int8, quantised, int8_logits)
     return Networks(weights | _saved(converted, OPENVINO_FP16), int8, converted, logits)
+
+
+def compare(int8_logits: Floats, logits: Floats, labels: Labels) -> Int8:
+    """How far the 8-bit network is from the 32-bit one, by their logits for the calibration photos, (N, C)."""
+    agreement = float((int8_logits.argmax(1) == logits.argmax(1)).mean())
+    losses = [log_loss(softmax(each, fit_temperature(each, labels)), labels) for each in (int8_logits, logits)]
+    increase = round(losses[0] - losses[1], 4)
+    return Int8(photos=len(labels), agreement=round(agreement, 4), log_loss_increase=increase)
+
+
+def is_good_enough(int8: Int8) -> bool:
+    """Whether the 8-bit network may replace the 32-bit one."""
+    assert int8.log_loss_increase is not None, "measured just now"
+    return int8.agreement >= MIN_AGREEMENT and int8.log_loss_increase <= MAX_LOG_LOSS_INCREASE
 
 
 def _quantise(model: openvino.Model, training: Sequence[Sample], preprocessing: Preprocessing) -> openvino.Model:
@@ -105,7 +121,7 @@ class _Probabilities(nn.Module):
     def __init__(self, fitted: nn.Module, manifest: Manifest) -> None:
         super().__init__()
         self.classifier = network.Classifier(fitted, manifest.input.mean, manifest.input.std)
-        self.temperature = manifest.temperature
+        self.temperature = manifest.temperature_of("torch")
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (N, S, S, 3) to float32 (N, C)."""

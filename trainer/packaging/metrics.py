@@ -1,26 +1,34 @@
 """Figures of a classifier: accuracy, log-loss, calibration, and the thresholds for an error rate.
 
 In: probabilities float32 (N, C) or logits of the same shape, and labels (N,). Out: numbers. Temperature and thresholds
-are chosen on calibration photos; nothing is chosen on test photos.
+are chosen on calibration photos; nothing is tuned on test photos.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import minimize_scalar
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
 from sorter.classifier.manifest import Coverage, Evaluation
 from trainer.data.layouts import Sample, labels_of
 
 ERROR_RATES = (0.005, 0.01, 0.02, 0.05)
+THRESHOLDS = (*(round(1 - 10 ** (-step / 20), 6) for step in range(100, 0, -1)), 0.0)
+"""The confidences that are tried, from 0.99999 down; the last one sorts every photo."""
+_ALPHA = 0.05
+_FIRST_SHARE = 0.1
+"""The first threshold that is tested is one that this share of the photos reach."""
+TEMPERATURE_DEVIATION = 0.25
+"""The standard deviation of the temperature's logarithm, before any photo is seen."""
 _CALIBRATION_BINS = 15
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.intp]
+Bools = npt.NDArray[np.bool_]
 
 
 def log(probabilities: Floats) -> Floats:
@@ -44,10 +52,17 @@ def log_loss(probabilities: Floats, labels: Labels) -> float:
 
 
 def fit_temperature(logits: Floats, labels: Labels) -> float:
-    """The temperature with the lowest log-loss (Guo et al. 2017, arXiv:1706.04599)."""
-    found = minimize_scalar(
-        lambda log_t: log_loss(softmax(logits, math.exp(log_t)), labels), bounds=(-4, 4), method="bounded"
-    )
+    """The likeliest temperature (Guo et al. 2017, arXiv:1706.04599) under a log-normal prior around 1.
+
+    Without the prior, few photos that are all right would make every answer look certain. With hundreds of photos it
+    changes little. trainer/README.md has the measurements that its width comes from.
+    """
+
+    def loss(log_temperature: float) -> float:
+        surprise = (log_temperature / TEMPERATURE_DEVIATION) ** 2 / 2
+        return log_loss(softmax(logits, math.exp(log_temperature)), labels) + surprise / len(labels)
+
+    found = minimize_scalar(loss, bounds=(-4, 4), method="bounded")
     return round(math.exp(float(found.x)), 4)
 
 
@@ -95,37 +110,73 @@ def wilson(right: int, photos: int) -> tuple[float, float]:
     return round(float(interval.low), 4), round(float(interval.high), 4)
 
 
-def risk_coverage(probabilities: Floats, labels: Labels) -> tuple[Coverage, ...]:
+def risk_coverage(
+    answers_at: Callable[[float], Floats], labels: Labels, kept: Bools | None = None
+) -> tuple[Coverage, ...]:
     """The share of photos that can be sorted automatically at some error rates, with the threshold for each rate.
 
-    For each rate it is the largest share, in steps of 1 % from the most confident photos down, whose error rate has a
-    95 % upper bound (Clopper and Pearson 1934, doi:10.1093/biomet/26.4.404) within the rate. Each share's bound holds
-    for that share alone, as in selective classification (Geifman and El-Yaniv 2017, arXiv:1705.08500).
+    Fixed-sequence testing, one of the procedures of Learn then Test (Angelopoulos et al. 2021, arXiv:2110.01052): the
+    thresholds of `THRESHOLDS`, which do not depend on the photos, are tested from the highest down, each at 5 %, until
+    the first that is not shown to keep the rate. Of those before it, the one that sorts most is taken. A threshold is
+    shown to keep the rate if so few errors would be less likely than 5 % at a higher rate (a binomial test, which is
+    Clopper and Pearson's upper bound). The first to be tested is one that enough photos reach; that is sound where less
+    confident photos are wrong more often. So the chance that the threshold breaks its rate is at most 5 %, for photos
+    drawn like these and not used for anything else. (Geifman and El-Yaniv 2017, arXiv:1705.08500, search all
+    thresholds, and pay for it with a union bound.)
 
     Args:
-        probabilities: calibrated, (N, C), of photos that were not used for fitting.
-        labels: theirs.
+        answers_at: the probabilities, (N, C), that the engine gives when it runs with a threshold.
+        labels: of the photos.
+        kept: which photos are sorted if they are confident enough, (N,); None for all.
 
     Returns:
         One entry for each rate that the photos support; few photos support no low rate.
     """
-    order = np.argsort(-probabilities.max(1), kind="stable")
-    confidence = probabilities.max(1)[order]
-    errors = (probabilities.argmax(1) != labels)[order].cumsum()
-    shares = [math.ceil(len(labels) * percent / 100) for percent in range(100, 0, -1)]  # in photos
-    bounds = [(photos, _upper_bound(int(errors[photos - 1]), photos)) for photos in shares]
+    counts = [_counts(answers_at(threshold), labels, threshold, kept) for threshold in THRESHOLDS]
+    sorted_photos, errors = np.array(counts, int).T
     table = []
     for rate in ERROR_RATES:
-        photos = next((photos for photos, bound in bounds if bound <= rate), 0)
-        if photos:
-            threshold, coverage = round(float(confidence[photos - 1]), 4), round(photos / len(labels), 4)
-            table.append(Coverage(error_rate=rate, threshold=threshold, coverage=coverage))
+        is_shown = binom.cdf(errors, sorted_photos, rate) <= _ALPHA
+        # Among few photos, one mistake by chance would end the sequence.
+        enough = max(photos_needed(rate), _FIRST_SHARE * len(labels))
+        first = int(np.argmax(sorted_photos >= enough))  # 0 if too few photos reach any threshold
+        end = first + int(np.argmin(np.append(is_shown[first:], False)))
+        if end > first:
+            most = max(range(first, end), key=lambda number: (sorted_photos[number], number))
+            coverage = round(int(sorted_photos[most]) / len(labels), 4)
+            table.append(Coverage(error_rate=rate, threshold=THRESHOLDS[most], coverage=coverage))
     return tuple(table)
 
 
-def _upper_bound(errors: int, photos: int) -> float:
-    """The one-sided 95 % Clopper-Pearson upper bound of an error rate."""
-    return float(binomtest(errors, photos, alternative="less").proportion_ci(0.95, method="exact").high)
+def _counts(answers: Floats, labels: Labels, threshold: float, kept: Bools | None) -> tuple[int, int]:
+    """How many photos a threshold sorts, and how many of them into a wrong folder."""
+    # In double precision, in which the sorter compares.
+    is_sorted = answers.max(1).astype(np.float64) >= threshold
+    if kept is not None:
+        is_sorted &= kept
+    return int(is_sorted.sum()), int((answers.argmax(1) != labels)[is_sorted].sum())
+
+
+def always(answers: Floats) -> Callable[[float], Floats]:
+    """For `risk_coverage`: the answers of an engine that gives the same ones with every threshold."""
+    return lambda _threshold: answers
+
+
+def not_shown(table: Sequence[Coverage], photos: int) -> list[str]:
+    """A sentence about each error rate that a table lacks, which is of this many photos."""
+    sentences = []
+    for rate in sorted(set(ERROR_RATES) - {entry.error_rate for entry in table}):
+        if photos < (needed := photos_needed(rate)):
+            reason = f"with {photos} photos: at least {needed} are needed, with no mistake among them"
+        else:
+            reason = f"with these {photos} photos: too many of the confident answers are wrong"
+        sentences.append(f"no threshold for an error rate of {rate:.1%} can be shown {reason}")
+    return sentences
+
+
+def photos_needed(rate: float) -> int:
+    """The fewest photos that can show an error rate, if none of them is wrong."""
+    return math.ceil(math.log(_ALPHA) / math.log1p(-rate))
 
 
 def mistakes(probabilities: Floats, samples: Sequence[Sample]) -> Iterator[tuple[Sample, int, float]]:

@@ -63,10 +63,11 @@ def detector_of(rows: Floats) -> OutlierDetector | None:
     return OutlierDetector(mean.astype(np.float32), whitening.astype(np.float32))
 
 
-def distances(engine: Engine, samples: Sequence[Sample], described: Input) -> Floats:
-    """The distances of photos that decode, through the engine that will run, float32 (N,)."""
+def classified(engine: Engine, samples: Sequence[Sample], described: Input) -> tuple[Floats, Floats]:
+    """Probabilities, float32 (N, C), and distances, (N,), of photos that decode, through the engine that will run."""
     batches = features.batches(samples, described.preprocessing)
-    return np.concatenate([engine.classify_with_distance(pixels)[1] for pixels in batches])
+    probabilities, distances = zip(*(engine.classify_with_distance(pixels) for pixels in batches), strict=True)
+    return np.concatenate(probabilities), np.concatenate(distances)
 
 
 def describe(calibration: Floats) -> Neither:

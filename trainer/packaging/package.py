@@ -14,7 +14,7 @@ from torch import nn
 
 from sorter.classifier import manifest as manifest_module
 from sorter.classifier.engine import open_engine
-from sorter.classifier.manifest import NEITHER, Manifest
+from sorter.classifier.manifest import FORMAT_VERSION, NEITHER, EngineName, ErrorRates, Manifest, Neither
 from sorter.classifier.outliers import OutlierDetector
 from trainer.data.layouts import Sample, labels_of
 from trainer.data.split import Dataset
@@ -22,6 +22,8 @@ from trainer.fitting import features
 from trainer.packaging import cascade, evaluate, export, metrics, outliers, report
 from trainer.packaging.metrics import Floats
 from trainer.progress import Reporter
+
+_ENGINES: tuple[EngineName, ...] = ("openvino", "torch")
 
 Describe = Callable[[Literal["calibration", "test"]], str]
 """Describes the photos of a part to the manifest's reader."""
@@ -34,12 +36,12 @@ class Package:
     Attributes:
         manifest: as written.
         tested: probabilities of the test part, float32 (N, C).
-        calibration_error_before: of the calibration part, without the temperature.
+        calibration_errors: of the full-size pass on the calibration part, without and with its temperature.
     """
 
     manifest: Manifest
     tested: Floats
-    calibration_error_before: float
+    calibration_errors: tuple[float, float]
 
 
 def write(
@@ -61,22 +63,30 @@ def write(
     reporter.say("quantising the network for CPUs")
     networks = export.networks(fitted, model, described.input, dataset.training, dataset.calibration, logits)
     low = cascade.choose(networks.best, networks.logits, dataset.calibration, described.input, reporter)
-    temperature = metrics.fit_temperature(logits, labels)
+    temperature = metrics.fit_temperature(networks.logits, labels)
     draft = described.model_copy(
-        update={"temperature": temperature, "int8": networks.int8, "first_look": low, "neither": None}
+        update={
+            "format_version": FORMAT_VERSION,
+            "temperature": temperature,
+            "torch_temperature": metrics.fit_temperature(logits, labels),
+            "int8": networks.int8,
+            "first_look": low,
+            "neither": None,
+            "error_rates": (),
+        }
     )
     detector = _detector(networks.best, draft, dataset, reporter)
     files = networks.files if detector is None else networks.files | {NEITHER: detector.as_file()}
     complete, tested = _measured(draft, files, dataset, describe, reporter, has_detector=detector is not None)
     reporter.say("writing the model folder")
     written = manifest_module.write(folder, complete, files, report.card(complete))
-    before = metrics.calibration_error(metrics.softmax(logits, 1.0), labels)
-    return Package(written, tested, before)
+    before, after = (metrics.calibration_error(metrics.softmax(networks.logits, t), labels) for t in (1.0, temperature))
+    return Package(written, tested, (before, after))
 
 
 def _calibration_logits(model: openvino.Model, described: Manifest, dataset: Dataset, reporter: Reporter) -> Floats:
-    """The unquantised network's logits for the calibration part, (N, C)."""
-    run, track = features.on_openvino(model), reporter.tracker("calibrating")
+    """The 32-bit network's logits for the calibration part, (N, C)."""
+    run, track = features.on_openvino(model, exactly=True), reporter.tracker("calibrating")
     return features.answers(run, dataset.calibration, described.input.preprocessing, track=track)
 
 
@@ -104,25 +114,55 @@ def _measured(
     Returns:
         The manifest with its figures; and the probabilities of the test part, (N, C).
     """
-    calibration, labels = dataset.calibration, labels_of(dataset.calibration)
+    calibration = dataset.calibration
     with tempfile.TemporaryDirectory() as scratch:
         draft = manifest_module.write(Path(scratch), draft, files, card="")
-        calibrated = full = _probabilities(Path(scratch), draft, calibration, "measuring", reporter)
-        if draft.first_look is not None:
-            full = _probabilities(Path(scratch), draft, calibration, "measuring", reporter, min_confidence=1.0)
-        neither = None
-        if has_detector:
-            engine = open_engine(Path(scratch), draft, "openvino", "cpu", evaluate.BATCH, catch_neither=True)
-            neither = outliers.describe(outliers.distances(engine, calibration, draft.input))
+        calibrated = _probabilities(Path(scratch), draft, calibration, "measuring", reporter)
+        neither, error_rates = _error_rates(Path(scratch), draft, calibrated, calibration, reporter, has_detector)
         # The test part is used once, here, after everything has been chosen.
         tested = _probabilities(Path(scratch), draft, dataset.test, "testing", reporter)
     evaluations = (
         metrics.evaluation(calibrated, calibration, data=describe("calibration"), role="calibration"),
         metrics.evaluation(tested, dataset.test, data=describe("test"), role="test"),
     )
-    coverage = cascade.risk_coverage(calibrated, full, labels, draft.first_look)
-    figures = {"neither": neither, "risk_coverage": coverage, "evaluations": evaluations}
+    figures = {"neither": neither, "error_rates": error_rates, "evaluations": evaluations}
     return draft.model_copy(update=figures), tested
+
+
+def _error_rates(
+    folder: Path,
+    draft: Manifest,
+    calibrated: Floats,
+    calibration: tuple[Sample, ...],
+    reporter: Reporter,
+    has_detector: bool,
+) -> tuple[Neither | None, tuple[ErrorRates, ...]]:
+    """The outlier detector's threshold, and a table of error rates for each way of running the model.
+
+    Args:
+        folder: of the model.
+        draft: its manifest so far.
+        calibrated: probabilities of the calibration part on OpenVINO, with the cascade, (N, C).
+        calibration: the photos.
+        reporter: shows progress.
+        has_detector: whether the folder has an outlier detector.
+    """
+    labels, full = labels_of(calibration), calibrated
+    if draft.first_look is not None:
+        full = _probabilities(folder, draft, calibration, "measuring", reporter, min_confidence=1.0)
+    rates = cascade.risk_coverage(calibrated, full, labels, draft.first_look)
+    tables = [ErrorRates(engine="openvino", catch_neither=False, rates=rates)]
+    on_torch = _probabilities(folder, draft, calibration, "measuring on PyTorch", reporter, engine="torch")
+    rates = metrics.risk_coverage(metrics.always(on_torch), labels)
+    tables.append(ErrorRates(engine="torch", catch_neither=False, rates=rates))
+    neither = None
+    for name in _ENGINES if has_detector else ():
+        engine = open_engine(folder, draft, name, "auto", evaluate.BATCH, catch_neither=True)
+        answers, distances = outliers.classified(engine, calibration, draft.input)
+        neither = neither or outliers.describe(distances)  # OpenVINO's, which comes first
+        rates = metrics.risk_coverage(metrics.always(answers), labels, distances <= neither.threshold)
+        tables.append(ErrorRates(engine=name, catch_neither=True, rates=rates))
+    return neither, tuple(tables)
 
 
 def _probabilities(
@@ -132,8 +172,9 @@ def _probabilities(
     title: str,
     reporter: Reporter,
     min_confidence: float = 0.0,
+    engine: EngineName = "openvino",
 ) -> Floats:
     """Classify samples that decode, (N, C); with a minimum confidence of 1 there is no low-resolution pass."""
-    engine = open_engine(folder, draft, "openvino", "cpu", evaluate.BATCH, min_confidence)
-    batches = evaluate.classify(engine, samples, draft.input.preprocessing)
+    opened = open_engine(folder, draft, engine, "auto", evaluate.BATCH, min_confidence)
+    batches = evaluate.classify(opened, samples, draft.input.preprocessing)
     return evaluate.joined(list(reporter.track(batches, -(-len(samples) // evaluate.BATCH), title)))[1]

@@ -31,7 +31,20 @@ _THUMBNAIL = Preprocessing(150)
 
 def card(manifest: Manifest) -> str:
     """The model card, Markdown."""
-    return _template("card.md").render(manifest=manifest)
+    return _template("card.md").render(
+        manifest=manifest, uses=_uses(manifest), rates=any(table.rates for table in manifest.error_rates)
+    )
+
+
+def _uses(manifest: Manifest) -> dict[str, str]:
+    """What the photos of each evaluation were used for, by its role."""
+    chosen = ["temperatures", "8 or 16 bits"]
+    if manifest.first_look is not None:
+        chosen.append("the cascade's size, temperature and threshold")
+    if manifest.neither is not None:
+        chosen.append("the outlier detector's threshold")
+    chosen.append("thresholds for error rates")
+    return {"calibration": ", ".join(chosen), "test": "nothing was tuned on them"}
 
 
 def page(
@@ -40,7 +53,7 @@ def page(
     epochs: Sequence[Epoch],
     tested: Floats,
     *,
-    calibration_error_before: float,
+    calibration_errors: tuple[float, float],
 ) -> str:
     """The report.
 
@@ -49,12 +62,13 @@ def page(
         dataset: its parts, and what was left out of it.
         epochs: of all stages.
         tested: probabilities of the test part, (N, C).
-        calibration_error_before: of the calibration part, without the temperature.
+        calibration_errors: of the full-size pass on the calibration part, without and with its temperature.
     """
     labels = labels_of(dataset.test)
     wrong = list(metrics.mistakes(tested, dataset.test))[:GALLERY_PHOTOS]
     least_confident = [int(i) for i in np.argsort(tested.max(1))[:GALLERY_PHOTOS]]
     names = [c.label for c in manifest.classes]
+    rates = manifest.rates_of("openvino", catch_neither=False) or ()
     return _template("report.html").render(
         manifest=manifest,
         dataset=dataset,
@@ -62,7 +76,9 @@ def page(
         curves=_svg(_curves(epochs)),
         reliability=_svg(_reliability(tested, labels)),
         coverage=_svg(_coverage(tested, labels)),
-        calibration_error_before=calibration_error_before,
+        calibration_errors=calibration_errors,
+        rates=rates,
+        not_shown=metrics.not_shown(rates, len(dataset.calibration)),
         mistakes=[_photo(sample, names[called], confidence) for sample, called, confidence in wrong],
         least_confident=[
             _photo(dataset.test[i], names[int(tested[i].argmax())], tested[i].max()) for i in least_confident
