@@ -157,7 +157,7 @@ def test_check_refuses_folders_models_and_devices_that_cannot_be_used(
     ):
         assert refusal(*arguments, capsys=capsys).startswith(f"sorter: {sentence}"), arguments
     assert main(["check", "--inbox", str(missing)]) == 4
-    assert capsys.readouterr().err.startswith(f"sorter: there is no inbox {missing}: ")
+    assert capsys.readouterr().err.startswith(f"sorter: the inbox folder '{missing}' does not exist: ")
     assert not missing.exists()
     monkeypatch.setenv("SORTER_INBOX", "")
     assert refusal(capsys=capsys).startswith("sorter: SORTER_INBOX: must not be empty")

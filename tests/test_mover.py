@@ -11,7 +11,7 @@ import pytest
 from conftest import LONG_AGO, as_nobody, hashes, make_tree, read_tree
 
 from sorter.errors import StorageError
-from sorter.files import atomic
+from sorter.files import atomic, inodes
 from sorter.files.atomic import ChangedError, StayedError, numbered
 from sorter.files.photo import Photo
 from sorter.inbox.scan import Inbox
@@ -228,16 +228,57 @@ def test_a_destination_folder_that_is_a_link_takes_no_photos(tmp_path: Path) -> 
     assert read_tree(tmp_path) == {"in/a.jpg": b"photo", "elsewhere/x": b"x"}
 
 
-def test_a_file_system_without_any_safe_way_leaves_the_photo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Play a file system that can neither rename without replacing nor make hard links."""
+
     def no_links(*_: object, **__: object) -> None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
-    make_tree(tmp_path / "in", {"a.jpg": b"photo"})
     monkeypatch.setattr(atomic, "_rename_function", None)
     monkeypatch.setattr(os, "link", no_links)
-    with pytest.raises(StayedError, match="--output"):
+    monkeypatch.setattr(inodes, "_real", {})
+
+
+def test_where_there_are_no_links_either_a_photo_reserves_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tree(tmp_path, {"in/a.jpg": b"photo", "out/cats/a.jpg": b"other"})
+    without_links(monkeypatch)
+    assert move(Mover(tmp_path / "out"), found(tmp_path / "in")) == str(tmp_path / "out/cats/a-1.jpg")
+    assert read_tree(tmp_path) == {"out/cats/a.jpg": b"other", "out/cats/a-1.jpg": b"photo"}
+
+
+def test_a_reservation_that_cannot_be_used_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tree(tmp_path, {"in/a.jpg": b"photo"})
+    without_links(monkeypatch)
+    rename = os.rename
+
+    def fails_onto_a_reservation(source: str, target: str, **folders: int) -> None:
+        if target == "a.jpg":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(source, target, **folders)
+
+    monkeypatch.setattr(os, "rename", fails_onto_a_reservation)
+    with pytest.raises(StorageError):
         move(Mover(tmp_path / "out"), found(tmp_path / "in"))
     assert read_tree(tmp_path) == {"in/a.jpg": b"photo"}
+
+
+def test_what_another_program_writes_into_a_reservation_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tree(tmp_path, {"in/a.jpg": b"photo"})
+    without_links(monkeypatch)
+    is_reservation = atomic.is_reservation
+
+    def replaced_first(folder: int, name: str) -> bool:
+        (tmp_path / "out/cats/a.jpg").write_bytes(b"theirs")
+        return is_reservation(folder, name)
+
+    monkeypatch.setattr(atomic, "is_reservation", replaced_first)
+    with pytest.raises(ChangedError):
+        move(Mover(tmp_path / "out"), found(tmp_path / "in"))
+    assert read_tree(tmp_path) == {"in/a.jpg": b"photo", "out/cats/a.jpg": b"theirs"}
 
 
 @pytest.mark.parametrize("mode", [0o555, 0o1777])
