@@ -99,6 +99,13 @@ class Settings(BaseSettings):
         group="Folders",
         metavar="DIR",
     )
+    state_dir: Folder | None = _field(
+        None,
+        "folder on a local disk for the history and the locks, if the output's file system cannot hold a database "
+        "(default: .sorter in the output)",
+        group="Folders",
+        metavar="DIR",
+    )
     recursive: bool = _field(False, "also sort photos in subfolders of the inbox", group="Folders")
 
     include: Patterns = _field(
@@ -250,7 +257,7 @@ class Settings(BaseSettings):
         """Order the sources, strongest first."""
         return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
 
-    @field_validator("output", "max_error_rate", "on_sorted", mode="before")
+    @field_validator("output", "state_dir", "max_error_rate", "on_sorted", mode="before")
     @classmethod
     def _unset(cls, value: Any) -> Any:
         return None if value == NONE else value

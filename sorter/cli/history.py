@@ -27,7 +27,7 @@ def show(settings: Settings, *, limit: int, since: float | None, run: str | None
     Raises:
         ConfigurationError: the history is missing or cannot be read, or has no such run.
     """
-    reader = HistoryReader(settings.output_folder)
+    reader = HistoryReader(settings.output_folder, settings.state_dir)
     if run is not None:
         entries.check_run(reader, run)
     found = reader.entries(run=run, since=since, limit=limit)

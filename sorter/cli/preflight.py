@@ -13,7 +13,8 @@ from sorter import extras
 from sorter.classifier import manifest as manifests
 from sorter.classifier.manifest import Coverage, Manifest
 from sorter.errors import ConfigurationError, NotNowError
-from sorter.files import FAILED, FOLDER, UNSURE
+from sorter.files import FAILED, UNSURE
+from sorter.files.state import state_folder
 from sorter.history.reader import HistoryReader
 from sorter.history.store import NAME
 from sorter.inbox.scan import Inbox
@@ -87,8 +88,8 @@ def excluded(settings: Settings, manifest: Manifest) -> frozenset[str]:
     """Paths that are never scanned for photos, absolute and without symbolic links."""
     output = os.path.realpath(settings.output_folder)
     folders = {*destinations(manifest)}
-    if settings.recursive and (Path(output) / FOLDER / NAME).is_file():
-        reader = HistoryReader(Path(output))
+    if settings.recursive and (state_folder(Path(output), settings.state_dir) / NAME).is_file():
+        reader = HistoryReader(Path(output), settings.state_dir)
         folders |= reader.folders()  # of models that were used before
         reader.close()
     return frozenset(os.path.join(output, folder) for folder in folders)

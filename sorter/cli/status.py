@@ -63,15 +63,20 @@ def _read(settings: Settings, model: Manifest) -> _Status:
     if settings.inbox.is_dir():
         inbox = preflight.watched(settings, model)
         waiting = sum(1 for _ in inbox.scan(time.time())) + len(inbox.changing)
-    reader = HistoryReader(settings.output_folder)
+    reader = HistoryReader(settings.output_folder, settings.state_dir)
     midnight = datetime.now().astimezone().replace(hour=0, minute=0, second=0, microsecond=0).timestamp()
     return _Status(
-        process=lock.holder(settings.output_folder) or lock.holder(settings.inbox),
+        process=_holder(settings),
         waiting=waiting,
         today=reader.counts(midnight),
         total=reader.counts(),
         failure=reader.last_failure(),
     )
+
+
+def _holder(settings: Settings) -> str | None:
+    folders = (settings.output_folder, settings.inbox)
+    return next(filter(None, (lock.holder(folder, state_dir=settings.state_dir) for folder in folders)), None)
 
 
 def _to_json(settings: Settings, status: _Status) -> dict[str, Any]:

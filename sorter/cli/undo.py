@@ -66,12 +66,12 @@ def undo(
     with ExitStack() as stack:
         restore = planned_undo
         if not settings.dry_run:
-            HistoryReader(output).close()  # refuses an output without a history before anything is created in it
+            HistoryReader(output, settings.state_dir).close()  # refuses an output without a history before anything is created in it
             shutdown.listen()
             restore = _open(output, stopping, stack).restore
             shutdown.move_lock = threading.Lock()  # a second signal ends it at once; the next start finds what it left
         # Opened after the recovery, to include what that finished.
-        reader = HistoryReader(output, beside_writer=not settings.dry_run)
+        reader = HistoryReader(output, settings.state_dir, beside_writer=not settings.dry_run)
         stack.callback(reader.close)
         run = _check_run(reader, output, last=last, run=run)
         chosen = _at_paths(reader, paths, unknown) if paths else reader.undoable(run=run, since=since)
@@ -96,10 +96,10 @@ def undo(
 
 def _open(output: Path, stopping: threading.Event, stack: ExitStack) -> Undo:
     """Lock the output against other undos and recover from a crash, so that what it left can be restored too."""
-    undoing, sorting = Lock(output, lock.UNDOING), Lock(output)
+    undoing, sorting = Lock(output, lock.UNDOING, state_dir), Lock(output, state_dir=state_dir)
     stack.callback(undoing.release)
     undoing.take()
-    history = History(output)
+    history = History(output, state_dir)
     stack.callback(history.close)
     with_sorting = any(move.target is None for move in history.unfinished())
     try:

@@ -15,9 +15,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sorter.errors import ConfigurationError, NotNowError, StorageError
-from sorter.files import FOLDER, file_systems
+from sorter.files import file_systems
 from sorter.files.atomic import sync_folder
 from sorter.files.photo import opened_folder
+from sorter.files.state import state_folder
 
 SORTING, UNDOING = "lock", "undo-lock"
 """Names of the lock files."""
@@ -33,10 +34,12 @@ class Lock:
     Args:
         folder: an inbox or an output.
         name: `SORTING` or `UNDOING`; the two do not exclude each other.
+        state_dir: where the lock is, if not in the folder.
     """
 
-    def __init__(self, folder: Path, name: str = SORTING) -> None:
+    def __init__(self, folder: Path, name: str = SORTING, state_dir: Path | None = None) -> None:
         self._folder, self._name = folder.absolute(), name
+        self._state, self._is_elsewhere = state_folder(self._folder, state_dir), state_dir is not None
         self._descriptor: int | None = None
 
     @property
@@ -59,7 +62,9 @@ class Lock:
             ConfigurationError: the folder cannot be locked.
         """
         try:
-            descriptor = _open(self._folder, self._name, create=create)
+            if self._is_elsewhere:
+                self._state.mkdir(parents=True, exist_ok=True)
+            descriptor = _open(self._state, self._name, create=create)
         except FileNotFoundError:
             self.release()
             return
@@ -69,7 +74,7 @@ class Lock:
             if error.errno in file_systems.NO_SPACE:
                 raise StorageError(f"{self._folder} is on a full disk ({error.strerror}): free some space") from None
             raise ConfigurationError(
-                f"{self._folder / FOLDER / self._name} cannot be created or opened ({error.strerror}): check the "
+                f"{self._state / self._name} cannot be created or opened ({error.strerror}): check the "
                 "folder's permissions"
             ) from None
         if self._descriptor is not None and os.path.sameopenfile(self._descriptor, descriptor):
@@ -77,7 +82,7 @@ class Lock:
             return
         deadline = time.monotonic() + patience_seconds
         try:
-            while not _try_lock(descriptor, self._folder, self._name):
+            while not _try_lock(descriptor, self._state / self._name):
                 if time.monotonic() >= deadline:
                     raise NotNowError(
                         f"{self._folder} is {_DOING[self._name]} by {_holder_text(descriptor)}: stop that one first"
@@ -96,10 +101,11 @@ class Lock:
             os.close(descriptor)
 
 
-def holder(folder: Path, name: str = SORTING) -> str | None:
+def holder(folder: Path, name: str = SORTING, state_dir: Path | None = None) -> str | None:
     """Who holds a lock, as a phrase; None if nobody does. Neither takes the lock nor creates the file."""
+    state = state_folder(folder, state_dir)
     try:
-        with opened_folder(folder, FOLDER) as hidden:
+        with opened_folder(state.parent, state.name) as hidden:
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=hidden)
     except OSError:
         return None
@@ -116,23 +122,23 @@ def _holder_text(descriptor: int) -> str:
     return os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
 
 
-def _open(folder: Path, name: str, *, create: bool) -> int:
+def _open(state: Path, name: str, *, create: bool) -> int:
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     if create:
         flags |= os.O_CREAT
         with contextlib.suppress(FileExistsError):
-            os.mkdir(folder / FOLDER)
-            with opened_folder(folder, "") as descriptor:
+            os.mkdir(state)
+            with opened_folder(state.parent, "") as descriptor:
                 sync_folder(descriptor)
-    with opened_folder(folder, FOLDER) as hidden:
+    with opened_folder(state.parent, state.name) as hidden:
         return os.open(name, flags, 0o666, dir_fd=hidden)
 
 
-def _try_lock(descriptor: int, folder: Path, name: str) -> bool:
+def _try_lock(descriptor: int, path: Path) -> bool:
     status = os.fstat(descriptor)
     # Writing through a link would change somebody else's file.
     if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-        raise ConfigurationError(f"{folder / FOLDER / name} was not created by sorter: move it away")
+        raise ConfigurationError(f"{path} was not created by sorter: move it away")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -140,7 +146,8 @@ def _try_lock(descriptor: int, folder: Path, name: str) -> bool:
             return False
         if error.errno in _UNSUPPORTED:
             raise ConfigurationError(
-                f"{folder} is on a file system without locks ({error.strerror}): use a folder on another file system"
+                f"{path.parent} is on a file system without locks ({error.strerror}): keep locks and history on a local "
+                "disk with --state-dir"
             ) from None
         raise
     now = datetime.now(UTC).isoformat(" ", "seconds")

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sorter.errors import ConfigurationError
-from sorter.files import FAILED, FOLDER, UNSURE
+from sorter.files import FAILED, UNSURE
 from sorter.files.photo import Photo, file_of
+from sorter.files.state import state_folder
 from sorter.history.database import ReadOnlyDatabase
 from sorter.history.store import NAME, SIDECAR
 
@@ -94,16 +95,17 @@ class HistoryReader:
 
     Args:
         output: the folder that has `cats/` and the others.
+        state_dir: where the history is, if not in the output.
         beside_writer: this process also has the history open as a `History`.
 
     Raises:
         ConfigurationError: there is none, or it cannot be read.
     """
 
-    def __init__(self, output: Path, *, beside_writer: bool = False) -> None:
+    def __init__(self, output: Path, state_dir: Path | None = None, *, beside_writer: bool = False) -> None:
         self._output = Path(os.path.realpath(output))
         self._real_roots: dict[tuple[int, int] | None, bytes] = {}  # by device and inode
-        self._database = ReadOnlyDatabase(self._output / FOLDER / NAME, beside_writer=beside_writer)
+        self._database = ReadOnlyDatabase(state_folder(self._output, state_dir) / NAME, beside_writer=beside_writer)
 
     def close(self) -> None:
         """Close the file; idempotent."""

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from sorter.errors import ConfigurationError, SorterError, StorageError
-from sorter.files import FOLDER, file_systems
+from sorter.files import file_systems
 from sorter.files.photo import Identity, file_of
+from sorter.files.state import state_folder
 from sorter.history import schema
 
 NAME = "history.sqlite3"
@@ -103,14 +104,15 @@ class History:
 
     Args:
         output: the folder that has `cats/` and the others; a missing history is created, an older one upgraded.
+        state_dir: where the history is, if not in the output.
 
     Raises:
         ConfigurationError: the file is damaged, another program's, a newer sorter's, or cannot be opened.
         StorageError: the disk is full or fails.
     """
 
-    def __init__(self, output: Path) -> None:
-        self.path = output / FOLDER / NAME
+    def __init__(self, output: Path, state_dir: Path | None = None) -> None:
+        self.path = state_folder(output, state_dir) / NAME
         self._file: tuple[int, int] | None = None  # device and inode of the open file
         self._run: Run | None = None
         try:
@@ -250,7 +252,8 @@ class History:
 
     def _unwritable(self, error: Exception) -> StorageError:
         return StorageError(
-            f"the history {self.path} cannot be written ({error}): free some space and check its folder"
+            f"the history {self.path} cannot be written ({error}): free some space and check its folder, or, if its "
+            "file system cannot hold a database, keep it on a local disk with --state-dir"
         )
 
     def _unusable(self, error: sqlite3.DatabaseError) -> SorterError:
@@ -262,8 +265,8 @@ class History:
                 f"the history {self.path} cannot be opened ({error}): check its folder and permissions"
             )
         return ConfigurationError(
-            f"the history {self.path} is damaged ({error}): move it elsewhere and restart sorter; that does not "
-            "affect the photos"
+            f"the history {self.path} is damaged ({error}): move it elsewhere and restart sorter, which does not "
+            "affect the photos; if its file system cannot hold a database, use --state-dir"
         )
 
 

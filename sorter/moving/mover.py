@@ -43,6 +43,7 @@ from sorter.files.atomic import (
     sync_folder,
     take_away,
 )
+from sorter.files.lock import SORTING
 from sorter.files.lease import Lease, OpenForWritingError
 from sorter.files.photo import Identity, Photo, open_file, open_folder, opened_folder
 from sorter.history.store import NAME
@@ -241,8 +242,8 @@ class Mover:
             status = self.output.stat()
             folder = status.st_dev, status.st_ino
             # A disk that was unmounted leaves an empty folder: nothing belongs there. One that comes back has the
-            # history, and perhaps another number.
-            known = self._folder in (None, folder) or comes_with_inbox or (self.output / FOLDER / NAME).is_file()
+            # history or the lock, and perhaps another number.
+            known = self._folder in (None, folder) or comes_with_inbox or any((self.output / FOLDER / name).is_file() for name in (NAME, SORTING))
             if not known:
                 raise OSError(errno.ENODEV, "it is no longer the folder that it was at the start")
             self._folder = folder
