@@ -21,9 +21,10 @@ from sorter.classifier.manifest import Manifest
 from sorter.cli import console, preflight
 from sorter.decisions import Outcome
 from sorter.errors import ConfigurationError, ExitCode, ModelError, NotNowError, StorageError
-from sorter.files import FOLDER, file_systems, inodes, lock
+from sorter.files import file_systems, inodes, lock
 from sorter.files.atomic import make_folder
 from sorter.files.lock import Lock
+from sorter.files.state import state_folder
 from sorter.history.reader import HistoryReader
 from sorter.history.store import NAME, History, Run
 from sorter.inbox.scan import Inbox
@@ -88,14 +89,14 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
         log_fields["dry_run"] = True
     metrics = _serve_metrics(settings, model, engine)
     with ExitStack() as stack:
-        inbox_lock = history = None
+        inbox_lock, history, waiting = None, None, 0
         if not settings.dry_run:
-            inbox_lock, history = _open_folders(inbox.root, output, this_run, stack, patient=not settings.once)
+            inbox_lock, history, waiting = _open_folders(settings, inbox.root, output, this_run, stack)
             inodes.look((inbox.root, output))
         _log_start(settings, model, engine, inbox.root, output, log_fields)
         mover = Mover(output, inbox.selection.sidecars, settle_seconds=settings.settle_seconds)
         shutdown.move_lock = mover.lock
-        reader = _open_reader(output, stack, beside_writer=history is not None)
+        reader = _open_reader(output, settings.state_dir, stack, beside_writer=history is not None)
         bar = _show_bar(settings, inbox, stream, stack)
         if bar is not None:
             shutdown.restore_terminal = stream.show_cursor
@@ -125,6 +126,7 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
             on_decision=_printer(settings, as_json=as_json),
             history=reader,
         )
+        service.counters.left += waiting
         try:
             counters = service.run_once() if settings.once else _watch(service, inbox, pipeline, metrics)
         except (ConfigurationError, ModelError) as error:
@@ -168,17 +170,23 @@ def _serve_metrics(settings: Settings, model: Manifest, engine: "Engine") -> "Me
     return Metrics(settings.metrics_port, info)
 
 
-def _open_folders(inbox: Path, output: Path, run: Run, stack: ExitStack, *, patient: bool) -> tuple[Lock, History]:
-    """Lock the folders and begin a run; while their disk is full, a patient one waits."""
+def _open_folders(
+    settings: Settings, inbox: Path, output: Path, run: Run, stack: ExitStack
+) -> tuple[Lock, History, int]:
+    """Lock the folders and begin a run; while their disk is full, a daemon waits.
+
+    Returns:
+        The lock of the inbox, the history, and how many photos cannot be recovered from a crash yet.
+    """
     log, waited = structlog.get_logger(), False
     while True:
         try:
             with ExitStack() as opened:
-                inbox_lock = _take_lock(inbox, opened)
-                history = _open_history(inbox, output, run, opened)
+                inbox_lock = _take_lock(inbox, settings.state_dir, opened)
+                history, waiting = _open_history(inbox, output, settings.state_dir, run, opened)
                 stack.callback(opened.pop_all().close)
         except StorageError as error:
-            if not patient:
+            if settings.once:
                 raise
             if not waited:
                 log.error("storage.waiting", detail=str(error))
@@ -187,18 +195,21 @@ def _open_folders(inbox: Path, output: Path, run: Run, stack: ExitStack, *, pati
         else:
             if waited:
                 log.info("storage.ready")
-            return inbox_lock, history
+            return inbox_lock, history, waiting
 
 
-def _take_lock(folder: Path, stack: ExitStack) -> Lock:
+def _take_lock(folder: Path, state_dir: Path | None, stack: ExitStack) -> Lock:
     """Lock a folder until the stack unwinds."""
-    held = Lock(folder)
+    held = Lock(folder, state_dir=state_dir)
     stack.callback(held.release)
     held.take(patience_seconds=_PATIENCE_SECONDS)
+    if state_dir is not None:
+        with suppress(ConfigurationError):  # also in the folder, for sorters that do not know of `state_dir`
+            return _take_lock(folder, None, stack)
     return held
 
 
-def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> History:
+def _open_history(inbox: Path, output: Path, state_dir: Path | None, run: Run, stack: ExitStack) -> tuple[History, int]:
     """Lock the output, recover from a crash, and begin a run."""
     try:
         make_folder(output)
@@ -207,10 +218,10 @@ def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> Hist
             raise StorageError(f"cannot create {output} ({error.strerror}): free some space") from None
         raise ConfigurationError(f"cannot create {output} ({error.strerror}): use another --output") from None
     if not os.path.samefile(inbox, output):
-        _take_lock(output, stack)
-    history = History(output)
+        _take_lock(output, state_dir, stack)
+    history = History(output, state_dir)
     stack.callback(history.close)
-    undoing = Lock(output, lock.UNDOING)
+    undoing = Lock(output, lock.UNDOING, state_dir)
     try:
         undoing.take()
     except NotNowError:  # a running undo recovers its own moves
@@ -224,7 +235,7 @@ def _open_history(inbox: Path, output: Path, run: Run, stack: ExitStack) -> Hist
     if found.moved or found.stayed or found.waiting:
         log.info("recovery.finished", moved=found.moved, stayed=found.stayed, waiting=len(found.waiting))
     history.begin(run)
-    return history
+    return history, len(found.waiting)
 
 
 def _log_start(
@@ -247,11 +258,13 @@ def _log_start(
         log.warning("engine.unused_gpu", detail=engine.unused_gpu)
 
 
-def _open_reader(output: Path, stack: ExitStack, *, beside_writer: bool) -> HistoryReader | None:
+def _open_reader(
+    output: Path, state_dir: Path | None, stack: ExitStack, *, beside_writer: bool
+) -> HistoryReader | None:
     """The history for looking up earlier moves; a dry run may find none."""
-    if not (output / FOLDER / NAME).is_file():
+    if not (state_folder(output, state_dir) / NAME).is_file():
         return None
-    reader = HistoryReader(output, beside_writer=beside_writer)
+    reader = HistoryReader(output, state_dir, beside_writer=beside_writer)
     stack.callback(reader.close)
     return reader
 

@@ -63,12 +63,15 @@ def undo(
     shutdown = Shutdown(idle_code=ExitCode.INCOMPLETE)
     unknown: list[str] = []
     counts: Counter[str] = Counter()
+    waiting = 0  # photos that cannot be recovered from a crash yet
     with ExitStack() as stack:
         restore = planned_undo
         if not settings.dry_run:
-            HistoryReader(output, settings.state_dir).close()  # refuses an output without a history before anything is created in it
+            # Refuses an output without a history before anything is created in it.
+            HistoryReader(output, settings.state_dir).close()
             shutdown.listen()
-            restore = _open(output, stopping, stack).restore
+            opened, waiting = _open(output, settings.state_dir, stopping, stack)
+            restore = opened.restore
             shutdown.move_lock = threading.Lock()  # a second signal ends it at once; the next start finds what it left
         # Opened after the recovery, to include what that finished.
         reader = HistoryReader(output, settings.state_dir, beside_writer=not settings.dry_run)
@@ -91,10 +94,10 @@ def undo(
         )
     if not as_json:
         console.say(_summary(counts, dry_run=settings.dry_run), sys.stdout, flush=True)
-    return ExitCode.INCOMPLETE if counts["stayed"] or unknown or stopping.is_set() else ExitCode.DONE
+    return ExitCode.INCOMPLETE if counts["stayed"] or unknown or waiting or stopping.is_set() else ExitCode.DONE
 
 
-def _open(output: Path, stopping: threading.Event, stack: ExitStack) -> Undo:
+def _open(output: Path, state_dir: Path | None, stopping: threading.Event, stack: ExitStack) -> tuple[Undo, int]:
     """Lock the output against other undos and recover from a crash, so that what it left can be restored too."""
     undoing, sorting = Lock(output, lock.UNDOING, state_dir), Lock(output, state_dir=state_dir)
     stack.callback(undoing.release)
@@ -111,7 +114,8 @@ def _open(output: Path, stopping: threading.Event, stack: ExitStack) -> Undo:
     sorting.release()
     for path, reason in found.waiting:
         console.say(f"sorter: {entries.printable(path)} cannot be checked now ({reason})", sys.stderr)
-    return Undo(output, history, Run(uuid4().hex[:12], sorter.__version__, "", kind="undo"), stopping)
+    this_run = Run(uuid4().hex[:12], sorter.__version__, "", kind="undo")
+    return Undo(output, history, this_run, stopping), len(found.waiting)
 
 
 def _check_run(reader: HistoryReader, output: Path, *, last: bool, run: str | None) -> str | None:

@@ -146,8 +146,8 @@ def _try_lock(descriptor: int, path: Path) -> bool:
             return False
         if error.errno in _UNSUPPORTED:
             raise ConfigurationError(
-                f"{path.parent} is on a file system without locks ({error.strerror}): keep locks and history on a local "
-                "disk with --state-dir"
+                f"{path.parent} is on a file system without locks ({error.strerror}): keep locks and history on a "
+                "local disk with --state-dir"
             ) from None
         raise
     now = datetime.now(UTC).isoformat(" ", "seconds")

@@ -43,8 +43,8 @@ from sorter.files.atomic import (
     sync_folder,
     take_away,
 )
-from sorter.files.lock import SORTING
 from sorter.files.lease import Lease, OpenForWritingError
+from sorter.files.lock import SORTING
 from sorter.files.photo import Identity, Photo, open_file, open_folder, opened_folder
 from sorter.history.store import NAME
 from sorter.inbox.sidecars import FolderListing, SidecarNames, exists
@@ -243,7 +243,8 @@ class Mover:
             folder = status.st_dev, status.st_ino
             # A disk that was unmounted leaves an empty folder: nothing belongs there. One that comes back has the
             # history or the lock, and perhaps another number.
-            known = self._folder in (None, folder) or comes_with_inbox or any((self.output / FOLDER / name).is_file() for name in (NAME, SORTING))
+            was_sorted_into = any((self.output / FOLDER / name).is_file() for name in (NAME, SORTING))
+            known = self._folder in (None, folder) or comes_with_inbox or was_sorted_into
             if not known:
                 raise OSError(errno.ENODEV, "it is no longer the folder that it was at the start")
             self._folder = folder
