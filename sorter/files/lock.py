@@ -78,7 +78,7 @@ class Lock:
                 "folder's permissions"
             ) from None
         if self._descriptor is not None and os.path.sameopenfile(self._descriptor, descriptor):
-            os.close(descriptor)
+            _close(descriptor)
             return
         deadline = time.monotonic() + patience_seconds
         try:
@@ -89,7 +89,7 @@ class Lock:
                     )
                 time.sleep(_RETRY_SECONDS)
         except BaseException:
-            os.close(descriptor)
+            _close(descriptor)
             raise
         self.release()
         self._descriptor = descriptor
@@ -98,7 +98,7 @@ class Lock:
         """Release the lock; idempotent."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            os.close(descriptor)
+            _close(descriptor)
 
 
 def holder(folder: Path, name: str = SORTING, state_dir: Path | None = None) -> str | None:
@@ -114,8 +114,13 @@ def holder(folder: Path, name: str = SORTING, state_dir: Path | None = None) -> 
     except OSError as error:
         return _holder_text(descriptor) if error.errno in _HELD else None
     finally:
-        os.close(descriptor)
+        _close(descriptor)
     return None
+
+
+def _close(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # rclone reports here that it cannot write to a part of a file
+        os.close(descriptor)
 
 
 def _holder_text(descriptor: int) -> str:

@@ -16,13 +16,16 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 """For opening what may be a photo: follows no symbolic link, does not wait for a FIFO's writer, takes no terminal."""
 
+COARSE_NS = 2_000_000_000
+"""How far apart the times of a file and its copy may be: some file systems store them to two seconds."""
+
 
 class Identity(NamedTuple):
     """Distinguishes versions of a file: any write or replacement changes it.
 
     The status change time catches a writer who sets the modification time back. A rename or a new hard link changes it
     too, so after a move only the other four fields are comparable: `is_same_file`. Where a file system makes its inode
-    numbers up, the number is 0 and tells nothing: then another file of the same size, with the same times, passes.
+    numbers up, the number is 0 and tells nothing: another file of the same size with about the same times then passes.
     """
 
     device: int
@@ -38,8 +41,10 @@ class Identity(NamedTuple):
 
     def is_same_file(self, other: "Identity") -> bool:
         """True if this is the same version of the same file, perhaps under another name."""
-        same_inode = self.inode == other.inode or not (self.inode and other.inode)
-        return same_inode and (self.device, *self[2:4]) == (other.device, *other[2:4])
+        if self.inode and other.inode:
+            return self[:4] == other[:4]
+        alike = abs(self.mtime_ns - other.mtime_ns) <= COARSE_NS
+        return (self.device, self.size) == (other.device, other.size) and alike
 
     def is_same_version(self, other: "Identity") -> bool:
         """True if this is the same version of the same file, and nobody has touched it."""

@@ -43,14 +43,11 @@ from sorter.files.atomic import (
     sync_folder,
     take_away,
 )
-from sorter.files.photo import Identity, Photo, opened_folder
+from sorter.files.photo import COARSE_NS, Identity, Photo, opened_folder
 from sorter.history.store import History, Move
 
 # Nothing has this name, or nothing can have it here: not all file systems take names that are not UTF-8, or long ones.
 _NO_SUCH_NAME = (errno.ENOENT, errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL)
-
-COARSE_NS = 2_000_000_000
-"""How far apart the times of a file and its copy may be: some file systems store them to two seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +181,12 @@ def _is_version(status: os.stat_result, identity: Identity) -> bool:
 
 
 def _looks_like_photo(status: os.stat_result, identity: Identity) -> bool:
-    """Tell whether a file may be the photo: it has the inode, or the size and time, which a copy keeps."""
-    alike = status.st_size == identity.size and abs(status.st_mtime_ns - identity.mtime_ns) <= COARSE_NS
+    """Tell whether a file may be the photo: it has the inode, or the size and time, which a copy keeps.
+
+    Where inode numbers are made up the size has to do: times change there too, as files are uploaded.
+    """
+    same_time = abs(status.st_mtime_ns - identity.mtime_ns) <= COARSE_NS or identity.inode == 0
+    alike = status.st_size == identity.size and same_time
     return stat.S_ISREG(status.st_mode) and (alike or inodes.number(status) == identity.inode != 0)
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from sorter.errors import StorageError
 from sorter.files import inodes
 from sorter.files.atomic import StayedError, make_folder, new_token
-from sorter.files.photo import Identity, Photo, opened_folder
+from sorter.files.photo import COARSE_NS, Identity, Photo, opened_folder
 from sorter.history.reader import Entry
 from sorter.history.store import SIDECAR, History, Move, Run
 from sorter.moving.mover import Mover
-from sorter.moving.recovery import COARSE_NS, Plan
+from sorter.moving.recovery import Plan
 
 _BATCH = 100
 _TAKEN = "another file has its old name"
