@@ -174,11 +174,17 @@ class HistoryReader:
                 found.append(f"({alias}.root = ? AND {alias}.source > ? AND {alias}.source < ?)")
                 values += [os.fsencode(root), source, os.fsencode(root), source + b"/", source + b"0"]
         if Path(real).is_relative_to(self._output):
-            parts = [os.fsencode(part) for part in Path(real).relative_to(self._output).parts]
-            if len(parts) < 3:  # the output, a folder in it, a name in that
-                equal = (f"CAST({alias}.folder AS BLOB) = ?", f"{alias}.name = ?")[: len(parts)]
-                found.append(" AND ".join(["TRUE", *equal]))
-                values += parts
+            top, _, inner = os.path.relpath(real, self._output).partition("/")
+            if top == ".":
+                found.append("TRUE")
+            elif not inner:
+                found.append(f"CAST({alias}.folder AS BLOB) = ?")
+                values.append(os.fsencode(top))
+            else:
+                name = os.fsencode(inner)
+                for at in (f"{alias}.name = ?", f"{alias}.name > ? AND {alias}.name < ?"):
+                    found.append(f"(CAST({alias}.folder AS BLOB) = ? AND {at})")
+                values += [os.fsencode(top), name, os.fsencode(top), name + b"/", name + b"0"]
         return f" AND ({' OR '.join(found)})", values
 
     def last_sorted(self, root: Path, names: Sequence[str], since: float) -> Entry | None:
