@@ -1,7 +1,9 @@
 """Photos from subfolders keep them: where they go, what is in the way, and the way back."""
 
 import errno
+import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -9,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import GREEN, LONG_AGO, RED, make_tree, plain, read_tree
+from conftest import GREEN, LONG_AGO, RED, make_tree, photo, plain, read_tree
 from test_retry import BROWN, Folders
+from test_undo import sort, sorter, undo
 
 from sorter.classifier.manifest import Manifest
 from sorter.cli import console
@@ -333,3 +336,28 @@ def test_retry_looks_into_subfolders(folders: Folders, monkeypatch: pytest.Monke
     monkeypatch.setattr("sorter.cli.run.run", lambda settings, *, as_json: asked.append(settings))
     retry(Settings(inbox=folders.inbox, output=folders.output), folder="unsure", as_json=False)
     assert (asked[0].recursive, asked[0].inbox, asked[0].flat) == (True, folders.output / "unsure", False)
+
+
+@pytest.mark.long
+def test_the_commands_and_the_hook_name_the_subfolder(tmp_path: Path) -> None:
+    inbox = make_tree(
+        tmp_path / "in", {"2019/paris/a.jpg": photo(1), "2019/paris/a.xmp": b"edits", "2020/a.jpg": photo(2)}
+    )
+    before, flags = tree(inbox), ("--output", tmp_path / "out")
+    sort(inbox, "--recursive", *flags, "--on-sorted", f"sh -c 'cat >> {tmp_path}/told; echo >> {tmp_path}/told'")
+    placed = {str(tmp_path / "out" / name) for name in read_tree(tmp_path / "out")}
+    places = {name.partition("/")[2] for name in read_tree(tmp_path / "out")}
+    assert places == {"2019/paris/a.jpg", "2019/paris/a.xmp", "2020/a.jpg"}
+    calls = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
+    assert {told["destination"] for call in calls for told in call["photos"]} == placed
+    lines = [json.loads(line) for line in sorter("history", "--json", "--inbox", inbox, *flags).splitlines()]
+    assert {line["destination"] for line in lines} == placed
+    assert re.search(
+        r"2019/paris/a\.jpg +(→|->) +(cats|dogs)/2019/paris/ ", sorter("history", "--inbox", inbox, *flags)
+    )
+    counts = json.loads(sorter("status", "--json", "--inbox", inbox, *flags))["in_all"]
+    assert (set(counts) <= {"cats", "dogs"}, sum(counts.values())) == (True, 2)
+    undo(inbox, *flags, "--last")
+    assert tree(inbox) == before
+    sort(inbox, "--recursive", "--flat", "--include-undone", *flags)
+    assert {os.path.dirname(name) for name in read_tree(tmp_path / "out")} <= {"cats", "dogs"}

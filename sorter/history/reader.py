@@ -44,6 +44,7 @@ class Entry:
         source: the absolute path where it was.
         destination: the absolute path where it went.
         root, name: the two parts of `source`: the folder that was sorted, and the path inside it.
+        place: the end of `destination`: the path inside the output, or inside the folder that an undo went back to.
         size: in bytes.
         mtime_ns: of the file, in nanoseconds since the epoch.
         kind: `sorted`, `unsure`, `failed`, `sidecar` or `undone`.
@@ -58,6 +59,7 @@ class Entry:
     destination: str
     root: str
     name: str
+    place: str
     size: int
     mtime_ns: int
     kind: str
@@ -279,6 +281,7 @@ class HistoryReader:
             destination=os.path.join(there, folder, name),
             root=root,
             name=source,
+            place=os.path.join(folder, name),
             size=size,
             mtime_ns=int(mtime_ns),
             kind=kind,

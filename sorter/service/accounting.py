@@ -212,12 +212,12 @@ class Accounting:
     def finish(self) -> None:
         """Log what the run did, however it ended."""
         counters = self.counters
+        counters.seconds = time.monotonic() - counters.started
         emptied = sorted(place for place in self._moved_from if place[1] and _is_empty(*place))
         counters.emptied = [folder for _, folder in emptied]
         if emptied:
             first = [os.path.join(*place) for place in emptied[:NAMED_FOLDERS]]
             log.info("inbox.emptied", **self._log_fields, folders=len(emptied), first=first)
-        counters.seconds = time.monotonic() - counters.started
         log.info(
             "run.finished",
             **self._log_fields,

@@ -68,7 +68,7 @@ class SidecarFollower:
             names = [os.path.join(folder, name) for name in photos]
             entry = self._history.last_sorted(file.root, names, time.time() - LATE_SECONDS)
             if entry is not None:
-                self._follow(file, entry.name, os.path.relpath(entry.destination, os.path.realpath(self._output)))
+                self._follow(file, entry.name, entry.place)
                 return True
         return False
 
