@@ -29,8 +29,8 @@ class Decision:
         label: the likeliest class, None if the photo was not classified.
         confidence: that class's probability, 0 to 1.
         batch_size: how many photos were classified together.
-        name: the name that the file must have in the folder; empty for its own name, or the next free one.
-        follows: for a sidecar, the name of its photo in the folder.
+        name: the path that the file must have in the folder; empty for its own name, or the next free one.
+        follows: for a sidecar, the path of its photo in the folder.
         detail: why it is unsure, for a person, where its confidence is not the reason.
     """
 

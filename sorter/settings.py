@@ -106,7 +106,12 @@ class Settings(BaseSettings):
         group="Folders",
         metavar="DIR",
     )
-    recursive: bool = _field(False, "also sort photos in subfolders of the inbox", group="Folders")
+    recursive: bool = _field(
+        False,
+        "also sort photos in subfolders of the inbox, into the same subfolders of cats/ and dogs/",
+        group="Folders",
+    )
+    flat: bool = _field(False, "with --recursive, sort photos directly into cats/ and dogs/", group="Folders")
 
     include: Patterns = _field(
         (),

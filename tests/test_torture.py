@@ -132,5 +132,9 @@ def test_what_is_durable_comes_in_the_right_order(parents: tuple[Path, Path]) ->
     new = find(r"^fsync\(.*/out/cats>", find(published))
     old = find(r"^fsync\(.*/in>", find(removed))
     assert find(published) < new < old < done < len(calls), "both folders are, before the move is recorded as done"
-    made = find(r"^mkdir\(.*/out/dogs")
-    assert made < find(r"^fsync\(.*/out>", made) < len(calls), "a new folder is"
+    moved = find(r'^renameat2\(.*/out/dogs/deep>, "a\.jpg"')
+    for parent, folder in (("/out", "dogs"), ("/out/dogs", "deep")):
+        made = find(rf'^mkdirat\(.*{parent}>, "{folder}"')
+        assert made < find(rf"^fsync\(.*{parent}>", made) < moved < len(calls), (
+            "a new folder is, before its first photo"
+        )

@@ -5,12 +5,14 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from sorter.cli.entries import counted, printable
 from sorter.decisions import Outcome, described
 from sorter.files import UNSURE
 from sorter.logs import LogStream
+from sorter.service.accounting import NAMED_FOLDERS
 from sorter.service.counters import Counters
 
 if TYPE_CHECKING:
@@ -79,13 +81,13 @@ def discard(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def print_plan(outcome: Outcome) -> None:
+def print_plan(outcome: Outcome, output: Path) -> None:
     """Print what a dry run would do with a photo, for a person."""
     decision, destination = outcome.decision, outcome.destination
     assert decision is not None, "called only for photos with a decision"
     assert destination is not None, "a dry run has one for each decision"
-    base = os.path.basename(destination)
-    place = os.path.join(decision.folder, "" if base == os.path.basename(outcome.photo.name) else base)
+    folder, base = os.path.split(os.path.relpath(destination, output))
+    place = os.path.join(folder, "" if base == os.path.basename(outcome.photo.name) else base)
     reason, detail = decision.decoded.reason, decision.detail
     if reason is not None:
         why = f"{reason}: {decision.decoded.detail}"
@@ -110,6 +112,7 @@ def summary(counters: Counters, folders: list[str], *, dry_run: bool) -> str:
     rows += [("sidecars moved along", counters.sidecars)] if counters.sidecars else []
     rows += [("skipped, not photos", counters.skipped), ("left in the inbox", counters.left)]
     rows += [("restored by undo, not sorted again", counters.put_back)] if counters.put_back else []
+    rows += [("folders left empty", len(counters.emptied))] if counters.emptied else []
     would = "would be " if dry_run else ""
     head = f"{counted(counters.photos, 'photo')} {would}sorted in {counters.seconds - counters.waited:.1f} s"
     head += f" ({counters.photos_per_second:.1f} photos/s)"
@@ -118,4 +121,7 @@ def summary(counters: Counters, folders: list[str], *, dry_run: bool) -> str:
     if counters.interrupted:
         head += ", interrupted: the rest is still in the inbox"
     width = max(len(name) for name, _ in rows)
-    return "\n".join([head, *(f"  {name:<{width}}  {count:>7}" for name, count in rows)])
+    named = [f"    {printable(folder)}/" for folder in counters.emptied[:NAMED_FOLDERS]]
+    unnamed = len(counters.emptied) - len(named)
+    more = [f"    and {unnamed} more"] if unnamed else []
+    return "\n".join([head, *(f"  {name:<{width}}  {count:>7}" for name, count in rows), *named, *more])

@@ -25,5 +25,5 @@ def retry(settings: Settings, *, folder: str, as_json: bool) -> ExitCode:
     if not inbox.is_dir():
         raise ConfigurationError(f"there is no folder {inbox}: no photo went there, or name the --output of that run")
     # Whoever asks for a retry after undoing one means these photos too.
-    again = {"inbox": inbox, "output": output, "once": True, "recursive": False, "include_undone": True}
+    again = {"inbox": inbox, "output": output, "once": True, "recursive": True, "include_undone": True}
     return run.run(settings.model_copy(update=again), as_json=as_json)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -284,7 +285,9 @@ def _printer(settings: Settings, *, as_json: bool) -> Callable[[Outcome], None]:
     """What prints each decision of a dry run to standard output; a daemon's are in its log."""
     if as_json:
         return console.print_decision
-    return console.print_plan if settings.dry_run and settings.once else _ignore
+    if settings.dry_run and settings.once:
+        return partial(console.print_plan, output=settings.output_folder.absolute())
+    return _ignore
 
 
 def _start_hook(command: Sequence[str], log_fields: dict[str, object], shutdown: Shutdown, stack: ExitStack) -> Hook:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sorter.files import inodes
-from sorter.files.photo import FILE_FLAGS, Identity, opened_folder
+from sorter.files.photo import FILE_FLAGS, Identity, open_folder, open_part, opened_folder
 
 _PARTIAL_SUFFIX, _AWAY_SUFFIX = ".sorter-part", ".sorter-away"
 
@@ -112,6 +112,31 @@ def make_folder(path: Path) -> None:
         folder.mkdir(exist_ok=True)
         with opened_folder(folder.parent, "") as descriptor:
             sync_folder(descriptor)
+
+
+def make_inner_folder(root: Path, relative: str) -> int:
+    """Open a folder inside `root` as `open_folder` does, and create what is missing on the way, durably.
+
+    Returns:
+        A descriptor that the caller closes.
+
+    Raises:
+        OSError: it cannot be created, or something on the way is not a folder or is a symbolic link.
+    """
+    folder = open_folder(root, "")
+    for part in filter(None, relative.split("/")):
+        try:
+            try:
+                inner = open_part(folder, part)
+            except FileNotFoundError:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=folder)
+                sync_folder(folder)
+                inner = open_part(folder, part)
+        finally:
+            os.close(folder)
+        folder = inner
+    return folder
 
 
 def give_back(target: int, name: str, source: int, base: str) -> None:

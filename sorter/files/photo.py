@@ -86,11 +86,16 @@ def open_folder(root: Path, relative: str) -> int:
     folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     for part in filter(None, relative.split("/")):
         try:
-            inner = os.open(part, _FOLDER, dir_fd=folder)
+            inner = open_part(folder, part)
         finally:
             os.close(folder)
         folder = inner
     return folder
+
+
+def open_part(folder: int, part: str) -> int:
+    """Open a folder in an open one, without following a symbolic link."""
+    return os.open(part, _FOLDER, dir_fd=folder)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ class Entry:
         source: the absolute path where it was.
         destination: the absolute path where it went.
         root, name: the two parts of `source`: the folder that was sorted, and the path inside it.
+        place: the end of `destination`: the path inside the output, or inside the folder that an undo went back to.
         size: in bytes.
         mtime_ns: of the file, in nanoseconds since the epoch.
         kind: `sorted`, `unsure`, `failed`, `sidecar` or `undone`.
@@ -59,6 +60,7 @@ class Entry:
     destination: str
     root: str
     name: str
+    place: str
     size: int
     mtime_ns: int
     kind: str
@@ -176,11 +178,17 @@ class HistoryReader:
                 found.append(f"({alias}.root = ? AND {alias}.source > ? AND {alias}.source < ?)")
                 values += [os.fsencode(root), source, os.fsencode(root), source + b"/", source + b"0"]
         if Path(real).is_relative_to(self._output):
-            parts = [os.fsencode(part) for part in Path(real).relative_to(self._output).parts]
-            if len(parts) < 3:  # the output, a folder in it, a name in that
-                equal = (f"CAST({alias}.folder AS BLOB) = ?", f"{alias}.name = ?")[: len(parts)]
-                found.append(" AND ".join(["TRUE", *equal]))
-                values += parts
+            top, _, inner = os.path.relpath(real, self._output).partition("/")
+            if top == ".":
+                found.append("TRUE")
+            elif not inner:
+                found.append(f"CAST({alias}.folder AS BLOB) = ?")
+                values.append(os.fsencode(top))
+            else:
+                name = os.fsencode(inner)
+                for at in (f"{alias}.name = ?", f"{alias}.name > ? AND {alias}.name < ?"):
+                    found.append(f"(CAST({alias}.folder AS BLOB) = ? AND {at})")
+                values += [os.fsencode(top), name, os.fsencode(top), name + b"/", name + b"0"]
         return f" AND ({' OR '.join(found)})", values
 
     def last_sorted(self, root: Path, names: Sequence[str], since: float) -> Entry | None:
@@ -275,6 +283,7 @@ class HistoryReader:
             destination=os.path.join(there, folder, name),
             root=root,
             name=source,
+            place=os.path.join(folder, name),
             size=size,
             mtime_ns=int(mtime_ns),
             kind=kind,

@@ -70,7 +70,7 @@ class Move:
         root: the inbox.
         source: the path inside the inbox.
         folder: inside the output, such as `cats`.
-        name: inside that folder, such as `a-1.jpg`.
+        name: the path inside that folder, such as `a-1.jpg` or `2019/a.jpg`.
         identity: of the file that was classified; its ctime is not recorded, because a move changes it.
         kind: `sorted`, `unsure`, `failed`, `sidecar` or `undone`.
         confidence: 0 to 1; None if it was not classified.
@@ -79,7 +79,7 @@ class Move:
         target: None for a move into the output. For an undo the inbox: `root` is then the output, `folder` is empty,
             and `name` is a path inside `target`.
         undoes: the id of the row that an undo reverses.
-        follows: the name that a sidecar's photo has in the same folder.
+        follows: the path that a sidecar's photo has in the same folder.
     """
 
     token: str

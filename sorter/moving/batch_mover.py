@@ -36,13 +36,21 @@ class BatchMover:
         run: the ID of this process's run in the history.
         patient: if the storage fails, wait and try again, as a daemon does, instead of raising.
         stopping: ends the waiting.
+        flat: put photos from subfolders directly into `cats/`, instead of into the same subfolders there.
     """
 
     def __init__(
-        self, mover: Mover, history: History | None, *, run: str, patient: bool, stopping: threading.Event
+        self,
+        mover: Mover,
+        history: History | None,
+        *,
+        run: str,
+        patient: bool,
+        stopping: threading.Event,
+        flat: bool = False,
     ) -> None:
         self._mover, self._history, self._run = mover, history, run
-        self._patient, self._stopping = patient, stopping
+        self._patient, self._stopping, self._flat = patient, stopping, flat
         self.blocked: str | None = None
         """Why nothing can be moved at present, while that is so."""
         self.deadline = Deadline()
@@ -54,7 +62,7 @@ class BatchMover:
         Raises:
             StorageError: nothing more can be moved; no photo is lost, and the next start finds any that is half moved.
         """
-        plans = [self._mover.plan(decision.decoded.photo, decision.folder, decision.name) for decision in batch]
+        plans = [self._plan(decision) for decision in batch]
         if self._history is None:
             for decision, plan in zip(batch, plans, strict=True):
                 tell(Outcome(plan.photo, decision.kind, decision, self._mover.path(plan)))
@@ -67,6 +75,14 @@ class BatchMover:
             # Planning reserved these names, so that no two photos of a batch get the same one.
             for plan in plans:
                 self._mover.forget(plan)
+
+    def _plan(self, decision: Decision) -> Plan:
+        photo = decision.decoded.photo
+        if decision.name:
+            folder, name = os.path.split(os.path.join(decision.folder, decision.name))
+            return self._mover.plan(photo, folder, name)
+        kept = "" if self._flat else os.path.dirname(photo.name)
+        return self._mover.plan(photo, f"{decision.folder}/{kept}".rstrip("/"))
 
     def _move(
         self, history: History, batch: list[Decision], plans: list[Plan], tell: Callable[[Outcome], None]
@@ -153,8 +169,8 @@ class BatchMover:
             # Resolved, so that it is found later under whatever path the inbox is named then.
             root=Path(os.path.realpath(plan.photo.root)),
             source=plan.photo.name,
-            folder=plan.folder,
-            name=plan.name,
+            folder=decision.folder,
+            name=f"{plan.folder}/{plan.name}".removeprefix(f"{decision.folder}/"),
             identity=plan.photo.identity,
             kind=decision.kind,
             label=decision.label,

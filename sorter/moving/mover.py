@@ -34,6 +34,7 @@ from sorter.files.atomic import (
     copy_contents,
     give_back,
     make_folder,
+    make_inner_folder,
     new_token,
     numbered,
     partial_name,
@@ -45,7 +46,7 @@ from sorter.files.atomic import (
 )
 from sorter.files.lease import Lease, OpenForWritingError
 from sorter.files.lock import SORTING
-from sorter.files.photo import Identity, Photo, open_file, open_folder, opened_folder
+from sorter.files.photo import Identity, Photo, open_file, opened_folder
 from sorter.history.store import NAME
 from sorter.inbox.sidecars import FolderListing, SidecarNames, exists
 from sorter.moving.recovery import Plan, resolve
@@ -70,12 +71,16 @@ _STORAGE = (
 
 # With less room than this a disk is full for all photos, and waited for.
 _ROOM_BYTES = 20_000_000
+# What system calls take, without the NUL at the end: nobody could open a file with a longer path by that.
+_LONGEST_PATH_BYTES = 4095
+# So many folders of the output are remembered; photos come a folder at a time.
+_MAX_LISTINGS = 64
 # Whoever wrote to a photo so long ago has finished, also by a clock that is some minutes off.
 _FINISHED_SECONDS = 600.0
 
 
 class Mover:
-    """Moves photos from the inbox into the folders beside each other in `output`.
+    """Moves photos from the inbox into the folders in `output`, such as `cats` and `cats/2019`.
 
     Args:
         output: the folder that has `cats/` and the others; folders are made when first needed.
@@ -115,6 +120,8 @@ class Mover:
         return not exists(os.path.join(self.output, folder, name)) and not self._listing(folder).sidecars(name)
 
     def _listing(self, folder: str) -> FolderListing:
+        if folder not in self._listings and len(self._listings) >= _MAX_LISTINGS:
+            del self._listings[next(iter(self._listings))]
         return self._listings.setdefault(folder, FolderListing(self.output, folder, self._sidecars))
 
     def forget(self, plan: Plan) -> None:
@@ -192,7 +199,7 @@ class Mover:
         with opened_folder(plan.photo.root, source_folder) as source:
             self._check(source, base, plan.photo.identity)
             check_removable(source, base)
-            with self._target(plan.photo.root, plan.folder) as target:
+            with self._target(plan) as target:
                 if os.path.sameopenfile(source, target):
                     raise StayedError("is in its folder already: the output is a part of the inbox under another path")
                 self._begun.add(plan.token)
@@ -218,7 +225,10 @@ class Mover:
         if error.errno == errno.EEXIST:
             return ChangedError("its name in the output was taken meanwhile")
         place = self.output / folder
-        output_refuses = error.errno == errno.EACCES and place.exists() and not os.access(place, os.W_OK)
+        # A subfolder that refuses concerns the photos from one folder only.
+        output_refuses = (
+            error.errno == errno.EACCES and "/" not in folder and place.exists() and not os.access(place, os.W_OK)
+        )
         if error.errno in _STORAGE or output_refuses:
             return self._refused(folder, error)
         if isinstance(error, PermissionError):
@@ -254,16 +264,21 @@ class Mover:
             ) from error
 
     @contextlib.contextmanager
-    def _target(self, inbox: Path, folder: str) -> Iterator[int]:
+    def _target(self, plan: Plan) -> Iterator[int]:
         """The descriptor of a destination folder, which is created if it is missing."""
-        self.check_output(inbox)
+        self.check_output(plan.photo.root)
+        if len(os.fsencode(self.path(plan))) > _LONGEST_PATH_BYTES:
+            raise StayedError("would have too long a path in the output: shorten the names of its folders")
         try:
-            if not os.path.lexists(self.output / folder):
-                (self.output / folder).mkdir(exist_ok=True)
-                self._touched.add((self.output, ""))
-            descriptor = open_folder(self.output, folder)
+            descriptor = make_inner_folder(self.output, plan.folder)
         except OSError as error:
-            raise self._refused(folder, error) from error
+            top, _, inner = plan.folder.partition("/")
+            if not inner or error.errno in _STORAGE or not _is_folder(self.output / top):
+                raise self._refused(plan.folder, error) from error
+            raise StayedError(
+                f"its folder {self.output / plan.folder} cannot be used ({error.strerror}): move away what is in its "
+                "place, or check its permissions"
+            ) from error
         try:
             yield descriptor
         finally:
@@ -438,6 +453,10 @@ class Mover:
         while True:
             number = self._next_number[folder, base] = self._next_number.get((folder, base), 0) + 1
             yield numbered(base, number)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _lease(original: int) -> Lease:

@@ -56,7 +56,7 @@ class Plan:
 
     Attributes:
         photo: where it is, and which version of the file was classified.
-        folder: inside the output.
+        folder: inside the output, `cats` or `cats/2019`.
         name: inside the folder; the move takes this name or none.
         token: part of the hidden names that the move uses on the way.
     """
@@ -210,7 +210,7 @@ def _opened_if_there(root: Path, relative: str) -> Iterator[int | None]:
         except (FileNotFoundError, NotADirectoryError):
             folder = None
         except OSError as error:
-            if error.errno != errno.ELOOP:
+            if error.errno not in (errno.ELOOP, *_NO_SUCH_NAME):
                 raise
             folder = None
         yield folder
@@ -264,8 +264,5 @@ def recover(history: History, output: Path, *, sorting: bool = True, undoing: bo
 
 
 def _plan_of(move: Move) -> Plan:
-    photo = Photo(move.root, move.source, move.identity, 0.0)
-    if move.target is None:
-        return Plan(photo, move.folder, move.name, move.token)
-    folder, base = os.path.split(move.name)
-    return Plan(photo, folder, base, move.token)
+    folder, base = os.path.split(os.path.join(move.folder, move.name))
+    return Plan(Photo(move.root, move.source, move.identity, 0.0), folder, base, move.token)

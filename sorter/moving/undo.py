@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sorter.errors import StorageError
 from sorter.files import inodes
-from sorter.files.atomic import StayedError, make_folder, new_token
+from sorter.files.atomic import StayedError, make_inner_folder, new_token
 from sorter.files.photo import COARSE_NS, Identity, Photo, opened_folder
 from sorter.history.reader import Entry
 from sorter.history.store import SIDECAR, History, Move, Run
@@ -201,7 +201,8 @@ class Undo:
 
     def _move(self, entry: Entry, plan: Plan) -> None:
         try:
-            make_folder(Path(entry.root, plan.folder))  # its owner may have removed it when it was empty
+            # Its owner may have removed it when it was empty.
+            os.close(make_inner_folder(Path(entry.root), plan.folder))
         except OSError as error:
             raise StayedError(f"its folder cannot be made ({error.strerror})") from None
         self._movers[entry.root].move(plan)

@@ -132,7 +132,9 @@ class Pipeline:
         )
         side = manifest.input.size
         patient = not settings.once
-        batch_mover = BatchMover(mover, history, run=run, patient=patient, stopping=failure.stopping)
+        batch_mover = BatchMover(
+            mover, history, run=run, patient=patient, stopping=failure.stopping, flat=settings.flat
+        )
         moving = MoveStage(batch_mover, on_moved, measures)
         classifying = [
             ClassifyStage(

@@ -12,11 +12,13 @@ from typing import Any
 import structlog
 
 from sorter.decisions import Decision, Outcome
-from sorter.files.photo import Identity, Photo
+from sorter.files.photo import Identity, Photo, opened_folder
 from sorter.history.store import SIDECAR
 from sorter.service.counters import Counters
 
 _UNKNOWN = Identity(0, 0, 0, 0, 0)
+NAMED_FOLDERS = 5
+"""How many of the folders that sorting emptied are named."""
 
 log = structlog.get_logger()
 
@@ -86,6 +88,7 @@ class Accounting:
         self._on_outcome, self._on_decision = on_outcome, on_decision
         self._left: dict[str, Photo] = {}  # what could not be read or moved; tried again at each rescan
         self._blocked: str | None = None
+        self._moved_from: set[tuple[Path, str]] = set()  # inbox and subfolder, with `once`
 
     def record(self, outcome: Outcome) -> None:
         """Account for what came out of the pipeline."""
@@ -103,6 +106,8 @@ class Accounting:
         else:
             self._left.pop(photo.name, None)
             self.counters.left = len(self._left)
+            if self._once and not self._dry_run:
+                self._moved_from.add((photo.root, os.path.dirname(photo.name)))
             if outcome.kind == SIDECAR:
                 self.counters.sidecars += 1
                 log.info("sidecar.moved", path=photo.path, destination=outcome.destination, **self._log_fields)
@@ -208,6 +213,11 @@ class Accounting:
         """Log what the run did, however it ended."""
         counters = self.counters
         counters.seconds = time.monotonic() - counters.started
+        emptied = sorted(place for place in self._moved_from if place[1] and _is_empty(*place))
+        counters.emptied = [folder for _, folder in emptied]
+        if emptied:
+            first = [os.path.join(*place) for place in emptied[:NAMED_FOLDERS]]
+            log.info("inbox.emptied", **self._log_fields, folders=len(emptied), first=first)
         log.info(
             "run.finished",
             **self._log_fields,
@@ -225,6 +235,14 @@ class Accounting:
     def _ignore(self, photo: Photo) -> None:
         if not self._once:
             self.ignored.add(photo)
+
+
+def _is_empty(root: Path, folder: str) -> bool:
+    try:
+        with opened_folder(root, folder) as descriptor, os.scandir(descriptor) as entries:
+            return next(entries, None) is None
+    except OSError:  # gone, or not readable
+        return False
 
 
 def _version(photo: Photo) -> int:

@@ -19,6 +19,7 @@ class Counters:
         skipped: files that are not photos.
         put_back: photos that `sorter undo` restored, and that are left alone.
         left: photos that stay in the inbox because they cannot be read or moved.
+        emptied: subfolders of the inbox that are empty now that their photos were sorted; known at the end of `--once`.
         interrupted: whether a signal ended the run before the inbox was empty.
         started: a monotonic time.
         seconds: how long the run took; 0 until it has ended.
@@ -31,6 +32,7 @@ class Counters:
     skipped: int = 0
     put_back: int = 0
     left: int = 0
+    emptied: list[str] = field(default_factory=list)
     interrupted: bool = False
     started: float = field(default_factory=time.monotonic)
     seconds: float = 0.0

@@ -75,7 +75,7 @@ class Service:
             log_fields, once=settings.once, dry_run=settings.dry_run, on_outcome=on_outcome, on_decision=on_decision
         )
         self._retries = Retries()
-        self._sidecars = SidecarFollower(inbox, self._in_hand, self._accounting, history)
+        self._sidecars = SidecarFollower(inbox, settings.output_folder, self._in_hand, self._accounting, history)
         self._notifier = Notifier()
         self.counters = self._accounting.counters
 

@@ -6,6 +6,7 @@ In: photos that were moved, and sidecars that arrive later. Out: a `Decision` fo
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from sorter.decisions import Decision
 from sorter.decoding.decoded import Decoded
@@ -25,12 +26,15 @@ class SidecarFollower:
     """Finds the sidecars of sorted photos and has them moved after these.
 
     Args:
+        output: the folder that photos are sorted into.
         in_hand: names of the files that are being sorted; a sidecar that is going to be moved is added.
         history: finds the photo of a sidecar that arrives late; None if nothing was sorted yet.
     """
 
-    def __init__(self, inbox: Inbox, in_hand: set[str], accounting: Accounting, history: HistoryReader | None) -> None:
-        self._inbox, self._in_hand = inbox, in_hand
+    def __init__(
+        self, inbox: Inbox, output: Path, in_hand: set[str], accounting: Accounting, history: HistoryReader | None
+    ) -> None:
+        self._inbox, self._output, self._in_hand = inbox, output.absolute(), in_hand
         self._accounting, self._history = accounting, history
         self._names = inbox.selection.sidecars
         self._listings: dict[str, FolderListing] = {}
@@ -64,7 +68,7 @@ class SidecarFollower:
             names = [os.path.join(folder, name) for name in photos]
             entry = self._history.last_sorted(file.root, names, time.time() - LATE_SECONDS)
             if entry is not None:
-                self._follow(file, entry.name, entry.destination)
+                self._follow(file, entry.name, entry.place)
                 return True
         return False
 
@@ -77,7 +81,7 @@ class SidecarFollower:
                 continue
             if not any(self._fits(name, other, base) for other in self._photos(folder, name) if other != base):
                 self._accounting.ignored.discard(sidecar)  # it may have arrived before its photo
-                self._follow(sidecar, photo.name, destination)
+                self._follow(sidecar, photo.name, os.path.relpath(destination, self._output))
 
     def _photos(self, folder: str, sidecar: str) -> Iterator[str]:
         """The photos that a sidecar may belong to: those being sorted, then those beside it."""
@@ -95,12 +99,15 @@ class SidecarFollower:
             del self._listings[next(iter(self._listings))]
         return self._listings.setdefault(folder, FolderListing(self._inbox.root, folder, self._names))
 
-    def _follow(self, sidecar: Photo, photo: str, destination: str) -> None:
-        folder, new = os.path.split(destination)
-        name = self._names.renamed(os.path.basename(sidecar.name), os.path.basename(photo), new)
-        if os.path.lexists(os.path.join(folder, name)):
-            self._accounting.leave(sidecar, f"cannot follow its photo: {os.path.join(folder, name)} exists")
+    def _follow(self, sidecar: Photo, photo: str, place: str) -> None:
+        """Have a sidecar follow its photo to a place in the output."""
+        folder, _, new = place.partition("/")
+        inner, base = os.path.split(new)
+        name = os.path.join(inner, self._names.renamed(os.path.basename(sidecar.name), os.path.basename(photo), base))
+        taken = os.path.join(self._output, folder, name)
+        if os.path.lexists(taken):
+            self._accounting.leave(sidecar, f"cannot follow its photo: {taken} exists")
             return
         decoded = Decoded(sidecar, "skipped")
-        self._pending.append(Decision(decoded, SIDECAR, os.path.basename(folder), name=name, follows=new))
+        self._pending.append(Decision(decoded, SIDECAR, folder, name=name, follows=new))
         self._in_hand.add(sidecar.name)

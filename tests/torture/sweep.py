@@ -23,7 +23,13 @@ CALLS = (
     "openat,write,pwrite64,pwritev,ftruncate,fallocate,fsync,fdatasync,mkdir,mkdirat,rmdir,rename,renameat,renameat2,"
     "link,linkat,symlink,symlinkat,unlink,unlinkat,fchmod,fchmodat,chmod,fchown,fchownat,chown,utimensat,fsetxattr"
 )
-PHOTOS = {"a.jpg": b"first", "b.jpg": b"second" * 40_000, "deep/a.jpg": b"third", "caf\udce9 \n.jpg": b"fourth"}
+PHOTOS = {
+    "a.jpg": b"first",
+    "b.jpg": b"second" * 40_000,
+    "deep/a.jpg": b"third",
+    "caf\udce9 \n.jpg": b"fourth",
+    "deep/\udce9r/a.jpg": b"fifth",
+}
 BYSTANDERS = {"in/notes.txt.part": b"not ours", "out/cats/a.jpg": b"an older photo"}
 
 
