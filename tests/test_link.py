@@ -280,6 +280,26 @@ def test_an_original_that_vanishes_at_the_last_moment_leaves_the_link(
     assert read_tree(library.output) == {"cats/a.jpg": plain(RED, 1)}
 
 
+def test_a_link_that_is_replaced_at_the_last_moment_stays(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tree(library.inbox, {"a.jpg": plain(RED, 1)})
+    library.sort()
+    calls = 0
+
+    def replacing(*names: Any) -> bool:
+        nonlocal calls
+        same = atomic.same_contents(*names)
+        calls += 1
+        if calls == 2:
+            make_tree(library.output, {"new": b"an edited version"})
+            (library.output / "new").rename(library.output / "cats/a.jpg")
+        return same
+
+    monkeypatch.setattr(linker, "same_contents", replacing)
+    assert library.undo() == {"a.jpg": "changed while it was being moved: both versions are kept"}
+    assert read_tree(library.output) == {"cats/a.jpg": b"an edited version"}
+    assert read_tree(library.inbox) == {"a.jpg": plain(RED, 1)}
+
+
 def test_a_link_edited_through_either_name_is_still_one_file_and_can_be_removed(linked: Library) -> None:
     make_tree(linked.inbox, {"a.jpg": plain(RED, 1)})
     linked.sort()

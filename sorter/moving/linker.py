@@ -3,27 +3,31 @@
 In: open folders and names. Out: a second name for the photo's file, or that name's removal. Nothing here changes or
 removes the photo itself.
 
-A link may have become the only copy: its photo may have been deleted, or overwritten, since. So it is removed only while
-the photo is at its place with the same contents; both names of one file always have them.
+A link may have become the only copy: its photo may have been deleted or replaced since. So it is removed only while the
+photo is at its place with the same contents, which both names of one file always have.
 """
 
 import contextlib
 import errno
 import os
+import stat
 from pathlib import Path
 
 from sorter.files.atomic import UNSUPPORTED, ChangedError, StayedError, same_contents, take_away
-from sorter.files.photo import Identity, opened_folder
+from sorter.files.photo import Identity, file_of, opened_folder
 from sorter.history.reader import Entry
 from sorter.history.store import SIDECAR
 from sorter.moving.recovery import COARSE_NS
 
-# What a hard link is refused with where there are none, or no more, and between file systems.
-_NO_LINKS = (*UNSUPPORTED, errno.EPERM, errno.EMLINK, errno.EXDEV)
+# What a hard link is refused with where there are none, or no more.
+_NO_LINKS = (*UNSUPPORTED, errno.EPERM, errno.EMLINK)
 
-_CHANGED = "it was changed or replaced since it was sorted"
 _GONE = "the photo itself is gone, so this may be the only copy"
 _ANOTHER = "the photo itself is another one now, so this may be the only copy"
+
+
+Place = tuple[int, str]
+"""An open folder, and a name in it."""
 
 
 def hard_link(source: int, base: str, target: int, partial: str, identity: Identity) -> os.stat_result | None:
@@ -48,13 +52,13 @@ def hard_link(source: int, base: str, target: int, partial: str, identity: Ident
     return linked
 
 
-def remove(link: tuple[int, str], identity: Identity, photo: tuple[int, str], token: str) -> None:
+def remove(link: Place, identity: Identity, photo: Place, token: str) -> None:
     """Remove a link or a copy, if the photo is still there with the same contents.
 
     Args:
-        link: the folder and the name of the link.
+        link: where the link is.
         identity: of the link.
-        photo: the folder and the name of the photo.
+        photo: where the photo is.
         token: of the move, for a hidden name.
 
     Raises:
@@ -85,24 +89,25 @@ def check(entry: Entry, link: str, photo: str) -> Identity:
     Raises:
         StayedError: it cannot be removed; the message says why.
     """
+    try:
+        status = os.lstat(link)
+    except OSError:
+        raise StayedError("it is gone") from None
+    is_recorded = status.st_size == entry.size and abs(status.st_mtime_ns - entry.mtime_ns) <= COARSE_NS
+    # Whoever edits one name of a file edits the other. A sidecar changes whenever its owner edits the photo.
+    is_ours = is_recorded or entry.kind == SIDECAR or file_of(photo) == file_of(link)
+    if not stat.S_ISREG(status.st_mode) or not is_ours:
+        raise StayedError("it was changed or replaced since it was sorted")
     with contextlib.ExitStack() as stack:
-        places = []
-        for path, problem in ((link, "it is gone"), (photo, _GONE)):
-            folder, base = os.path.split(path)
-            try:
-                places.append((stack.enter_context(opened_folder(Path(folder), "")), base))
-            except OSError:
-                raise StayedError(problem) from None
         try:
-            status = os.stat(places[0][1], dir_fd=places[0][0], follow_symlinks=False)
+            places = [
+                (stack.enter_context(opened_folder(Path(path).parent, "")), os.path.basename(path))
+                for path in (link, photo)
+            ]
         except OSError:
-            raise StayedError("it is gone") from None
-        is_recorded = status.st_size == entry.size and abs(status.st_mtime_ns - entry.mtime_ns) <= COARSE_NS
-        # Whoever edits one name of a file edits the other. A sidecar changes whenever its owner edits the photo.
-        if not (is_recorded or entry.kind == SIDECAR or _are_one_file(*places)):
-            raise StayedError(_CHANGED)
+            raise StayedError(_GONE) from None
         _check_same(*places)
-        return Identity.of(status)
+    return Identity.of(status)
 
 
 def identity_of(photo: str) -> Identity:
@@ -117,7 +122,7 @@ def identity_of(photo: str) -> Identity:
         raise StayedError(_GONE) from None
 
 
-def _check_same(link: tuple[int, str], photo: tuple[int, str]) -> Identity:
+def _check_same(link: Place, photo: Place) -> Identity:
     """Check that a link has the contents of its photo, and return the photo's identity from before that."""
     found = _identity(photo)
     try:
@@ -129,16 +134,7 @@ def _check_same(link: tuple[int, str], photo: tuple[int, str]) -> Identity:
     return found
 
 
-def _are_one_file(link: tuple[int, str], photo: tuple[int, str]) -> bool:
-    try:
-        return os.path.samestat(
-            *(os.stat(base, dir_fd=folder, follow_symlinks=False) for folder, base in (link, photo))
-        )
-    except OSError:
-        return False
-
-
-def _identity(photo: tuple[int, str]) -> Identity:
+def _identity(photo: Place) -> Identity:
     folder, base = photo
     try:
         return Identity.of(os.stat(base, dir_fd=folder, follow_symlinks=False))

@@ -305,9 +305,7 @@ class Mover:
             self._link(plan, source, target, base)
             return
         if plan.action == "unlink":
-            status = os.stat(base, dir_fd=source, follow_symlinks=False)
-            linker.remove((source, base), plan.photo.identity, (target, plan.name), plan.token)
-            self._note_links(status, own_names=2)
+            self._unlink(plan, source, target, base)
             return
         if plan.token in self._copied or os.fstat(source).st_dev != os.fstat(target).st_dev:
             self._copy_across(plan, source, target, base)
@@ -350,8 +348,12 @@ class Mover:
     def _link(self, plan: Plan, source: int, target: int, base: str) -> None:
         """Give the photo a second name, or a copy where it can have none; its first name is not touched."""
         linked = None
-        if inodes.are_real(target):
-            linked = linker.hard_link(source, base, target, partial_name(plan.token), plan.photo.identity)
+        try:
+            if inodes.are_real(target):
+                linked = linker.hard_link(source, base, target, partial_name(plan.token), plan.photo.identity)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
         if linked is None:
             original = open_file(plan.photo)
             try:
@@ -363,6 +365,16 @@ class Mover:
         self._publish(plan, target)
         if linked is not None:
             self._note_links(linked, own_names=2)
+
+    def _unlink(self, plan: Plan, source: int, target: int, base: str) -> None:
+        """Remove a link or a copy, if the photo itself is still there."""
+        status = os.stat(base, dir_fd=source, follow_symlinks=False)
+        try:
+            linker.remove((source, base), plan.photo.identity, (target, plan.name), plan.token)
+        except StayedError:
+            self._begun.discard(plan.token)  # it has its own name
+            raise
+        self._note_links(status, own_names=2)
 
     def _copy_across(self, plan: Plan, source: int, target: int, base: str) -> None:
         original = open_file(plan.photo)
