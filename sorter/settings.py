@@ -143,6 +143,11 @@ class Settings(BaseSettings):
 
     once: bool = _field(False, "sort what is in the inbox and exit, instead of watching it", group="Sorting")
     dry_run: bool = _field(False, "report what would happen and change nothing", group="Sorting")
+    link: bool = _field(
+        False,
+        "leave photos where they are, and put hard links into the folders, or copies where there can be no links",
+        group="Sorting",
+    )
     include_undone: bool = _field(False, "also sort photos that sorter undo has restored", group="Sorting")
     min_confidence: Real = _field(
         0.0,

@@ -126,7 +126,7 @@ def pipeline_to(
     return Pipeline.start(
         engine,
         manifest,
-        mover(output),
+        mover(output, link=settings.link),
         history,
         run,
         settings,

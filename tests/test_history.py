@@ -18,7 +18,7 @@ from sorter.cli import preflight
 from sorter.errors import ConfigurationError, StorageError
 from sorter.files import FOLDER, file_systems
 from sorter.files.photo import Identity
-from sorter.history import schema
+from sorter.history import schema, store
 from sorter.history.reader import HistoryReader
 from sorter.history.store import NAME, History, Move, Run
 from sorter.settings import Settings
@@ -72,9 +72,9 @@ def test_intents_come_back_as_they_were_whatever_their_bytes(output: Path) -> No
     failed = move(2, kind="failed", label=None, confidence=None, reason="truncated", detail="ends early")
     history = History(output)
     history.begin(RUN)
-    history.intend([move(1), failed])
+    history.intend([move(1), failed, move(3, linked=True)])
     history.close()
-    assert History(output).unfinished() == [move(1), failed]
+    assert History(output).unfinished() == [move(1), failed, move(3, linked=True)]
 
 
 def test_what_is_done_is_no_intent_any_more_and_what_was_withdrawn_leaves_no_row(output: Path) -> None:
@@ -201,6 +201,7 @@ def version_3(output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with monkeypatch.context() as patch:
         patch.setattr(schema, "_MIGRATIONS", schema._MIGRATIONS[:3])
         patch.setattr(schema, "NEWEST", 3)
+        patch.setattr(store, "_INSERT", store._INSERT.replace(", linked", "").replace(", :linked", ""))
         history = History(output)
         history.begin(RUN)
         moves = [move(1, name="a.jpg"), move(2, name="a.xmp", source="a.xmp", kind="companion", follows="a.jpg")]
@@ -232,6 +233,14 @@ def test_the_companions_of_version_3_become_sidecars(version_3: Path) -> None:
     indexes = rows(version_3, "SELECT name FROM sqlite_schema WHERE type = 'index'")
     assert ("moves_sidecars",) in indexes
     assert ("moves_companions",) not in indexes
+
+
+def test_what_was_sorted_before_there_were_links_was_moved(version_3: Path) -> None:
+    reader = HistoryReader(version_3)
+    assert [entry.linked for entry in reader.entries()] == [False, False]
+    reader.close()
+    History(version_3).close()
+    assert rows(version_3, "SELECT linked FROM moves") == [(0,), (0,)]
 
 
 def test_a_reader_that_opens_a_history_of_version_3_takes_its_companions_for_sidecars(version_3: Path) -> None:

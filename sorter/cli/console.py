@@ -27,7 +27,8 @@ class Bar:
 
     def advance(self, counters: Counters) -> None:
         """Show how many files have been dealt with."""
-        done = counters.folders.total() + counters.kept.total() + counters.skipped + counters.put_back + counters.left
+        done = counters.folders.total() + counters.kept.total() + counters.skipped + counters.left
+        done += counters.put_back + counters.linked_before
         speed = done / max(time.monotonic() - counters.started - counters.waited, 0.001)
         self._progress.update(self._task, completed=done, speed=f"{speed:.1f} photos/s")
 
@@ -113,6 +114,7 @@ def summary(counters: Counters, folders: list[str], *, dry_run: bool) -> str:
     rows += [("skipped, not photos", counters.skipped), ("left in the inbox", counters.left)]
     rows += [("restored by undo, not sorted again", counters.put_back)] if counters.put_back else []
     rows += [("folders left empty", len(counters.emptied))] if counters.emptied else []
+    rows += [("linked before, not sorted again", counters.linked_before)] if counters.linked_before else []
     would = "would be " if dry_run else ""
     head = f"{counted(counters.photos, 'photo')} {would}sorted in {counters.seconds - counters.waited:.1f} s"
     head += f" ({counters.photos_per_second:.1f} photos/s)"

@@ -35,6 +35,7 @@ def to_json(entry: Entry) -> dict[str, Any]:
         "detail": entry.detail,
         "model": entry.model or None,
         "undone": entry.undone,
+        "linked": entry.linked,
     }
 
 
@@ -43,9 +44,9 @@ def why(entry: Entry) -> str:
     if entry.reason is not None:
         return f"{entry.reason}: {entry.detail}" if entry.detail else entry.reason
     if entry.kind == "undone":
-        return "restored"
+        return "link removed" if entry.linked else "restored"
     if entry.kind == SIDECAR:
-        return "moved with its photo"
+        return f"{'linked' if entry.linked else 'moved'} with its photo"
     if entry.detail is not None:
         return entry.detail
     return f"{entry.label} {entry.confidence:.1%}" if entry.confidence is not None else ""

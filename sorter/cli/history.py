@@ -9,6 +9,7 @@ from pathlib import Path
 from sorter.cli import entries, options
 from sorter.errors import ExitCode
 from sorter.history.reader import Entry, HistoryReader
+from sorter.history.store import SIDECAR
 from sorter.settings import Settings
 
 
@@ -52,8 +53,12 @@ def _row(settings: Settings, entry: Entry) -> Sequence[str]:
         entries.printable(_relative(entry.source, came_from)),
         entries.arrow(),
         entries.printable(os.path.join(folder or ".", new_name)),
-        entries.why(entry) + (", undone" if entry.undone else ""),
+        ", ".join(filter(None, (entries.why(entry), _linked(entry), "undone" if entry.undone else ""))),
     )
+
+
+def _linked(entry: Entry) -> str:
+    return "linked" if entry.linked and entry.kind not in ("undone", SIDECAR) else ""
 
 
 def _relative(path: str, folder: Path) -> str:

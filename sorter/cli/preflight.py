@@ -49,6 +49,10 @@ def check(settings: Settings) -> tuple[Settings, Manifest, list[str] | None]:
     Raises:
         ConfigurationError, ModelError: a sentence about what is wrong and what to do.
     """
+    if settings.link and (folder := sorted_again(settings)) is not None:
+        raise ConfigurationError(
+            f"photos in {folder}/ are sorted again by moving them, and --link leaves them there: use --no-link"
+        )
     model = manifests.read(settings.model)
     settings = decided(settings, model)
     if settings.metrics_port:

@@ -86,8 +86,7 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
     inbox, output = preflight.watched(settings, model), settings.output_folder.absolute()
     this_run = Run(uuid4().hex[:12], sorter.__version__, model.name)
     log_fields: dict[str, object] = {"run": this_run.id, "model": model.name}
-    if settings.dry_run:
-        log_fields["dry_run"] = True
+    log_fields |= {name: True for name in ("dry_run", "link") if getattr(settings, name)}
     metrics = _serve_metrics(settings, model, engine)
     with ExitStack() as stack:
         inbox_lock, history, waiting = None, None, 0
@@ -95,7 +94,7 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
             inbox_lock, history, waiting = _open_folders(settings, inbox.root, output, this_run, stack)
             inodes.look((inbox.root, output))
         _log_start(settings, model, engine, inbox.root, output, log_fields)
-        mover = Mover(output, inbox.selection.sidecars, settle_seconds=settings.settle_seconds)
+        mover = Mover(output, inbox.selection.sidecars, settle_seconds=settings.settle_seconds, link=settings.link)
         shutdown.move_lock = mover.lock
         reader = _open_reader(output, settings.state_dir, stack, beside_writer=history is not None)
         bar = _show_bar(settings, inbox, stream, stack)

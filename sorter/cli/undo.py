@@ -147,6 +147,8 @@ def _print_line(undone: Undone, *, dry_run: bool) -> None:
     source, destination = (entries.printable(path) for path in (undone.entry.source, undone.entry.destination))
     if undone.problem:
         console.say(f"sorter: cannot restore {destination}: {undone.problem}", sys.stderr)
+    elif dry_run and undone.entry.linked:
+        console.say(f"{destination} would be removed; {source} stays", sys.stdout)
     elif dry_run:
         console.say(f"{destination} {entries.arrow()} {source}", sys.stdout)
 

@@ -7,6 +7,7 @@ knows, checks which file it got, and unlinks it only if it is the right one; oth
 import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -25,6 +26,7 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _RENAME_NOREPLACE = 1
 _RESERVATION = b"sorter is moving a photo here.\n"
 _COPY_BYTES = 1 << 20
+_FICLONE = 0x40049409  # of linux/fs.h; where it is another number, contents are copied
 _LONGEST_BYTES = 255 - len(".json")  # of a numbered name: file systems allow 255, and a sidecar appends to it
 
 
@@ -260,14 +262,13 @@ def check_removable(folder: int, base: str) -> None:
 
 
 def copy_contents(original: int, copy: int, status: os.stat_result) -> None:
-    """Copy contents, owner if allowed, extended attributes if supported, mode and times between two descriptors."""
-    offset = 0
-    while block := _read(original, offset):
-        view = memoryview(block)
-        while view:
-            view = view[os.write(copy, view) :]
-        offset += len(block)
-    if offset != status.st_size:
+    """Copy contents, owner if allowed, extended attributes if supported, mode and times between two descriptors.
+
+    Where the file system can, the copy shares its blocks with the original until one of them is changed.
+    """
+    if not _clone(original, copy):
+        _copy_blocks(original, copy)
+    if os.fstat(copy).st_size != status.st_size:
         raise ChangedError("changed while it was being moved")
     # Owner first: changing it clears mode bits. Only root may do so, and nobody else needs to.
     with contextlib.suppress(PermissionError):
@@ -282,6 +283,25 @@ def copy_contents(original: int, copy: int, status: os.stat_result) -> None:
         os.fchmod(copy, stat.S_IMODE(status.st_mode) & ~(stat.S_ISUID | stat.S_ISGID))
     with _if_possible(), contextlib.suppress(OverflowError):  # a date beyond the range of the other file system
         os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _clone(original: int, copy: int) -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        fcntl.ioctl(copy, _FICLONE, original)
+    except OSError:  # another file system, or one that cannot
+        return False
+    return True
+
+
+def _copy_blocks(original: int, copy: int) -> None:
+    offset = 0
+    while block := _read(original, offset):
+        view = memoryview(block)
+        while view:
+            view = view[os.write(copy, view) :]
+        offset += len(block)
 
 
 @contextlib.contextmanager

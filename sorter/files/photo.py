@@ -128,4 +128,4 @@ def file_of(path: Path | str | int) -> tuple[int, int] | None:
         status = os.stat(path)
     except OSError:
         return None
-    return status.st_dev, inodes.number(status)
+    return status.st_dev, status.st_ino

@@ -18,7 +18,7 @@ from sorter.history.store import NAME, SIDECAR
 
 _ENTRY = """
     SELECT m.id, m.run, m.done, m.root, m.source, m.target, m.folder, m.name, m.size, m.mtime_ns, m.kind, m.label,
-        m.confidence, m.reason, m.detail, m.follows, r.model,
+        m.confidence, m.reason, m.detail, m.follows, m.linked, r.model,
         EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL)
     FROM moves m JOIN runs r ON r.id = m.run
     WHERE m.done IS NOT NULL
@@ -50,6 +50,7 @@ class Entry:
         mtime_ns: of the file, in nanoseconds since the epoch.
         kind: `sorted`, `unsure`, `failed`, `sidecar` or `undone`.
         follows: the `id` of its photo, for a sidecar.
+        linked: whether the file stayed at `source`, with a link or a copy at `destination`.
         undone: whether it was restored since.
     """
 
@@ -69,6 +70,7 @@ class Entry:
     reason: str | None
     detail: str | None
     follows: int | None
+    linked: bool
     model: str
     undone: bool
 
@@ -263,6 +265,19 @@ class HistoryReader:
             return False
         return [(photo.identity.size, str(photo.identity.mtime_ns))] == rows
 
+    def last_link(self, file: Photo) -> Entry | None:
+        """The last link that was made to a file of this name, in whatever version, unless it was undone.
+
+        None if the history cannot be read at present: then nothing can be linked either.
+        """
+        query = f"{_ENTRY} AND m.root = ? AND m.source = ? AND m.linked AND m.undoes IS NULL ORDER BY m.id DESC LIMIT 1"
+        try:
+            rows = self._database.rows(query, (self._real(file.root), os.fsencode(file.name)))
+        except ConfigurationError:
+            return None
+        entry = next(map(self._entry, rows), None)
+        return None if entry is None or entry.undone else entry
+
     def _real(self, root: Path) -> bytes:
         """The path that the history has for an inbox; kept, because it is asked for each photo."""
         folder = file_of(root)
@@ -272,7 +287,7 @@ class HistoryReader:
 
     def _entry(self, row: Sequence[Any]) -> Entry:
         id_, run, done, root, source, target, folder, name, size, mtime_ns, *why = row
-        kind, label, confidence, reason, detail, follows, model, undone = why
+        kind, label, confidence, reason, detail, follows, linked, model, undone = why
         root, source, name = (os.fsdecode(part) for part in (root, source, name))
         there = str(self._output) if target is None else os.fsdecode(target)
         return Entry(
@@ -292,6 +307,7 @@ class HistoryReader:
             reason=reason,
             detail=detail,
             follows=follows,
+            linked=bool(linked),
             model=model,
             undone=bool(undone),
         )

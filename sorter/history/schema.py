@@ -67,6 +67,10 @@ _MIGRATIONS = (
     DROP INDEX moves_companions;
     CREATE INDEX moves_sidecars ON moves (id) WHERE kind = 'sidecar';
     """,
+    """
+    -- 1 if the photo stays where it is, and a link to it or a copy is made or removed
+    ALTER TABLE moves ADD COLUMN linked INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 NEWEST = len(_MIGRATIONS)
 """The version of the schema that this sorter reads and writes."""

@@ -30,7 +30,7 @@ BUSY_SECONDS = 30.0
 
 _COLUMNS = (
     "token, run, root, source, folder, name, device, inode, size, mtime_ns, kind, label, confidence, reason, detail, "
-    "target, undoes"
+    "target, undoes, linked"
 )
 # The row of a sidecar's photo: the last one that took that name in that folder. NULL for anything but a sidecar.
 _FOLLOWS = (
@@ -80,6 +80,7 @@ class Move:
             and `name` is a path inside `target`.
         undoes: the id of the row that an undo reverses.
         follows: the path that a sidecar's photo has in the same folder.
+        linked: the photo stays at `source`, and gets a link or a copy in the folder; for an undo, that is removed.
     """
 
     token: str
@@ -97,6 +98,7 @@ class Move:
     target: Path | None = None
     undoes: int | None = None
     follows: str | None = None
+    linked: bool = False
 
 
 class History:
@@ -296,6 +298,7 @@ def _row(move: Move) -> dict[str, object]:
         "detail": move.detail,
         "target": None if move.target is None else os.fsencode(move.target),
         "undoes": move.undoes,
+        "linked": int(move.linked),
         "follows": None if move.follows is None else os.fsencode(move.follows),
     }
 
@@ -320,6 +323,7 @@ def _move(row: Sequence[Any]) -> Move:
         detail=value["detail"],
         target=None if value["target"] is None else Path(os.fsdecode(value["target"])),
         undoes=value["undoes"],
+        linked=bool(value["linked"]),
     )
 
 

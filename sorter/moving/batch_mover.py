@@ -178,6 +178,7 @@ class BatchMover:
             reason=None if decoded.reason is None else str(decoded.reason),
             detail=decision.detail or decoded.detail or None,
             follows=decision.follows,
+            linked=plan.action == "link",
         )
 
 

@@ -8,6 +8,7 @@ names, and nothing that was there before is overwritten or deleted.
 - One file system: `renameat2(RENAME_NOREPLACE)`, then a look at what arrived; another file's arrival is undone.
 - A file system without it: hard link, then the old name is removed. One that has no hard links either: an empty file
   reserves the name, and the photo is renamed onto that.
+- With `--link` the old name is never touched: a hard link, or else a copy, gets the new one.
 - Another file system: copy to a hidden partial name with mode, times and extended attributes, fsync, make sure that
   nobody has the photo open for writing, publish without replacing, fsync the folder, then the old name is removed.
 
@@ -49,10 +50,9 @@ from sorter.files.lock import SORTING
 from sorter.files.photo import Identity, Photo, open_file, opened_folder
 from sorter.history.store import NAME
 from sorter.inbox.sidecars import FolderListing, SidecarNames, exists
+from sorter.moving import linker
 from sorter.moving.recovery import Plan, resolve
 
-# What a hard link is refused with where there are none, or no more.
-_NO_LINKS = (*UNSUPPORTED, errno.EPERM, errno.EMLINK)
 _GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
 # Nothing can be moved until somebody frees space or repairs the disk.
 _STORAGE = (
@@ -87,10 +87,14 @@ class Mover:
         sidecars: says which files in the output belong to others' photos.
         settle_seconds: how long a copied photo must stay unchanged before the original is removed, where it cannot be
             known otherwise that nobody writes to it.
+        link: leave photos where they are, and put links or copies into the folders.
     """
 
-    def __init__(self, output: Path, sidecars: SidecarNames | None = None, *, settle_seconds: float = 2.0) -> None:
+    def __init__(
+        self, output: Path, sidecars: SidecarNames | None = None, *, settle_seconds: float = 2.0, link: bool = False
+    ) -> None:
         self.output, self.settle_seconds = output.absolute(), settle_seconds
+        self._link_only = link
         self._sidecars = sidecars or SidecarNames()
         self._listings: dict[str, FolderListing] = {}  # of the output's folders
         self.lock = threading.Lock()
@@ -111,7 +115,7 @@ class Mover:
         self._promised.add((folder, name))
         if self._sidecars.is_sidecar(name):
             self._listing(folder).add(name)
-        return Plan(photo, folder, name, new_token())
+        return Plan(photo, folder, name, new_token(), "link" if self._link_only else "move")
 
     def _is_free(self, folder: str, name: str) -> bool:
         # Beside somebody else's sidecar it would be taken for that one's photo.
@@ -138,7 +142,7 @@ class Mover:
         return plan.token in self._unresolved
 
     def move(self, plan: Plan) -> None:
-        """Move one photo; `settle` makes a batch of moves durable. Called again after an error it goes on.
+        """Move one photo, or link or unlink it; `settle` makes a batch durable. Called again after an error it goes on.
 
         Raises:
             StayedError: this photo stays where it is; `ChangedError` if it is not the one any more that was classified,
@@ -169,6 +173,8 @@ class Mover:
         Called for a whole batch, so that the photos wait together. It skips those that need not wait, and those that
         cannot be copied, for `move` to tell.
         """
+        if plan.action != "move":
+            return
         age_seconds = time.time() - plan.photo.identity.mtime_ns / 1e9
         if plan.token in self._copied or not self.settle_seconds or age_seconds > _FINISHED_SECONDS:
             return
@@ -198,7 +204,8 @@ class Mover:
         source_folder, _, base = plan.photo.name.rpartition("/")
         with opened_folder(plan.photo.root, source_folder) as source:
             self._check(source, base, plan.photo.identity)
-            check_removable(source, base)
+            if plan.action != "link":
+                check_removable(source, base)
             with self._target(plan) as target:
                 if os.path.sameopenfile(source, target):
                     raise StayedError("is in its folder already: the output is a part of the inbox under another path")
@@ -311,6 +318,12 @@ class Mover:
 
     def _place(self, plan: Plan, source: int, target: int, base: str) -> None:
         """Put the file under its planned name, or raise FileExistsError."""
+        if plan.action == "link":
+            self._link(plan, source, target, base)
+            return
+        if plan.action == "unlink":
+            self._unlink(plan, source, target, base)
+            return
         if plan.token in self._copied or os.fstat(source).st_dev != os.fstat(target).st_dev:
             self._copy_across(plan, source, target, base)
             return
@@ -340,22 +353,45 @@ class Mover:
 
     def _link_across(self, plan: Plan, source: int, target: int, base: str) -> bool:
         """Move with a hard link; False if there can be none, or no more."""
-        partial = partial_name(plan.token)
-        try:
-            os.link(base, partial, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
-        except OSError as error:
-            if error.errno in _NO_LINKS:
-                return False
-            raise
-        linked = os.stat(partial, dir_fd=target, follow_symlinks=False)
-        if not Identity.of(linked).is_same_file(plan.photo.identity):
-            os.unlink(partial, dir_fd=target)  # a second name, the file keeps its first
-            raise ChangedError("changed while it was moved")
+        linked = linker.hard_link(source, base, target, partial_name(plan.token), plan.photo.identity)
+        if linked is None:
+            return False
         self._publish(plan, target)
         self._note_links(linked)
         if not self._finish(plan, source, base, target):
             self._check_only(plan, target, os.stat(plan.name, dir_fd=target, follow_symlinks=False), own_names=1)
         return True
+
+    def _link(self, plan: Plan, source: int, target: int, base: str) -> None:
+        """Give the photo a second name, or a copy where it can have none; its first name is not touched."""
+        linked = None
+        try:
+            if inodes.are_real(target):
+                linked = linker.hard_link(source, base, target, partial_name(plan.token), plan.photo.identity)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+        if linked is None:
+            original = open_file(plan.photo)
+            try:
+                self._copy(plan, original, target)
+            finally:
+                os.close(original)
+            self._copied.pop(plan.token)
+            self._check(source, base, plan.photo.identity)  # or the copy may be half old and half new
+        self._publish(plan, target)
+        if linked is not None:
+            self._note_links(linked, own_names=2)
+
+    def _unlink(self, plan: Plan, source: int, target: int, base: str) -> None:
+        """Remove a link or a copy, if the photo itself is still there."""
+        status = os.stat(base, dir_fd=source, follow_symlinks=False)
+        try:
+            linker.remove((source, base), plan.photo.identity, (target, plan.name), plan.token)
+        except StayedError:
+            self._begun.discard(plan.token)  # it has its own name
+            raise
+        self._note_links(status, own_names=2)
 
     def _copy_across(self, plan: Plan, source: int, target: int, base: str) -> None:
         original = open_file(plan.photo)
@@ -428,9 +464,9 @@ class Mover:
             take_away(target, plan.name, copy, plan.token)
             raise ChangedError("was renamed or changed while it was moved")
 
-    def _note_links(self, status: os.stat_result) -> None:
+    def _note_links(self, status: os.stat_result, *, own_names: int = 1) -> None:
         """Remember a file that has other names: moving one of them changes the status of all."""
-        if status.st_nlink > 1:
+        if status.st_nlink > own_names:
             self._linked.add((status.st_dev, status.st_ino))
 
     def _check(self, folder: int, base: str, identity: Identity) -> None:

@@ -22,6 +22,8 @@ else's file.
     after the new name was reserved                     old, new: a reservation     removes the new one
 
 A hidden file that is not removed gets its own name back. The photo has arrived if only `new` remains.
+
+With `--link` the photo stays and `old` is never touched: see `_resolve_link`, and `_resolve_unlink` for its undo.
 """
 
 import contextlib
@@ -31,6 +33,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sorter.files import inodes
 from sorter.files.atomic import (
@@ -59,12 +62,15 @@ class Plan:
         folder: inside the output, `cats` or `cats/2019`.
         name: inside the folder; the move takes this name or none.
         token: part of the hidden names that the move uses on the way.
+        action: `link` leaves the photo where it is, and gives the name to a link or a copy. `unlink` is the undo of
+            that: `photo` is the link, which goes away, and `name` is the photo's, which stays.
     """
 
     photo: Photo
     folder: str
     name: str
     token: str
+    action: Literal["move", "link", "unlink"] = "move"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +90,10 @@ def resolve(output: Path, plan: Plan) -> bool:
     """
     folder, _, base = plan.photo.name.rpartition("/")
     with _opened_if_there(plan.photo.root, folder) as source, _opened_if_there(output, plan.folder) as target:
+        if plan.action == "link":
+            return _resolve_link(source, base, target, plan)
+        if plan.action == "unlink":
+            return _resolve_unlink(source, base, target, plan)
         partial = _look(target, partial_name(plan.token))
         hidden = _look(target, away_name(plan.token))
         new = _look(target, plan.name)
@@ -106,6 +116,47 @@ def resolve(output: Path, plan: Plan) -> bool:
             if touched is not None:
                 sync_folder(touched)
         return arrived
+
+
+def _resolve_link(source: int | None, base: str, target: int | None, plan: Plan) -> bool:
+    """Leave a complete link or copy, or nothing, and tell which; the photo itself is only looked at.
+
+    A link or copy is complete as soon as it has its name. Before that it has the partial one, and goes.
+    """
+    partial = _look(target, partial_name(plan.token))
+    if partial is not None:
+        os.unlink(partial.name, dir_fd=partial.folder)
+    new = _look(target, plan.name)
+    if new is None:
+        return False
+    if new.status.st_size != plan.photo.identity.size and not inodes.are_real(new.folder):
+        drop_reservation(new.folder, new.name)
+    old, new = _look(source, base), _look(target, plan.name)
+    if new is None:
+        return False
+    sync_folder(new.folder)
+    if old is not None and _is_version(old.status, plan.photo.identity):
+        return same_contents(old.folder, old.name, new.folder, new.name)
+    return _looks_like_photo(new.status, plan.photo.identity)
+
+
+def _resolve_unlink(source: int | None, base: str, target: int | None, plan: Plan) -> bool:
+    """Give a link that was being removed its name back, and tell whether it had been removed.
+
+    To give it back is always safe, and costs another undo.
+    """
+    hidden = _look(source, away_name(plan.token))
+    if hidden is not None:
+        named = _look(source, base)
+        if named is not None and os.path.samestat(named.status, hidden.status) and inodes.are_real(hidden.folder):
+            os.unlink(hidden.name, dir_fd=hidden.folder)  # killed between the link and the unlink that give it back
+        else:
+            give_back(hidden.folder, hidden.name, hidden.folder, base)
+        sync_folder(hidden.folder)
+        return False
+    there = _look(source, base)
+    is_removed = there is None or not _looks_like_photo(there.status, plan.photo.identity)
+    return is_removed and _look(target, plan.name) is not None
 
 
 def _find_old(source: int | None, base: str, plan: Plan) -> _File | None:
@@ -265,4 +316,7 @@ def recover(history: History, output: Path, *, sorting: bool = True, undoing: bo
 
 def _plan_of(move: Move) -> Plan:
     folder, base = os.path.split(os.path.join(move.folder, move.name))
-    return Plan(Photo(move.root, move.source, move.identity, 0.0), folder, base, move.token)
+    photo = Photo(move.root, move.source, move.identity, 0.0)
+    if not move.linked:
+        return Plan(photo, folder, base, move.token, "move")
+    return Plan(photo, folder, base, move.token, "link" if move.target is None else "unlink")

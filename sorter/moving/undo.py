@@ -1,4 +1,4 @@
-"""Restores sorted photos: moves them back to where they came from.
+"""Restores sorted photos: moves them back to where they came from, or removes the links to those that stayed there.
 
 In: `Entry`s of the history. Out: for each, whether it was restored, or why it stayed. It promises what sorting does: an
 intent is durable before its photo is touched, nothing is ever replaced, and after a crash and the next start each photo
@@ -18,6 +18,7 @@ from sorter.files.atomic import StayedError, make_inner_folder, new_token
 from sorter.files.photo import COARSE_NS, Identity, Photo, opened_folder
 from sorter.history.reader import Entry
 from sorter.history.store import SIDECAR, History, Move, Run
+from sorter.moving import linker
 from sorter.moving.mover import Mover
 from sorter.moving.recovery import Plan
 
@@ -37,12 +38,13 @@ class Undone:
     problem: str = ""
 
 
-def check(entry: Entry, place: str = "") -> Identity:
+def check(entry: Entry, place: str = "", original: str = "") -> Identity:
     """Check that a photo can be restored; changes nothing.
 
     Args:
         entry: of the photo.
         place: where the photo is at present, if not where it went.
+        original: where a linked photo itself is at present, if not where it was.
 
     Returns:
         The identity that the file has now.
@@ -50,6 +52,8 @@ def check(entry: Entry, place: str = "") -> Identity:
     Raises:
         StayedError: it cannot be restored; the message says why.
     """
+    if entry.linked:
+        return linker.check(entry, place or entry.destination, original or entry.source)
     folder, base = os.path.split(place or entry.destination)
     try:
         with opened_folder(Path(folder), "") as descriptor:
@@ -90,23 +94,27 @@ def planned_undo(entries: Iterable[Entry]) -> Iterator[Undone]:
         place = places.pop(entry.destination, entry.destination)  # one that was sorted twice goes back twice
         try:
             _check_follows(entry, stayed)
-            check(entry, place)
-            if entry.source in places:
+            check(entry, place, places.get(entry.source, ""))
+            if entry.source in places and not entry.linked:
                 raise StayedError(_TAKEN)
         except StayedError as error:
             stayed.add(entry.id)
             yield Undone(entry, str(error))
         else:
-            places[entry.source] = place
+            if not entry.linked:
+                places[entry.source] = place
             yield Undone(entry)
 
 
 def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    """A photo that was sorted twice goes back in two batches, since a batch is checked before anything in it moves."""
+    """A photo that was sorted twice goes back in two batches, since a batch is checked before anything in it moves.
+
+    So does a photo that was moved after it was linked: its link is compared with it.
+    """
     batch: list[Entry] = []
     sources: set[str] = set()
     for entry in entries:
-        if len(batch) == _BATCH or entry.destination in sources:
+        if len(batch) == _BATCH or entry.destination in sources or (entry.linked and entry.source in sources):
             yield batch
             batch, sources = [], set()
         batch.append(entry)
@@ -158,10 +166,9 @@ class Undo:
             try:
                 _check_follows(entry, self._stayed)
                 plan = self._plan(entry, check(entry))
+                planned.append((entry, plan, self._intent(entry, plan)))
             except StayedError as error:
                 results.append(self._stays(entry, str(error)))
-            else:
-                planned.append((entry, plan, self._intent(entry, plan)))
         if not planned:
             return results
         self._history.intend([move for _, _, move in planned])
@@ -173,7 +180,8 @@ class Undo:
                     self._move(entry, plan)
                 # One folder may be full or away while the others are fine, so even then the next photo is tried.
                 except (StayedError, StorageError) as error:
-                    results.append(self._stays(entry, _TAKEN if os.path.lexists(entry.source) else str(error)))
+                    taken = not entry.linked and os.path.lexists(entry.source)
+                    results.append(self._stays(entry, _TAKEN if taken else str(error)))
                 else:
                     done.append(move)
                     results.append(Undone(entry))
@@ -197,17 +205,20 @@ class Undo:
             self._movers[entry.root] = Mover(Path(entry.root))
         folder, base = os.path.split(entry.name)
         photo = Photo(self._output, os.path.relpath(entry.destination, self._output), identity, 0.0)
-        return Plan(photo, folder, base, new_token())
+        return Plan(photo, folder, base, new_token(), "unlink" if entry.linked else "move")
 
     def _move(self, entry: Entry, plan: Plan) -> None:
         try:
-            # Its owner may have removed it when it was empty.
-            os.close(make_inner_folder(Path(entry.root), plan.folder))
+            if not entry.linked:
+                # Its owner may have removed it when it was empty.
+                os.close(make_inner_folder(Path(entry.root), plan.folder))
         except OSError as error:
             raise StayedError(f"its folder cannot be made ({error.strerror})") from None
         self._movers[entry.root].move(plan)
 
     def _intent(self, entry: Entry, plan: Plan) -> Move:
+        # A linked photo is what later runs find and leave alone; a copy of it may have other times.
+        identity = linker.identity_of(entry.source) if entry.linked else plan.photo.identity
         return Move(
             token=plan.token,
             run=self._run.id,
@@ -215,10 +226,11 @@ class Undo:
             source=plan.photo.name,
             folder="",
             name=entry.name,
-            identity=plan.photo.identity,
+            identity=identity,
             kind="undone",
             label=entry.label,
             confidence=entry.confidence,
             target=Path(os.path.realpath(entry.root)),
             undoes=entry.id,
+            linked=entry.linked,
         )

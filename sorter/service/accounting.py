@@ -153,6 +153,12 @@ class Accounting:
         self._ignore(photo)
         log.info("photo.skipped", path=photo.path, reason="sorter undo put it back; --include-undone sorts it")
 
+    def skip_linked(self, photo: Photo) -> None:
+        """Account for a photo that an earlier run linked."""
+        self.counters.linked_before += 1
+        self._ignore(photo)
+        log.info("photo.skipped", path=photo.path, reason="it was linked before, and has not changed")
+
     def leave(self, photo: Photo, reason: str) -> None:
         """Account for a photo that stays; reported once for each version of it."""
         before = self._left.get(photo.name)
@@ -226,6 +232,7 @@ class Accounting:
             sidecars=counters.sidecars,
             skipped=counters.skipped,
             put_back=counters.put_back,
+            linked_before=counters.linked_before,
             left=counters.left,
             seconds=round(counters.seconds, 3),
             waited=round(counters.waited, 3),

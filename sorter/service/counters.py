@@ -18,6 +18,7 @@ class Counters:
         sidecars: moved with their photos.
         skipped: files that are not photos.
         put_back: photos that `sorter undo` restored, and that are left alone.
+        linked_before: photos that an earlier run linked, and that have not changed since.
         left: photos that stay in the inbox because they cannot be read or moved.
         emptied: subfolders of the inbox that are empty now that their photos were sorted; known at the end of `--once`.
         interrupted: whether a signal ended the run before the inbox was empty.
@@ -31,6 +32,7 @@ class Counters:
     sidecars: int = 0
     skipped: int = 0
     put_back: int = 0
+    linked_before: int = 0
     left: int = 0
     emptied: list[str] = field(default_factory=list)
     interrupted: bool = False

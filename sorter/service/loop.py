@@ -75,7 +75,9 @@ class Service:
             log_fields, once=settings.once, dry_run=settings.dry_run, on_outcome=on_outcome, on_decision=on_decision
         )
         self._retries = Retries()
-        self._sidecars = SidecarFollower(inbox, settings.output_folder, self._in_hand, self._accounting, history)
+        self._sidecars = SidecarFollower(
+            inbox, settings.output_folder, self._in_hand, self._accounting, history, link=settings.link
+        )
         self._notifier = Notifier()
         self.counters = self._accounting.counters
 
@@ -219,6 +221,8 @@ class Service:
             return None
         if self._accounting.ignored.meet(photo) or self._sidecars.must_wait(photo):
             pass
+        elif self._was_linked(photo):
+            self._accounting.skip_linked(photo)
         elif self._was_restored(photo):
             self._accounting.skip_put_back(photo)
         elif self._sidecars.follow_sorted(photo):
@@ -234,6 +238,13 @@ class Service:
         if self._history is None or self._settings.include_undone:
             return False
         return self._history.was_restored(photo)
+
+    def _was_linked(self, photo: Photo) -> bool:
+        """Whether an earlier run linked this version of a photo. Its inode's status has changed by that."""
+        if self._history is None or not self._settings.link:
+            return False
+        link = self._history.last_link(photo)
+        return link is not None and (link.size, link.mtime_ns) == (photo.identity.size, photo.identity.mtime_ns)
 
     def _submit(self, photo: Photo) -> None:
         """Wait until the pipeline has space for a photo, or the end is asked for."""
@@ -262,7 +273,15 @@ class Service:
             self._accounting.record(outcome)
             if destination is not None and outcome.kind != SIDECAR and not self._settings.dry_run:
                 self._sidecars.follow(photo, destination)
+            if destination is not None and self._settings.link and not self._settings.once:
+                self._ignore_linked(photo)
         self._sidecars.hand_over(self._pipeline)
+
+    def _ignore_linked(self, photo: Photo) -> None:
+        """Leave a photo alone that was just linked: it is still there, and its inode's status has changed by that."""
+        there = self._inbox.look(photo.name, time.time())
+        if there is not None and there.identity.is_same_file(photo.identity):
+            self._accounting.ignored.add(there)
 
     def _rescan_seconds(self, watcher: Watcher) -> float:
         return min(self._settings.rescan_seconds, watcher.poll_seconds)

@@ -6,12 +6,13 @@ In: photos that were moved, and sidecars that arrive later. Out: a `Decision` fo
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from sorter.decisions import Decision
 from sorter.decoding.decoded import Decoded
 from sorter.files.photo import Photo
-from sorter.history.reader import HistoryReader
+from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import SIDECAR
 from sorter.inbox.scan import Inbox
 from sorter.inbox.sidecars import LATE_SECONDS, FolderListing
@@ -29,13 +30,21 @@ class SidecarFollower:
         output: the folder that photos are sorted into.
         in_hand: names of the files that are being sorted; a sidecar that is going to be moved is added.
         history: finds the photo of a sidecar that arrives late; None if nothing was sorted yet.
+        link: photos and sidecars stay where they are, and are linked.
     """
 
     def __init__(
-        self, inbox: Inbox, output: Path, in_hand: set[str], accounting: Accounting, history: HistoryReader | None
+        self,
+        inbox: Inbox,
+        output: Path,
+        in_hand: set[str],
+        accounting: Accounting,
+        history: HistoryReader | None,
+        *,
+        link: bool,
     ) -> None:
         self._inbox, self._output, self._in_hand = inbox, output.absolute(), in_hand
-        self._accounting, self._history = accounting, history
+        self._accounting, self._history, self._link = accounting, history, link
         self._names = inbox.selection.sidecars
         self._listings: dict[str, FolderListing] = {}
         self._pending: list[Decision] = []
@@ -57,7 +66,13 @@ class SidecarFollower:
         if not self._names.is_sidecar(base):
             return False
         self._listing(folder).add(base)
-        return next(self._photos(folder, base), None) is not None
+        photos = self._photos(folder, base)
+        if not self._link:
+            return next(photos, None) is not None
+        # Photos that were linked are still there. A sidecar that came later follows them; one that was linked stays.
+        names = [os.path.join(folder, photo) for photo in photos]
+        waits = any(name in self._in_hand or self._last_link(file, name) is None for name in names)
+        return waits or (bool(names) and self._last_link(file, file.name) is not None)
 
     def follow_sorted(self, file: Photo) -> bool:
         """Have a sidecar follow its photo, if that was sorted lately; False if it is not one, or was not."""
@@ -79,9 +94,16 @@ class SidecarFollower:
             sidecar = self._inbox.look(os.path.join(folder, name), time.time())
             if sidecar is None or sidecar.name in self._in_hand:
                 continue
-            if not any(self._fits(name, other, base) for other in self._photos(folder, name) if other != base):
+            others = [other for other in self._photos(folder, name) if other != base]
+            if self._link:
+                others = [o for o in others if self._last_link(photo, os.path.join(folder, o)) is None]
+            if not any(self._fits(name, other, base) for other in others):
                 self._accounting.ignored.discard(sidecar)  # it may have arrived before its photo
                 self._follow(sidecar, photo.name, os.path.relpath(destination, self._output))
+
+    def _last_link(self, beside: Photo, name: str) -> Entry | None:
+        """The link that was made to a file of the inbox."""
+        return None if self._history is None else self._history.last_link(replace(beside, name=name))
 
     def _photos(self, folder: str, sidecar: str) -> Iterator[str]:
         """The photos that a sidecar may belong to: those being sorted, then those beside it."""
