@@ -361,3 +361,13 @@ def test_the_commands_and_the_hook_name_the_subfolder(tmp_path: Path) -> None:
     assert tree(inbox) == before
     sort(inbox, "--recursive", "--flat", "--include-undone", *flags)
     assert {os.path.dirname(name) for name in read_tree(tmp_path / "out")} <= {"cats", "dogs"}
+
+
+def test_a_photo_that_is_seen_in_the_output_by_another_path_goes_no_deeper(tmp_path: Path) -> None:
+    """As where the output is a bind mount of a folder in the inbox, so that its path does not say so."""
+    make_tree(tmp_path / "in", {"out/cats/2019/a.jpg": b"photo"})
+    (found,) = Inbox(tmp_path / "in", recursive=True, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)
+    mover = Mover(tmp_path / "in/out")
+    with pytest.raises(StayedError, match="already"):
+        mover.move(mover.plan(found, "cats/out/cats/2019"))
+    assert set(tree(tmp_path / "in")) == {"out", "out/cats", "out/cats/2019", "out/cats/2019/a.jpg"}

@@ -206,9 +206,9 @@ class Mover:
             self._check(source, base, plan.photo.identity)
             if plan.action != "link":
                 check_removable(source, base)
+            if _is_inside(source, source_folder.count("/") + 1, self.output / plan.folder.partition("/")[0]):
+                raise StayedError("is in its folder already: the output is a part of the inbox under another path")
             with self._target(plan) as target:
-                if os.path.sameopenfile(source, target):
-                    raise StayedError("is in its folder already: the output is a part of the inbox under another path")
                 self._begun.add(plan.token)
                 yield source, target
 
@@ -489,6 +489,14 @@ class Mover:
         while True:
             number = self._next_number[folder, base] = self._next_number.get((folder, base), 0) + 1
             yield numbered(base, number)
+
+
+def _is_inside(folder: int, levels: int, other: Path) -> bool:
+    """Whether an open folder is another one or lies in it, by whatever path; looks at so many levels."""
+    if not other.exists():
+        return False
+    status = other.stat()
+    return any(os.path.samestat(status, os.stat("../" * up or ".", dir_fd=folder)) for up in range(levels))
 
 
 def _is_folder(path: Path) -> bool:
