@@ -300,6 +300,17 @@ def test_a_link_that_is_replaced_at_the_last_moment_stays(library: Library, monk
     assert read_tree(library.inbox) == {"a.jpg": plain(RED, 1)}
 
 
+def test_a_link_that_is_reached_through_the_photos_own_path_is_not_taken_for_the_photo(linked: Library) -> None:
+    make_tree(linked.inbox, {"a.jpg": plain(RED, 1)})
+    linked.sort()
+    (linked.inbox / "a.jpg").unlink()
+    linked.inbox.rename(linked.inbox.with_name("was"))
+    linked.inbox.symlink_to(linked.output / "cats")
+    (problem,) = linked.undo().values()
+    assert problem
+    assert read_tree(linked.output) == {"cats/a.jpg": plain(RED, 1)}
+
+
 def test_a_link_edited_through_either_name_is_still_one_file_and_can_be_removed(linked: Library) -> None:
     make_tree(linked.inbox, {"a.jpg": plain(RED, 1)})
     linked.sort()
