@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, Running, make_tree, pipeline_to, plain, read_tree
+from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, Running, as_nobody, make_tree, pipeline_to, plain, read_tree
 from mounts import CannotMountError, mounted
 from structlog.testing import capture_logs
 from test_undo import sorter
@@ -21,7 +21,9 @@ from sorter.cli import entries, preflight
 from sorter.files import atomic, inodes
 from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import History, Run
+from sorter.inbox.scan import Inbox
 from sorter.moving import linker
+from sorter.moving.mover import Mover
 from sorter.moving.undo import Undo, Undone, planned_undo
 from sorter.service.counters import Counters
 from sorter.service.loop import Service
@@ -168,6 +170,23 @@ def test_a_sidecar_of_two_photos_goes_with_the_last_and_one_that_comes_late_foll
     assert read_tree(linked.output)["cats/a.jpg.json"] == b"late"
     assert (counters.photos, counters.sidecars, counters.exit_code) == (0, 1, 0)
     assert len(read_tree(linked.inbox)) == 4
+
+
+def test_a_folder_that_may_only_be_read_is_linked_from(open_to_all: Path) -> None:
+    make_tree(open_to_all / "in", {"2024/a.jpg": plain(RED, 1), "2024/b.jpg": plain(RED, 2)})
+    (open_to_all / "out").mkdir(mode=0o777)
+    (open_to_all / "out").chmod(0o777)
+    (open_to_all / "in/2024/a.jpg").chmod(0o444)
+    (open_to_all / "in/2024").chmod(0o555)
+    photos = Inbox(open_to_all / "in", recursive=True, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)
+
+    def link() -> None:
+        mover = Mover(open_to_all / "out", link=True)
+        for found in photos:
+            mover.move(mover.plan(found, "cats"))
+
+    as_nobody(link)
+    assert len(read_tree(open_to_all / "in")) == len(read_tree(open_to_all / "out")) == 2
 
 
 def test_two_names_of_one_file_are_two_photos(linked: Library) -> None:
