@@ -11,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, Running, make_tree, pipeline_to, plain, read_tree
+from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, Running, as_nobody, make_tree, pipeline_to, plain, read_tree
 from mounts import CannotMountError, mounted
 from structlog.testing import capture_logs
 from test_undo import sorter
@@ -21,7 +21,9 @@ from sorter.cli import entries, preflight
 from sorter.files import atomic, inodes
 from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import History, Run
+from sorter.inbox.scan import Inbox
 from sorter.moving import linker
+from sorter.moving.mover import Mover
 from sorter.moving.undo import Undo, Undone, planned_undo
 from sorter.service.counters import Counters
 from sorter.service.loop import Service
@@ -170,6 +172,23 @@ def test_a_sidecar_of_two_photos_goes_with_the_last_and_one_that_comes_late_foll
     assert len(read_tree(linked.inbox)) == 4
 
 
+def test_a_folder_that_may_only_be_read_is_linked_from(open_to_all: Path) -> None:
+    make_tree(open_to_all / "in", {"2024/a.jpg": plain(RED, 1), "2024/b.jpg": plain(RED, 2)})
+    (open_to_all / "out").mkdir(mode=0o777)
+    (open_to_all / "out").chmod(0o777)
+    (open_to_all / "in/2024/a.jpg").chmod(0o444)
+    (open_to_all / "in/2024").chmod(0o555)
+    photos = Inbox(open_to_all / "in", recursive=True, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)
+
+    def link() -> None:
+        mover = Mover(open_to_all / "out", link=True)
+        for found in photos:
+            mover.move(mover.plan(found, "cats"))
+
+    as_nobody(link)
+    assert len(read_tree(open_to_all / "in")) == len(read_tree(open_to_all / "out")) == 2
+
+
 def test_two_names_of_one_file_are_two_photos(linked: Library) -> None:
     make_tree(linked.inbox, {"a.jpg": plain(RED, 1)})
     os.link(linked.inbox / "a.jpg", linked.inbox / "b.jpg")
@@ -298,6 +317,17 @@ def test_a_link_that_is_replaced_at_the_last_moment_stays(library: Library, monk
     assert library.undo() == {"a.jpg": "changed while it was being moved: both versions are kept"}
     assert read_tree(library.output) == {"cats/a.jpg": b"an edited version"}
     assert read_tree(library.inbox) == {"a.jpg": plain(RED, 1)}
+
+
+def test_a_link_that_is_reached_through_the_photos_own_path_is_not_taken_for_the_photo(linked: Library) -> None:
+    make_tree(linked.inbox, {"a.jpg": plain(RED, 1)})
+    linked.sort()
+    (linked.inbox / "a.jpg").unlink()
+    linked.inbox.rename(linked.inbox.with_name("was"))
+    linked.inbox.symlink_to(linked.output / "cats")
+    (problem,) = linked.undo().values()
+    assert problem
+    assert read_tree(linked.output) == {"cats/a.jpg": plain(RED, 1)}
 
 
 def test_a_link_edited_through_either_name_is_still_one_file_and_can_be_removed(linked: Library) -> None:

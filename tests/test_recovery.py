@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,3 +185,116 @@ def test_a_link_on_the_way_leads_nowhere(tmp_path: Path, history: History) -> No
     recover(history, tmp_path / "out")
     assert read_tree(tmp_path / "outside") == {HIDDEN: b"precious", "a-1.jpg": b"photo"}
     assert (tmp_path / "in/a.jpg").read_bytes() == b"photo"
+
+
+# --- links to photos that stay ---
+
+
+@pytest.fixture
+def linking(tmp_path: Path, history: History) -> History:
+    """The same, where out/cats/a-1.jpg is to become a link to in/a.jpg."""
+    (planned,) = history.unfinished()
+    history.settle([], [planned])
+    history.intend([replace(planned, linked=True)])
+    return history
+
+
+@pytest.fixture
+def unlinking(tmp_path: Path, linking: History) -> History:
+    """The same, where that link is about to be removed."""
+    (planned,) = linking.unfinished()
+    linking.settle([], [planned])
+    linking.intend(
+        [
+            replace(
+                planned,
+                root=tmp_path / "out",
+                source="cats/a-1.jpg",
+                folder="",
+                name="a.jpg",
+                kind="undone",
+                target=tmp_path / "in",
+            )
+        ]
+    )
+    return linking
+
+
+BOTH = {"in/a.jpg": b"photo", "out/cats/a-1.jpg": b"photo"}
+
+
+def test_killed_before_the_link(tmp_path: Path, linking: History) -> None:
+    assert recovered(linking, tmp_path) == ({"in/a.jpg": b"photo"}, "withdrawn")
+
+
+@pytest.mark.parametrize("make", [os.link, copied])
+def test_killed_before_a_link_or_copy_got_its_name(
+    make: Callable[[Path, Path], None], tmp_path: Path, linking: History
+) -> None:
+    make(tmp_path / "in/a.jpg", tmp_path / "out/cats" / PARTIAL)
+    assert recovered(linking, tmp_path) == ({"in/a.jpg": b"photo"}, "withdrawn")
+
+
+@pytest.mark.parametrize("make", [os.link, copied])
+def test_killed_after_a_link_or_copy_got_its_name_and_both_stay(
+    make: Callable[[Path, Path], None], tmp_path: Path, linking: History
+) -> None:
+    make(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
+    assert recovered(linking, tmp_path) == (BOTH, "done")
+
+
+@pytest.mark.parametrize("make", [os.link, copied])
+@pytest.mark.parametrize("meanwhile", ["deleted", "replaced", "unplugged"])
+def test_killed_after_a_link_or_copy_whose_photo_its_owner_took_meanwhile(
+    meanwhile: str, make: Callable[[Path, Path], None], tmp_path: Path, linking: History
+) -> None:
+    make(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
+    kept = {}
+    if meanwhile == "unplugged":
+        (tmp_path / "in").rename(tmp_path / "unplugged")
+        kept = {"unplugged/a.jpg": b"photo"}
+    else:
+        (tmp_path / "in/a.jpg").unlink()
+    if meanwhile == "replaced":
+        kept = {"in/a.jpg": b"a later photo"}
+        make_tree(tmp_path, kept)
+    assert recovered(linking, tmp_path) == ({**kept, "out/cats/a-1.jpg": b"photo"}, "done")
+
+
+def test_killed_after_a_link_through_which_its_owner_edited_the_photo(tmp_path: Path, linking: History) -> None:
+    os.link(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
+    (tmp_path / "in/a.jpg").write_bytes(b"edited in place")
+    tree = {"in/a.jpg": b"edited in place", "out/cats/a-1.jpg": b"edited in place"}
+    assert recovered(linking, tmp_path) == (tree, "done")
+
+
+def test_somebody_elses_file_under_the_name_of_a_link_stays(tmp_path: Path, linking: History) -> None:
+    make_tree(tmp_path, {"out/cats/a-1.jpg": b"other"})
+    assert recovered(linking, tmp_path) == ({"in/a.jpg": b"photo", "out/cats/a-1.jpg": b"other"}, "withdrawn")
+
+
+def test_killed_before_a_link_is_removed(tmp_path: Path, unlinking: History) -> None:
+    os.link(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
+    assert recovered(unlinking, tmp_path) == (BOTH, "withdrawn")
+
+
+@pytest.mark.parametrize("make", [os.link, copied])
+@pytest.mark.parametrize("original", [True, False])
+def test_killed_while_a_link_or_copy_was_removed_which_gets_its_name_back(
+    original: bool, make: Callable[[Path, Path], None], tmp_path: Path, unlinking: History
+) -> None:
+    make(tmp_path / "in/a.jpg", tmp_path / "out/cats" / HIDDEN)
+    if not original:
+        (tmp_path / "in/a.jpg").unlink()
+    tree = BOTH if original else {"out/cats/a-1.jpg": b"photo"}
+    assert recovered(unlinking, tmp_path) == (tree, "withdrawn")
+
+
+def test_killed_after_a_link_was_removed(tmp_path: Path, unlinking: History) -> None:
+    assert recovered(unlinking, tmp_path) == ({"in/a.jpg": b"photo"}, "done")
+
+
+def test_killed_while_a_removed_link_got_its_name_back_by_another_link(tmp_path: Path, unlinking: History) -> None:
+    os.link(tmp_path / "in/a.jpg", tmp_path / "out/cats" / HIDDEN)
+    os.link(tmp_path / "in/a.jpg", tmp_path / "out/cats/a-1.jpg")
+    assert recovered(unlinking, tmp_path) == (BOTH, "withdrawn")

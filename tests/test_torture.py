@@ -18,7 +18,10 @@ from conftest import Running, hashes, make_tree, photo, read_tree
 sys.path.insert(0, str(Path(__file__).parent / "torture"))
 import sweep
 
+MODES: tuple[sweep.Mode, ...] = ("move", "link", "unlink")
 FAULTS = ("signal=SIGKILL", *(f"error={error}" for error in sweep.ERRORS))
+# Links share most of their steps with moves, so of the errors one will do.
+SWEEPS = [("move", fault) for fault in FAULTS] + [(m, f) for m in MODES[1:] for f in ("signal=SIGKILL", "error=EIO")]
 
 
 @pytest.fixture(params=["one file system", "two file systems"])
@@ -35,8 +38,8 @@ def parents(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Pa
         yield tmp_path, memory
 
 
-def points_of(parents: tuple[Path, Path]) -> list[sweep.Point]:
-    place = sweep.Place(*parents)
+def points_of(parents: tuple[Path, Path], mode: sweep.Mode) -> list[sweep.Point]:
+    place = sweep.Place(*parents, mode)
     try:
         found = place.points()
         assert place.wrong_after() == []
@@ -45,19 +48,20 @@ def points_of(parents: tuple[Path, Path]) -> list[sweep.Point]:
     return found
 
 
-def attack_all(parents: tuple[Path, Path], attacks: list[tuple[sweep.Point, str]]) -> list[str]:
+def attack_all(parents: tuple[Path, Path], mode: sweep.Mode, attacks: list[tuple[sweep.Point, str]]) -> list[str]:
     with ThreadPoolExecutor(2) as pool:
-        reports = list(pool.map(lambda attack: sweep.attack(*parents, *attack), attacks))
+        reports = list(pool.map(lambda attack: sweep.attack(*parents, mode, *attack), attacks))
     return [line for report in reports for line in report]
 
 
 @pytest.mark.long
-def test_a_sample_of_kills_and_errors_loses_nothing(parents: tuple[Path, Path]) -> None:
-    points = points_of(parents)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sample_of_kills_and_errors_loses_nothing(parents: tuple[Path, Path], mode: sweep.Mode) -> None:
+    points = points_of(parents, mode)
     moves = [p for p in points if p.call.startswith(("rename", "link", "unlink", "mkdir"))]
     kills = [(point, FAULTS[0]) for point in (*sweep.sample(moves, 6), *sweep.sample(points, 6))]
     errors = [(point, fault) for fault, point in zip(FAULTS[1:], sweep.sample(points, len(FAULTS) - 1), strict=True)]
-    assert attack_all(parents, kills + errors) == []
+    assert attack_all(parents, mode, kills + errors) == []
 
 
 @pytest.mark.torture
@@ -95,14 +99,18 @@ def _where(parents: tuple[Path, Path]) -> str:
 
 @pytest.mark.torture
 @pytest.mark.timeout(2400)
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("mode", "fault"), SWEEPS)
 def test_no_kill_and_no_error_at_any_call_loses_anything(
-    parents: tuple[Path, Path], fault: str, proved: Callable[[str], None]
+    parents: tuple[Path, Path], mode: sweep.Mode, fault: str, proved: Callable[[str], None]
 ) -> None:
-    points = points_of(parents)
-    assert len(points) > 90
-    assert attack_all(parents, [(point, fault) for point in points]) == []
-    proved(f"{fault.partition('=')[2]} at each of {len(points)} calls that change a file, {_where(parents)}: zero lost")
+    points = points_of(parents, mode)
+    assert len(points) > 40
+    assert attack_all(parents, mode, [(point, fault) for point in points]) == []
+    what = {"move": "", "link": " with --link", "unlink": " in the undo of --link"}[mode]
+    proved(
+        f"{fault.partition('=')[2]} at each of {len(points)} calls that change a file{what}, {_where(parents)}: "
+        "zero lost"
+    )
 
 
 def test_what_is_durable_comes_in_the_right_order(parents: tuple[Path, Path]) -> None:

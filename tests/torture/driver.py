@@ -1,6 +1,8 @@
 """The mover, the history and the recovery for real, with decisions that are always the same and no torch.
 
-    python driver.py INBOX OUTPUT
+    python driver.py INBOX OUTPUT {move,link,unlink}
+
+`link` is what --link does, `unlink` the undo of it.
 
 Exit codes: 0 every photo was moved, 1 the storage refused, 2 it could not start, 3 some photos stayed.
 """
@@ -17,13 +19,15 @@ from sorter.decisions import Decision, Outcome
 from sorter.decoding.decoded import Decoded
 from sorter.errors import SorterError
 from sorter.files.atomic import make_folder
-from sorter.files.lock import Lock
+from sorter.files.lock import UNDOING, Lock
 from sorter.files.photo import Photo
+from sorter.history.reader import HistoryReader
 from sorter.history.store import History, Run
 from sorter.inbox.scan import Inbox
 from sorter.moving.batch_mover import BatchMover
 from sorter.moving.mover import Mover
 from sorter.moving.recovery import recover
+from sorter.moving.undo import Undo
 
 BATCH_SIZE = 2
 
@@ -33,7 +37,7 @@ def decide(photo: Photo) -> Decision:
     return Decision(Decoded(photo, "pixels"), "sorted", folder, folder[:-1], 0.9, BATCH_SIZE)
 
 
-def sort(inbox: Path, output: Path, decide: Callable[[Photo], Decision | None] = decide) -> int:
+def sort(inbox: Path, output: Path, decide: Callable[[Photo], Decision | None] = decide, *, link: bool = False) -> int:
     make_folder(output)
     for folder in (inbox, output):
         Lock(folder).take()
@@ -41,9 +45,13 @@ def sort(inbox: Path, output: Path, decide: Callable[[Photo], Decision | None] =
     recover(history, output)
     run = Run(str(time.time_ns()), "0", "constant")
     history.begin(run)
-    mover = BatchMover(Mover(output), history, run=run.id, patient=False, stopping=threading.Event())
+    mover = BatchMover(Mover(output, link=link), history, run=run.id, patient=False, stopping=threading.Event())
     excluded = frozenset({str(output / "cats"), str(output / "dogs")})
     photos = sorted(Inbox(inbox, recursive=True, excluded=excluded, settle_seconds=0).scan(time.time()), key=str)
+    if link:
+        reader = HistoryReader(output, beside_writer=True)
+        photos = [photo for photo in photos if reader.last_link(photo) is None]
+        reader.close()
     outcomes: list[Outcome] = []
     for start in range(0, len(photos), BATCH_SIZE):
         decisions = map(decide, photos[start : start + BATCH_SIZE])
@@ -54,10 +62,23 @@ def sort(inbox: Path, output: Path, decide: Callable[[Photo], Decision | None] =
     return 0 if all(outcome.destination for outcome in outcomes) else 3
 
 
+def unlink(output: Path) -> int:
+    Lock(output, UNDOING).take()
+    history = History(output)
+    recover(history, output)
+    reader = HistoryReader(output, beside_writer=True)
+    run = Run(str(time.time_ns()), "0", "", kind="undo")
+    results = list(Undo(output, history, run, threading.Event()).restore(list(reader.undoable())))
+    reader.close()
+    history.close()
+    return 3 if any(undone.problem for undone in results) else 0
+
+
 if __name__ == "__main__":
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     try:
-        sys.exit(sort(Path(sys.argv[1]), Path(sys.argv[2])))
+        inbox, output, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+        sys.exit(unlink(output) if mode == "unlink" else sort(inbox, output, link=mode == "link"))
     except SorterError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)

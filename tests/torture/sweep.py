@@ -15,6 +15,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+Mode = Literal["move", "link", "unlink"]
 
 DRIVER = Path(__file__).with_name("driver.py")
 ERRORS = ("ENOSPC", "EIO", "EACCES", "EXDEV", "EINVAL")
@@ -48,15 +51,21 @@ class Place:
     Args:
         inbox_parent: where the inbox is made.
         output_parent: where the output is made; on another file system photos are copied.
+        mode: what the driver does. Before it can `unlink`, it has linked.
     """
 
-    def __init__(self, inbox_parent: Path, output_parent: Path) -> None:
+    def __init__(self, inbox_parent: Path, output_parent: Path, mode: Mode = "move") -> None:
+        self.mode: Mode = mode
         self.folders = [Path(tempfile.mkdtemp(prefix="sorter-torture-", dir=p)) for p in (inbox_parent, output_parent)]
         self.inbox, self.output = self.folders[0] / "in", self.folders[1] / "out"
         for name, content in PHOTOS.items():
             self._write(self.inbox / name, content)
         for name, content in BYSTANDERS.items():
             self._write(self._bystander(name), content)
+        if mode == "unlink":
+            self.mode = "link"
+            assert self.run().returncode == 0
+            self.mode = mode
 
     def _write(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +82,7 @@ class Place:
 
     def run(self, *strace: str) -> subprocess.CompletedProcess[bytes]:
         """Run the driver, under strace where options are given."""
-        command = [sys.executable, str(DRIVER), str(self.inbox), str(self.output)]
+        command = [sys.executable, str(DRIVER), str(self.inbox), str(self.output), self.mode]
         if strace:
             command = ["strace", "-f", "-y", "-o", str(self.folders[0] / "trace"), *strace, *command]
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
@@ -102,29 +111,42 @@ class Place:
         """At every instant: each photo is intact under one of its two names, and nobody else's file has changed."""
         found = {h for path, h in self._hashes().items() if not Path(path).name.startswith(".")}
         wrong = [f"{name!r} is under neither of its names" for name, c in PHOTOS.items() if _hash(c) not in found]
+        if self.mode != "move":
+            wrong += [f"{name!r} is not at its place" for name, c in PHOTOS.items() if _content(self.inbox / name) != c]
         return wrong + [
             f"{name} was changed" for name, content in BYSTANDERS.items() if _content(self._bystander(name)) != content
         ]
 
     def wrong_after(self) -> list[str]:
-        """After recovery: each photo is there exactly once, in its folder, nothing hidden is left, history is true."""
+        """After recovery: each photo is there exactly once, in its folder, nothing hidden is left, history is true.
+
+        With `link` it is there twice, with `unlink` only in the inbox.
+        """
         wrong = self.wrong_now()
         hashes = self._hashes()
         counts = Counter(hashes.values())
-        wrong += [f"{name!r} is there {counts[_hash(c)]} times" for name, c in PHOTOS.items() if counts[_hash(c)] != 1]
-        extra = len(hashes) - len(PHOTOS) - len(BYSTANDERS)
+        times = 2 if self.mode == "link" else 1
+        wrong += [
+            f"{name!r} is there {counts[_hash(c)]} times" for name, c in PHOTOS.items() if counts[_hash(c)] != times
+        ]
+        extra = len(hashes) - times * len(PHOTOS) - len(BYSTANDERS)
         wrong += [f"{extra} files too many: {sorted(hashes)}"] if extra else []
         with sqlite3.connect(self.output / ".sorter/history.sqlite3") as history:
             if (state := history.execute("PRAGMA integrity_check").fetchone()[0]) != "ok":
                 wrong.append(f"the history is damaged: {state}")
-            rows = history.execute("SELECT source, folder, name, done FROM moves").fetchall()
+            rows = history.execute("SELECT source, folder, name, done FROM moves WHERE undoes IS NULL").fetchall()
+            undone = history.execute("SELECT count(*), count(done) FROM moves WHERE undoes IS NOT NULL").fetchone()
         history.close()
+        if undone != ((len(PHOTOS),) * 2 if self.mode == "unlink" else (0, 0)):
+            wrong.append(f"the history lists {undone[0]} undone, {undone[1]} of them done")
         told = {os.fsdecode(source): self.output / folder / os.fsdecode(name) for source, folder, name, done in rows}
         wrong += [f"{os.fsdecode(row[0])!r} is an intent for ever" for row in rows if row[3] is None]
         if sorted(told) != sorted(PHOTOS) or len(rows) != len(PHOTOS):
             wrong.append(f"the history lists {sorted(os.fsdecode(row[0]) for row in rows)}")
-        wrong += [f"{n!r} is not where history says" for n, c in PHOTOS.items() if n in told and _content(told[n]) != c]
-        return wrong
+        contents = {name: None if self.mode == "unlink" else content for name, content in PHOTOS.items()}
+        return wrong + [
+            f"{n!r} is not where history says" for n, c in contents.items() if n in told and _content(told[n]) != c
+        ]
 
     def _hashes(self) -> dict[str, str]:
         """Every file but the sorter's own, by path."""
@@ -136,7 +158,7 @@ class Place:
         }
 
 
-def attack(inbox_parent: Path, output_parent: Path, point: Point, fault: str) -> list[str]:
+def attack(inbox_parent: Path, output_parent: Path, mode: Mode, point: Point, fault: str) -> list[str]:
     """One fault at one point, then a restart.
 
     Args:
@@ -145,7 +167,7 @@ def attack(inbox_parent: Path, output_parent: Path, point: Point, fault: str) ->
     Returns:
         What was wrong; a fault that did not strike is wrong too.
     """
-    place = Place(inbox_parent, output_parent)
+    place = Place(inbox_parent, output_parent, mode)
     try:
         done = place.run("-e", f"trace={point.call}", "-e", f"inject={point.call}:{fault}:when={point.number}")
         if fault.startswith("signal"):
