@@ -189,6 +189,20 @@ def test_a_folder_that_may_only_be_read_is_linked_from(open_to_all: Path) -> Non
     assert len(read_tree(open_to_all / "in")) == len(read_tree(open_to_all / "out")) == 2
 
 
+def test_a_photo_that_another_program_is_writing_to_is_not_copied_yet(
+    linked: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inodes, "are_real", lambda _: False)
+    make_tree(linked.inbox, {"a.jpg": plain(RED, 1)})
+    (found,) = Inbox(linked.inbox, recursive=False, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)
+    linking = Mover(linked.output, link=True)
+    with (linked.inbox / "a.jpg").open("ab"), pytest.raises(atomic.ChangedError, match="open for writing"):
+        linking.move(linking.plan(found, "cats"))
+    assert read_tree(linked.output) == {}
+    linking.move(linking.plan(found, "cats"))
+    assert len(read_tree(linked.output)) == 1
+
+
 def test_two_names_of_one_file_are_two_photos(linked: Library) -> None:
     make_tree(linked.inbox, {"a.jpg": plain(RED, 1)})
     os.link(linked.inbox / "a.jpg", linked.inbox / "b.jpg")

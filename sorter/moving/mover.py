@@ -374,6 +374,7 @@ class Mover:
         if linked is None:
             original = open_file(plan.photo)
             try:
+                _lease(original)
                 self._copy(plan, original, target)
             finally:
                 os.close(original)
