@@ -99,6 +99,7 @@ def fit_without_packaging(
     return epochs, caught.value.args[0]
 
 
+@pytest.mark.long
 def test_a_killed_fit_resumes_and_ends_with_the_same_numbers(
     dataset: Path,
     environment: dict[str, str],

@@ -14,7 +14,8 @@ from sorter.errors import ConfigurationError
 from sorter.settings import SHIPPED_MODEL, Settings, load
 
 CONFIG = Path(__file__).resolve().parents[1] / "config" / "sorter.toml"
-PLACEHOLDERS = {"output", "state_dir", "model", "max_error_rate", "on_sorted"}  # their defaults cannot be written as TOML
+# Their defaults cannot be written as TOML.
+PLACEHOLDERS = {"output", "state_dir", "model", "max_error_rate", "on_sorted"}
 
 
 @pytest.fixture(autouse=True)
