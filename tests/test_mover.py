@@ -15,6 +15,7 @@ from sorter.files import atomic, inodes
 from sorter.files.atomic import ChangedError, StayedError, numbered
 from sorter.files.photo import Photo
 from sorter.inbox.scan import Inbox
+from sorter.moving import copies
 from sorter.moving import mover as mover_module
 from sorter.moving.mover import Mover
 
@@ -106,8 +107,8 @@ def test_a_photo_that_does_not_fit_holds_up_nobody_else(
     photo = found(tmp_path / "in")
     with pytest.raises(StayedError, match="free some space"):
         move(Mover(other_file_system), photo)
-    monkeypatch.setattr(mover_module, "_ROOM_BYTES", 1 << 60)  # a disk that is full for all
-    monkeypatch.setattr(mover_module, "copy_contents", no_space)
+    monkeypatch.setattr(copies, "_ROOM_BYTES", 1 << 60)  # a disk that is full for all
+    monkeypatch.setattr(copies, "copy_contents", no_space)
     with pytest.raises(StorageError, match="No space"):
         move(Mover(other_file_system), photo)
     assert read_tree(other_file_system) == {}

@@ -20,7 +20,6 @@ import errno
 import os
 import stat
 import threading
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,6 @@ from sorter.files.atomic import (
     ChangedError,
     StayedError,
     check_removable,
-    copy_contents,
     give_back,
     make_folder,
     make_inner_folder,
@@ -45,12 +43,13 @@ from sorter.files.atomic import (
     sync_folder,
     take_away,
 )
-from sorter.files.lease import Lease, OpenForWritingError
+from sorter.files.lease import Lease
 from sorter.files.lock import SORTING
 from sorter.files.photo import Identity, Photo, open_file, opened_folder
 from sorter.history.store import NAME
 from sorter.inbox.sidecars import FolderListing, SidecarNames, exists
-from sorter.moving import linker
+from sorter.moving import copies, linker
+from sorter.moving.copies import Copies
 from sorter.moving.recovery import Plan, resolve
 
 _GONE = (errno.ENOENT, errno.ELOOP, errno.ENOTDIR)
@@ -69,14 +68,10 @@ _STORAGE = (
 )
 
 
-# With less room than this a disk is full for all photos, and waited for.
-_ROOM_BYTES = 20_000_000
 # What system calls take, without the NUL at the end: nobody could open a file with a longer path by that.
 _LONGEST_PATH_BYTES = 4095
 # So many folders of the output are remembered; photos come a folder at a time.
 _MAX_LISTINGS = 64
-# Whoever wrote to a photo so long ago has finished, also by a clock that is some minutes off.
-_FINISHED_SECONDS = 600.0
 
 
 class Mover:
@@ -106,7 +101,7 @@ class Mover:
         self._begun: set[str] = set()  # tokens of the plans that may have left something behind
         self._promised: set[tuple[str, str]] = set()  # folders and names of the plans that are not forgotten yet
         self._folder: tuple[int, int] | None = None  # the output's own device and inode, once it was used
-        self._copied: dict[str, float] = {}  # tokens of the plans whose copies are complete -> when (monotonic)
+        self._copies = Copies(settle_seconds)
 
     def plan(self, photo: Photo, folder: str, name: str = "") -> Plan:
         """Promise a name, or else the first free of `name.jpg`, `name-1.jpg`, `name-2.jpg` …; changes no file."""
@@ -150,7 +145,8 @@ class Mover:
             StorageError: no photo can be moved now.
         """
         self.copy_ahead(plan)
-        self._wait(plan)  # not under the lock: nothing is half moved yet, and somebody may want to end the process
+        # Not under the lock: nothing is half moved yet, and somebody may want to end the process.
+        self._copies.wait(plan)
         source_folder, _, base = plan.photo.name.rpartition("/")
         with self.lock:
             try:
@@ -164,7 +160,7 @@ class Mover:
                 if not (ours and self._arrived(plan)):
                     raise self._told(error, plan.folder) from error
             finally:
-                self._copied.pop(plan.token, None)
+                self._copies.forget(plan)
             self._touched |= {(plan.photo.root, source_folder), (self.output, plan.folder)}
 
     def copy_ahead(self, plan: Plan) -> None:
@@ -173,30 +169,23 @@ class Mover:
         Called for a whole batch, so that the photos wait together. It skips those that need not wait, and those that
         cannot be copied, for `move` to tell.
         """
-        if plan.action != "move":
-            return
-        age_seconds = time.time() - plan.photo.identity.mtime_ns / 1e9
-        if plan.token in self._copied or not self.settle_seconds or age_seconds > _FINISHED_SECONDS:
+        is_safe = plan.action != "move" or not self._copies.may_have_to_wait(plan.photo.identity.mtime_ns / 1e9)
+        if is_safe or plan in self._copies:
             return
         with contextlib.suppress(OSError, StayedError, StorageError), self.lock, self._opened(plan) as (source, target):
             if os.fstat(source).st_dev == os.fstat(target).st_dev:
                 return
             original = open_file(plan.photo)
             try:
-                if not _lease(original).is_certain:
-                    self._copy(plan, original, target)
+                if not copies.lease(original).is_certain:
+                    self._copies.make(plan, original, target)
             finally:
                 os.close(original)
 
-    def _wait(self, plan: Plan) -> None:
-        if plan.token in self._copied:
-            time.sleep(max(0.0, self._copied[plan.token] + self.settle_seconds - time.monotonic()))
-
     def withdraw_copy(self, plan: Plan) -> None:
         """Remove the copy of a photo that will not be moved now."""
-        if self._copied.pop(plan.token, None) is not None:
-            with contextlib.suppress(OSError), opened_folder(self.output, plan.folder) as target:
-                os.unlink(partial_name(plan.token), dir_fd=target)
+        with contextlib.suppress(OSError):
+            self._copies.withdraw(plan, self.output)
 
     @contextlib.contextmanager
     def _opened(self, plan: Plan) -> Iterator[tuple[int, int]]:
@@ -324,7 +313,7 @@ class Mover:
         if plan.action == "unlink":
             self._unlink(plan, source, target, base)
             return
-        if plan.token in self._copied or os.fstat(source).st_dev != os.fstat(target).st_dev:
+        if plan in self._copies or os.fstat(source).st_dev != os.fstat(target).st_dev:
             self._copy_across(plan, source, target, base)
             return
         try:
@@ -374,11 +363,11 @@ class Mover:
         if linked is None:
             original = open_file(plan.photo)
             try:
-                _lease(original)
-                self._copy(plan, original, target)
+                copies.lease(original)
+                self._copies.make(plan, original, target)
             finally:
                 os.close(original)
-            self._copied.pop(plan.token)
+            self._copies.forget(plan)
             self._check(source, base, plan.photo.identity)  # or the copy may be half old and half new
         self._publish(plan, target)
         if linked is not None:
@@ -397,12 +386,12 @@ class Mover:
     def _copy_across(self, plan: Plan, source: int, target: int, base: str) -> None:
         original = open_file(plan.photo)
         try:
-            lease = _lease(original)
+            lease = copies.lease(original)
             status = os.fstat(original)
-            if plan.token not in self._copied:
-                self._copy(plan, original, target)
-                if not lease.is_certain and time.time() - status.st_mtime < _FINISHED_SECONDS:
-                    self._wait(plan)
+            if plan not in self._copies:
+                self._copies.make(plan, original, target)
+                if not lease.is_certain and self._copies.may_have_to_wait(status.st_mtime):
+                    self._copies.wait(plan)
             self._check(source, base, plan.photo.identity)
             self._publish(plan, target)
             self._note_links(status)
@@ -410,24 +399,6 @@ class Mover:
                 self._check_only(plan, target, os.fstat(original), own_names=0)
         finally:
             os.close(original)
-
-    def _copy(self, plan: Plan, original: int, target: int) -> None:
-        """Copy an open photo, durably, to the plan's hidden name; the caller checks the original again afterwards."""
-        status, partial = os.fstat(original), partial_name(plan.token)
-        if not Identity.of(status).is_same_file(plan.photo.identity):
-            raise ChangedError("changed while it was moved")
-        _check_room(target, status.st_size)
-        copy = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=target)
-        try:
-            try:
-                copy_contents(original, copy, status)
-                os.fsync(copy)
-            finally:
-                os.close(copy)
-        except BaseException:
-            os.unlink(partial, dir_fd=target)
-            raise
-        self._copied[plan.token] = time.monotonic()
 
     def _publish(self, plan: Plan, target: int) -> None:
         """Give what has the hidden name the planned one, if that is free."""
@@ -502,18 +473,3 @@ def _is_inside(folder: int, levels: int, other: Path) -> bool:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def _lease(original: int) -> Lease:
-    try:
-        return Lease(original)
-    except OpenForWritingError:
-        raise ChangedError("is open for writing in another program, which may not have finished") from None
-
-
-def _check_room(folder: int, size: int) -> None:
-    """Leave one photo that does not fit where others do: it must not hold them up."""
-    room = os.fstatvfs(folder)
-    free = room.f_bavail * room.f_frsize
-    if size > free >= _ROOM_BYTES:
-        raise StayedError(f"needs {size / 1e6:.0f} MB and the output has {free / 1e6:.0f} MB free: free some space")

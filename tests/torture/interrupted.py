@@ -24,9 +24,9 @@ from sorter.errors import SorterError
 from sorter.files import atomic
 from sorter.files.photo import Identity, Photo, open_file
 from sorter.history import store as history
-from sorter.moving import batch_mover, mover, recovery
+from sorter.moving import batch_mover, copies, linker, mover, recovery
 
-MODULES = {module.__file__ for module in (atomic, batch_mover, history, mover, recovery)}
+MODULES = {module.__file__ for module in (atomic, batch_mover, copies, history, linker, mover, recovery)}
 
 
 class Interrupted:
