@@ -251,7 +251,7 @@ def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
 
     held = Lock(inbox, UNDOING)
     held.take()
-    undo(inbox, "--last", code=2)
+    undo(inbox, "--last", code=4)
     sort(inbox)  # a sort starts all the same
     held.release()
     undo(inbox, "--last")
