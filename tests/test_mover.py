@@ -365,6 +365,9 @@ def test_numbers_keep_the_extension_and_the_limit_of_255_bytes() -> None:
     assert numbered(long, 7).endswith("-7.jpg")
     assert len(os.fsencode(numbered(long, 7))) <= 255
     assert len(os.fsencode(numbered("a." + "x" * 252, 7))) <= 255
+    for character in "é猫🐈":
+        for length in range(60, 130):  # not in the middle of one, which many file systems refuse
+            numbered(character * length + ".jpg", 7).encode()
 
 
 def test_a_thousand_photos_of_one_name_are_all_kept(tmp_path: Path) -> None:
