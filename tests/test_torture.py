@@ -18,9 +18,9 @@ from conftest import Running, hashes, make_tree, photo, read_tree
 sys.path.insert(0, str(Path(__file__).parent / "torture"))
 import sweep
 
-MODES: tuple[sweep.Mode, ...] = ("move", "link", "unlink")
+MODES: tuple[sweep.Mode, ...] = ("move", "reserve", "link", "unlink")
 FAULTS = ("signal=SIGKILL", *(f"error={error}" for error in sweep.ERRORS))
-# Links share most of their steps with moves, so of the errors one will do.
+# The others share most of their steps with moves, so of the errors one will do.
 SWEEPS = [("move", fault) for fault in FAULTS] + [(m, f) for m in MODES[1:] for f in ("signal=SIGKILL", "error=EIO")]
 
 
@@ -106,7 +106,12 @@ def test_no_kill_and_no_error_at_any_call_loses_anything(
     points = points_of(parents, mode)
     assert len(points) > 40
     assert attack_all(parents, mode, [(point, fault) for point in points]) == []
-    what = {"move": "", "link": " with --link", "unlink": " in the undo of --link"}[mode]
+    what = {
+        "move": "",
+        "reserve": " without renames or links that are safe",
+        "link": " with --link",
+        "unlink": " in the undo of --link",
+    }[mode]
     proved(
         f"{fault.partition('=')[2]} at each of {len(points)} calls that change a file{what}, {_where(parents)}: "
         "zero lost"

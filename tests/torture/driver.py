@@ -1,12 +1,14 @@
 """The mover, the history and the recovery for real, with decisions that are always the same and no torch.
 
-    python driver.py INBOX OUTPUT {move,link,unlink}
+    python driver.py INBOX OUTPUT {move,reserve,link,unlink}
 
-`link` is what --link does, `unlink` the undo of it.
+`reserve` moves as on a file system that has no hard links and cannot rename without replacing; `link` is what --link does,
+`unlink` the undo of it.
 
 Exit codes: 0 every photo was moved, 1 the storage refused, 2 it could not start, 3 some photos stayed.
 """
 
+import os
 import sys
 import threading
 import time
@@ -18,6 +20,7 @@ import structlog
 from sorter.decisions import Decision, Outcome
 from sorter.decoding.decoded import Decoded
 from sorter.errors import SorterError
+from sorter.files import atomic, inodes
 from sorter.files.atomic import make_folder
 from sorter.files.lock import UNDOING, Lock
 from sorter.files.photo import Photo
@@ -35,6 +38,13 @@ BATCH_SIZE = 2
 def decide(photo: Photo) -> Decision:
     folder = "dogs" if photo.name.startswith("deep/") else "cats"
     return Decision(Decoded(photo, "pixels"), "sorted", folder, folder[:-1], 0.9, BATCH_SIZE)
+
+
+def without_links() -> None:
+    """Play a file system that has neither; none that this machine surely has lacks them."""
+    atomic._rename_function = None
+    for device in {os.stat(folder).st_dev for folder in (inbox, output.parent)}:
+        inodes.distrust(device)
 
 
 def sort(inbox: Path, output: Path, decide: Callable[[Photo], Decision | None] = decide, *, link: bool = False) -> int:
@@ -78,6 +88,8 @@ if __name__ == "__main__":
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     try:
         inbox, output, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+        if mode == "reserve":
+            without_links()
         sys.exit(unlink(output) if mode == "unlink" else sort(inbox, output, link=mode == "link"))
     except SorterError as error:
         print(error, file=sys.stderr)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Mode = Literal["move", "link", "unlink"]
+Mode = Literal["move", "reserve", "link", "unlink"]
 
 DRIVER = Path(__file__).with_name("driver.py")
 ERRORS = ("ENOSPC", "EIO", "EACCES", "EXDEV", "EINVAL")
@@ -111,7 +111,7 @@ class Place:
         """At every instant: each photo is intact under one of its two names, and nobody else's file has changed."""
         found = {h for path, h in self._hashes().items() if not Path(path).name.startswith(".")}
         wrong = [f"{name!r} is under neither of its names" for name, c in PHOTOS.items() if _hash(c) not in found]
-        if self.mode != "move":
+        if self.mode in ("link", "unlink"):
             wrong += [f"{name!r} is not at its place" for name, c in PHOTOS.items() if _content(self.inbox / name) != c]
         return wrong + [
             f"{name} was changed" for name, content in BYSTANDERS.items() if _content(self._bystander(name)) != content
