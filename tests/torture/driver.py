@@ -2,7 +2,7 @@
 
     python driver.py INBOX OUTPUT {move,reserve,link,unlink}
 
-`reserve` moves as on a file system that has no hard links and cannot rename without replacing; `link` is what --link does,
+`reserve` moves as on a file system without hard links, or renames that replace nothing; `link` is what --link does,
 `unlink` the undo of it.
 
 Exit codes: 0 every photo was moved, 1 the storage refused, 2 it could not start, 3 some photos stayed.
