@@ -212,8 +212,12 @@ class Decoders:
 
 def _is_renumbered(photo: Photo, opened: os.stat_result) -> bool:
     """Tell whether a file has another inode number only because it was opened, and remember file systems that do so."""
+    if inodes.are_known_to_be_real(opened.st_dev) or Identity.of(opened)._replace(inode=0) != photo.identity._replace(
+        inode=0
+    ):
+        return False
     with contextlib.suppress(OSError):
-        if Identity.of(os.lstat(photo.path)) == photo.identity and opened.st_ino != photo.identity.inode:
+        if Identity.of(os.lstat(photo.path)) == photo.identity:  # still the old number by name
             inodes.distrust(opened.st_dev)
             return True
     return False

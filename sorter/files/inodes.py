@@ -51,6 +51,11 @@ def look(folders: Iterable[Path]) -> None:
                 os.close(descriptor)
 
 
+def are_known_to_be_real(device: int) -> bool:
+    """Whether `are_real` was found to be so for a file system."""
+    return _real.get(device, False)
+
+
 def distrust(device: int) -> None:
     """Remember that the numbers of a file system changed while its files did not."""
     _real[device] = False
