@@ -158,7 +158,7 @@ def test_a_missing_or_broken_history_is_refused_in_a_sentence(tmp_path: Path, re
     (tmp_path / "in").mkdir()
     for command in (("history",), ("status",), ("undo", "--last")):
         done = reading(*command, "--inbox", tmp_path / "in", code=2)
-        assert "has no history" in done.stderr
+        assert "there is no history" in done.stderr
         assert done.stderr.count("\n") == 1
     assert list((tmp_path / "in").iterdir()) == []
     (tmp_path / "in" / ".sorter").mkdir()
@@ -184,7 +184,7 @@ def test_undo_changes_nothing_if_the_settings_ask_for_a_dry_run(
     placed = read_tree(inbox)
     monkeypatch.setenv("SORTER_DRY_RUN", "true")
     assert main(["undo", "--last", "--inbox", str(inbox)]) == 0
-    assert capsys.readouterr().out.endswith("Would restore 1 photo; 0 could not be.\n")
+    assert capsys.readouterr().out.endswith("Would restore 1 photo; 0 would stay.\n")
     assert read_tree(inbox) == placed
     assert main(["undo", "--last", "--no-dry-run", "--inbox", str(inbox)]) == 0
     assert read_tree(inbox) == {"a.jpg": photo(1)}

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +13,19 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, Running, as_nobody, make_tree, pipeline_to, plain, read_tree
+from conftest import (
+    GREEN,
+    LONG_AGO,
+    RED,
+    RedGreenEngine,
+    Running,
+    as_nobody,
+    make_tree,
+    photo,
+    pipeline_to,
+    plain,
+    read_tree,
+)
 from mounts import CannotMountError, mounted
 from structlog.testing import capture_logs
 from test_undo import sorter
@@ -432,3 +446,24 @@ def test_where_hard_links_are_refused_a_copy_shares_its_blocks(
             assert used < 10_000_000
     except CannotMountError as error:
         pytest.skip(str(error))
+
+
+def test_a_photo_that_is_edited_in_place_keeps_its_one_hard_link(tmp_path: Path) -> None:
+    inbox = make_tree(tmp_path / "in", {"a.jpg": photo(1)})
+    command = [
+        sys.executable,
+        "-m",
+        "sorter",
+        "run",
+        "--once",
+        "--link",
+        "--inbox",
+        str(inbox),
+        "--settle-seconds",
+        "0",
+    ]
+    for _ in range(3):
+        assert subprocess.run(command, capture_output=True).returncode == 0
+        with (inbox / "a.jpg").open("ab") as file:
+            file.write(b"a rating")
+    assert len([path for folder in ("cats", "dogs") for path in (inbox / folder).glob("*")]) == 1

@@ -4,6 +4,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,3 +116,25 @@ def test_a_held_lock_is_kept_while_its_folder_cannot_be_reached(tmp_path: Path) 
     shutil.move(tmp_path / "kept", inbox / ".sorter")
     with pytest.raises(NotNowError, match="stop that one first"):
         Lock(inbox).take()
+
+
+def test_a_state_folder_that_is_named_relatively_holds_history_and_locks(tmp_path: Path) -> None:
+    make_tree(tmp_path / "in", {"a.jpg": photo(1)})
+    for arguments in (("run", "--once"), ("history",), ("status",), ("undo", "--last")):
+        command = [sys.executable, "-m", "sorter", *arguments, "--inbox", "in", "--state-dir", "state"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "state").glob("*/history.sqlite3"))) == 1
+    assert not (tmp_path / "in/.sorter/history.sqlite3").exists()
+    assert (tmp_path / "in/a.jpg").exists()
+
+
+def test_two_sorters_with_one_state_folder_exclude_each_other(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    first, second = (Lock(tmp_path / "in", state_dir=tmp_path / "state") for _ in range(2))
+    first.take()
+    with pytest.raises(NotNowError, match="stop that one first"):
+        second.take()
+    first.release()
+    second.take()
+    second.release()

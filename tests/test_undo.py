@@ -128,7 +128,7 @@ def test_a_dry_run_says_the_same_and_changes_nothing(tmp_path: Path) -> None:
         "1.jpg": None,
         "2.jpg": None,
     }
-    assert undo(inbox, "--last", "--dry-run", code=3).splitlines()[-1] == "Would restore 2 photos; 1 could not be."
+    assert undo(inbox, "--last", "--dry-run", code=3).splitlines()[-1] == "Would restore 2 photos; 1 would stay."
     assert {path: path.stat().st_mtime_ns for path in inbox.rglob("*")} == before
 
 
@@ -153,7 +153,7 @@ def test_by_run_and_by_time(tmp_path: Path) -> None:
     runs = {json.loads(line)["run"] for line in sorter("history", "--json", "--inbox", inbox).splitlines()}
     make_tree(inbox, photos(2, first=2))
     sort(inbox)
-    assert undo(inbox, "--since", "1h", "--dry-run").splitlines()[-1] == "Would restore 4 photos; 0 could not be."
+    assert undo(inbox, "--since", "1h", "--dry-run").splitlines()[-1] == "Would restore 4 photos; 0 would stay."
     assert undo(inbox, "--since", "2999-01-01") == "Restored 0 photos; 0 could not be restored.\n"
     (first,) = runs
     undo(inbox, "--run", first)

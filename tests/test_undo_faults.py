@@ -87,7 +87,7 @@ def test_a_folder_that_takes_no_photo_back_holds_up_no_other(obstacle: str, tmp_
     else:
         (inbox / "deep").write_bytes(b"a file")
     flags = ("--output", tmp_path / "out", "--last")
-    assert undo(inbox, *flags, "--dry-run", code=3).splitlines()[-1] == "Would restore 3 photos; 2 could not be."
+    assert undo(inbox, *flags, "--dry-run", code=3).splitlines()[-1] == "Would restore 3 photos; 2 would stay."
     assert undo(inbox, *flags, code=3) == "Restored 3 photos; 2 could not be restored.\n"
     assert set(photos(3, first=2)) <= set(read_tree(inbox))
     assert list((tmp_path / "elsewhere").iterdir()) == []
@@ -211,7 +211,7 @@ def test_a_dry_run_knows_what_stays_with_what(tmp_path: Path) -> None:
     sort(inbox)  # two that were called b.jpg
     make_tree(inbox, {"a.jpg": b"somebody else's"})
     told = undo(inbox, "--since", "1h", "--dry-run", code=3).splitlines()
-    assert told[-1] == "Would restore 1 photo; 3 could not be."
+    assert told[-1] == "Would restore 1 photo; 3 would stay."
     assert told[0].endswith(f" → {inbox / 'b.jpg'}")
     assert undo(inbox, "--since", "1h", code=3) == "Restored 1 photo; 3 could not be restored.\n"
     assert (inbox / "b.jpg").read_bytes() == photo(2)

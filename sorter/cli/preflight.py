@@ -51,7 +51,7 @@ def check(settings: Settings) -> tuple[Settings, Manifest, list[str] | None]:
     """
     if settings.link and (folder := sorted_again(settings)) is not None:
         raise ConfigurationError(
-            f"photos in {folder}/ are sorted again by moving them, and --link leaves them there: use --no-link"
+            f"photos in {folder}/ are sorted again by moving them, which --link does not do: drop --link"
         )
     model = manifests.read(settings.model)
     settings = decided(settings, model)
@@ -221,7 +221,7 @@ def _check_folders(settings: Settings, manifest: Manifest) -> None:
         if inbox.resolve() == target.resolve() and folder not in (UNSURE, FAILED):
             raise ConfigurationError(f"the inbox {inbox} is a folder that photos are sorted into: use another --output")
         if target.is_symlink():
-            raise ConfigurationError(f"{target} is a symbolic link: use the real folder with --output")
+            raise ConfigurationError(f"{target} is a symbolic link: replace it by a folder, or use another --output")
         if target.exists() and not target.is_dir():
             raise ConfigurationError(f"{target} exists and is not a folder: move it away, or use another --output")
         if not settings.dry_run:

@@ -164,5 +164,5 @@ def _summary(counts: Counter[str], *, dry_run: bool) -> str:
     if counts["sidecar"]:
         what += f" and {entries.counted(counts['sidecar'], 'sidecar')}"
     if dry_run:
-        return f"Would restore {what}; {counts['stayed']} could not be."
+        return f"Would restore {what}; {counts['stayed']} would stay."
     return f"Restored {what}; {counts['stayed']} could not be restored."

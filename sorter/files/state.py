@@ -18,4 +18,4 @@ def state_folder(folder: Path, state_dir: Path | None) -> Path:
         return folder / FOLDER
     real = os.path.realpath(folder)
     digest = hashlib.sha256(os.fsencode(real)).hexdigest()[:16]
-    return state_dir / f"{os.path.basename(real)[:40]}-{digest}"
+    return state_dir.absolute() / f"{os.path.basename(real)[:40]}-{digest}"

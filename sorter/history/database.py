@@ -33,8 +33,8 @@ class ReadOnlyDatabase:
         try:
             if not path.is_file():
                 raise ConfigurationError(
-                    f"{path.parents[1]} has no history, so nothing was sorted into it: pass the right folder with "
-                    "--output"
+                    f"there is no history {path}, so nothing was sorted there: pass the --output, and the "
+                    "--state-dir if there was one, of the sorting"
                 )
             self._open()
         except (sqlite3.DatabaseError, OSError) as error:

@@ -6,7 +6,7 @@ Promise: at every instant, and after `kill -9` at any instant, the photo exists 
 names, and nothing that was there before is overwritten or deleted.
 
 - One file system: `renameat2(RENAME_NOREPLACE)`, then a look at what arrived; another file's arrival is undone.
-- A file system without it: hard link, then the old name is removed. One that has no hard links either: an empty file
+- A file system without it: hard link, then the old name is removed. One that has no hard links either: a small file
   reserves the name, and the photo is renamed onto that.
 - With `--link` the old name is never touched: a hard link, or else a copy, gets the new one.
 - Another file system: copy to a hidden partial name with mode, times and extended attributes, fsync, make sure that

@@ -106,7 +106,7 @@ def resolve(output: Path, plan: Plan) -> bool:
         if hidden is not None:
             _finish_taking_back(old, hidden, plan)
             new = _look(target, plan.name)
-        if new is not None and new.status.st_size != plan.photo.identity.size and not inodes.are_real(new.folder):
+        if new is not None and _may_be_reservation(new, plan):
             drop_reservation(new.folder, new.name)
             new = _look(target, plan.name)
         arrived = _leave_one(old, new, _look(source, base), plan)
@@ -157,6 +157,13 @@ def _resolve_unlink(source: int | None, base: str, target: int | None, plan: Pla
     there = _look(source, base)
     is_removed = there is None or not _looks_like_photo(there.status, plan.photo.identity)
     return is_removed and _look(target, plan.name) is not None
+
+
+def _may_be_reservation(new: _File, plan: Plan) -> bool:
+    """Whether to look for the text of a reservation; one without it was made only where there are no hard links."""
+    if new.status.st_size == plan.photo.identity.size:
+        return False
+    return new.status.st_size > 0 or not inodes.are_real(new.folder)
 
 
 def _find_old(source: int | None, base: str, plan: Plan) -> _File | None:

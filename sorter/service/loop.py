@@ -14,7 +14,7 @@ import structlog
 from sorter.decisions import Outcome
 from sorter.errors import InboxGoneError
 from sorter.files.lock import Lock
-from sorter.files.photo import Photo
+from sorter.files.photo import Photo, file_of
 from sorter.history.reader import HistoryReader
 from sorter.history.store import SIDECAR
 from sorter.inbox.scan import Inbox
@@ -240,11 +240,15 @@ class Service:
         return self._history.was_restored(photo)
 
     def _was_linked(self, photo: Photo) -> bool:
-        """Whether an earlier run linked this version of a photo. Its inode's status has changed by that."""
+        """Whether an earlier run linked this version of a photo, or a link to the file is still there."""
         if self._history is None or not self._settings.link:
             return False
         link = self._history.last_link(photo)
-        return link is not None and (link.size, link.mtime_ns) == (photo.identity.size, photo.identity.mtime_ns)
+        if link is None:
+            return False
+        is_same_version = (link.size, link.mtime_ns) == (photo.identity.size, photo.identity.mtime_ns)
+        # Edited in place, a photo is changed under both names of a hard link: another one would add nothing.
+        return is_same_version or file_of(link.destination) == photo.identity[:2]
 
     def _submit(self, photo: Photo) -> None:
         """Wait until the pipeline has space for a photo, or the end is asked for."""
