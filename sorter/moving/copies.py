@@ -4,6 +4,7 @@ In: a plan, the open photo and the open folder of its destination. Out: a comple
 extended attributes, which the mover publishes or withdraws.
 """
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -52,7 +53,8 @@ class Copies:
             finally:
                 os.close(copy)
         except BaseException:
-            os.unlink(partial, dir_fd=target)
+            with contextlib.suppress(OSError):  # then recovery finds it
+                os.unlink(partial, dir_fd=target)
             raise
         self._completed[plan.token] = time.monotonic()
 

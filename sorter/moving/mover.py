@@ -184,8 +184,10 @@ class Mover:
 
     def withdraw_copy(self, plan: Plan) -> None:
         """Remove the copy of a photo that will not be moved now."""
-        with contextlib.suppress(OSError):
+        try:
             self._copies.withdraw(plan, self.output)
+        except OSError:
+            self._unresolved.add(plan.token)  # its intent stays in the history, for the next start to find the copy
 
     @contextlib.contextmanager
     def _opened(self, plan: Plan) -> Iterator[tuple[int, int]]:
