@@ -26,7 +26,7 @@ def bench(*flags: str | Path, temporary: Path) -> "subprocess.CompletedProcess[s
         capture_output=True,
         text=True,
         env={**os.environ, "TMPDIR": str(temporary)},
-        timeout=110,
+        timeout=220,  # the loops are slow beside other work
     )
 
 
