@@ -169,8 +169,11 @@ class Mover:
         Called for a whole batch, so that the photos wait together. It skips those that need not wait, and those that
         cannot be copied, for `move` to tell.
         """
+        # By the devices that are known: nothing is opened for a photo that will only be renamed. Where a folder of the
+        # output is a mount of its own, `move` copies, and waits for one photo after the other.
+        stays_on_disk = self._folder is not None and plan.photo.identity.device == self._folder[0]
         is_safe = plan.action != "move" or not self._copies.may_have_to_wait(plan.photo.identity.mtime_ns / 1e9)
-        if is_safe or plan in self._copies:
+        if stays_on_disk or is_safe or plan in self._copies:
             return
         with contextlib.suppress(OSError, StayedError, StorageError), self.lock, self._opened(plan) as (source, target):
             if os.fstat(source).st_dev == os.fstat(target).st_dev:
