@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Running, make_tree, photo
-from mounts import ALL, CannotMountError, mounted
+from mounts import ALL, mounted
 from PIL import Image
 
 WITHOUT_DATABASES = ("rclone", "fusefat")
@@ -55,11 +55,8 @@ def _hidden(folder: Path) -> list[str]:
 def test_photos_are_sorted_and_restored(
     name: str, tmp_path: Path, start: Callable[..., Running], proved: Callable[[str], None]
 ) -> None:
-    try:
-        with mounted(name, tmp_path) as disk:
-            _scenario(name, disk, tmp_path, start, proved)
-    except CannotMountError as error:
-        pytest.skip(f"cannot mount {name}: {error}")
+    with mounted(name, tmp_path) as disk:
+        _scenario(name, disk, tmp_path, start, proved)
 
 
 def _scenario(name: str, disk: Path, local: Path, start: Callable[..., Running], proved: Callable[[str], None]) -> None:
@@ -133,14 +130,11 @@ def test_a_share_that_delivers_slowly_sends_no_good_photo_to_failed(tmp_path: Pa
     file = io.BytesIO()
     noise.save(file, "JPEG", quality=95)
     assert len(file.getvalue()) > 2_000_000
-    try:
-        with mounted("sshfs-1mb", tmp_path) as disk:
-            make_tree(tmp_path / "remote/in", {"large.jpg": file.getvalue()})
-            done = _sorter("run", "--once", "--inbox", disk / "in", "--decode-timeout-seconds", "1")
-            assert done.returncode == 0, done.stderr
-            assert [path.name for folder in ("cats", "dogs") for path in (disk / "in" / folder).glob("*")]
-    except CannotMountError as error:
-        pytest.skip(f"cannot mount sshfs: {error}")
+    with mounted("sshfs-1mb", tmp_path) as disk:
+        make_tree(tmp_path / "remote/in", {"large.jpg": file.getvalue()})
+        done = _sorter("run", "--once", "--inbox", disk / "in", "--decode-timeout-seconds", "1")
+        assert done.returncode == 0, done.stderr
+        assert [path.name for folder in ("cats", "dogs") for path in (disk / "in" / folder).glob("*")]
 
 
 def _await_sorted(inbox: Path, count: int, running: Running) -> None:
@@ -164,53 +158,47 @@ def test_a_name_that_the_destination_refuses_concerns_that_photo_alone(name: str
     odd = os.fsencode(inbox) + b"/\xff\xe7.jpg"
     with open(odd, "wb") as file:
         file.write(photo(3))
-    try:
-        with mounted(name, tmp_path) as disk:
-            done = _sorter("run", "--once", "--inbox", inbox, "--output", disk, "--settle-timeout-seconds", "5")
-            found = sorted(path.name for folder in ("cats", "dogs") for path in (disk / folder).glob("*.jpg"))
-            if name == "tmpfs":
-                assert done.returncode == 0
-            else:
-                assert done.returncode == 3, done.stderr
-                assert found == ["a.jpg", "b.jpg"]
-                assert os.path.exists(odd)
-    except CannotMountError as error:
-        pytest.skip(f"cannot mount {name}: {error}")
+    with mounted(name, tmp_path) as disk:
+        done = _sorter("run", "--once", "--inbox", inbox, "--output", disk, "--settle-timeout-seconds", "5")
+        found = sorted(path.name for folder in ("cats", "dogs") for path in (disk / folder).glob("*.jpg"))
+        if name == "tmpfs":
+            assert done.returncode == 0
+        else:
+            assert done.returncode == 3, done.stderr
+            assert found == ["a.jpg", "b.jpg"]
+            assert os.path.exists(odd)
 
 
 @pytest.mark.torture
 def test_a_second_writer_in_the_destination_keeps_its_files(tmp_path: Path) -> None:
     """The window of a reservation, without luck: another program takes every name that sorter is about to take."""
-    try:
-        with mounted("mergerfs", tmp_path) as disk:
-            inbox = disk / "in"
-            inbox.mkdir()
-            _fill(inbox, 0, PHOTOS)
-            for folder in ("cats", "dogs"):
-                (inbox / folder).mkdir()
-            time.sleep(1)
-            run = subprocess.Popen(
-                [sys.executable, "-m", "sorter", "run", "--once", "--inbox", inbox, "--settle-seconds", "0.5"],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            mine = []
-            while run.poll() is None:
-                for number in range(PHOTOS):
-                    for folder in ("cats", "dogs"):
-                        path = inbox / folder / f"IMG_{number:04}.jpg"
-                        try:
-                            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-                        except FileExistsError:
-                            continue
-                        os.write(descriptor, b"mine")
-                        os.close(descriptor)
-                        mine.append(path)
-            assert run.returncode == 0
-            assert len(mine) == 2 * PHOTOS - sum(path.read_bytes() != b"mine" for path in inbox.glob("*s/IMG_????.jpg"))
-            found = _contents(inbox)
-            assert {hashlib.sha256(photo(n)).hexdigest() for n in range(PHOTOS)} <= set(found.values())
-            assert all(path.read_bytes() == b"mine" for path in mine)
-    except CannotMountError as error:
-        pytest.skip(f"cannot mount mergerfs: {error}")
+    with mounted("mergerfs", tmp_path) as disk:
+        inbox = disk / "in"
+        inbox.mkdir()
+        _fill(inbox, 0, PHOTOS)
+        for folder in ("cats", "dogs"):
+            (inbox / folder).mkdir()
+        time.sleep(1)
+        run = subprocess.Popen(
+            [sys.executable, "-m", "sorter", "run", "--once", "--inbox", inbox, "--settle-seconds", "0.5"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        mine = []
+        while run.poll() is None:
+            for number in range(PHOTOS):
+                for folder in ("cats", "dogs"):
+                    path = inbox / folder / f"IMG_{number:04}.jpg"
+                    try:
+                        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+                    except FileExistsError:
+                        continue
+                    os.write(descriptor, b"mine")
+                    os.close(descriptor)
+                    mine.append(path)
+        assert run.returncode == 0
+        assert len(mine) == 2 * PHOTOS - sum(path.read_bytes() != b"mine" for path in inbox.glob("*s/IMG_????.jpg"))
+        found = _contents(inbox)
+        assert {hashlib.sha256(photo(n)).hexdigest() for n in range(PHOTOS)} <= set(found.values())
+        assert all(path.read_bytes() == b"mine" for path in mine)
     assert shutil.which("mergerfs")
