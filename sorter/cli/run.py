@@ -142,7 +142,7 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
 
 def _wait_for_inbox(settings: Settings) -> None:
     """Wait until there is an inbox. A signal ends the process meanwhile."""
-    inbox, reason = settings.inbox.absolute(), "there is no such folder yet"
+    inbox, reason = settings.inbox.absolute(), "the folder does not exist yet"
     structlog.get_logger().warning("watcher.waiting", path=str(inbox), reason=reason)
     notifier = Notifier()
     notifier.ready()  # the manager would give up on a start that takes this long

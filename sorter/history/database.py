@@ -25,7 +25,7 @@ class ReadOnlyDatabase:
         beside_writer: this process also has the history open as a `History`.
 
     Raises:
-        ConfigurationError: there is no such file, it cannot be read, or it is not a history that this sorter knows.
+        ConfigurationError: the file does not exist, it cannot be read, or it is not a history that this sorter knows.
     """
 
     def __init__(self, path: Path, *, beside_writer: bool) -> None:
