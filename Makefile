@@ -46,8 +46,8 @@ test: $(VENV)/.installed-dev ## run the tests, except the long ones
 long: $(VENV)/.installed-dev ## run the tests that take minutes
 	@$(BIN)/python -m pytest -m long --numprocesses 2 --dist loadscope
 
-torture: $(VENV)/.installed-dev ## run the long proofs of safety: kills, errors, races, broken files
-	@$(BIN)/python -m pytest -m torture --numprocesses 2
+torture: $(VENV)/.installed-dev ## run the long proofs of safety: kills, errors, races, broken files (EVERY=5: a fifth of the sweeps)
+	@$(BIN)/python -m pytest -m torture --numprocesses 2 $${EVERY:+--every "$$EVERY"}
 
 check: $(VENV)/.installed-dev ## ruff, ruff format, mypy --strict, and the imports between packages
 	@$(BIN)/ruff check .

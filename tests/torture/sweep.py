@@ -84,7 +84,7 @@ class Place:
         """Run the driver, under strace where options are given."""
         command = [sys.executable, str(DRIVER), str(self.inbox), str(self.output), self.mode]
         if strace:
-            command = ["strace", "-f", "-y", "-o", str(self.folders[0] / "trace"), *strace, *command]
+            command = ["strace", "-f", "--seccomp-bpf", "-y", "-o", str(self.folders[0] / "trace"), *strace, *command]
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
         return subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)
 
