@@ -200,9 +200,7 @@ def proved(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--every", type=int, default=1, metavar="N", help="strike at every Nth call only in the sweeps of test_torture.py"
-    )
+    parser.addoption("--every", type=int, default=1, metavar="N", help="sweeps strike at every Nth call only")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
