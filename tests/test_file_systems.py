@@ -102,6 +102,9 @@ def _scenario(name: str, disk: Path, local: Path, start: Callable[..., Running],
         killed.process.send_signal(signal.SIGKILL)
         killed.process.wait()
     done = _sorter("run", "--once", "--include-undone", *folders, *quickly)
+    if name == "rclone-writes" and done.returncode == 3:  # a photo's times changed while it was sorted
+        time.sleep(_UPLOAD_SECONDS)
+        done = _sorter("run", "--once", "--include-undone", *folders, *quickly)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(_contents(inbox).values()) == sorted(before.values())
     assert [hidden for folder in ("", "cats", "dogs") for hidden in _hidden(inbox / folder)] == []

@@ -36,6 +36,7 @@ class Interrupted:
         self._owner = Owner(*(Path(request[place]) for place in ("inbox", "output", "outside")))
         self._actions = {moment: action for moment, *action in request["actions"]}
         self._kill, self._report, self._moment = request["kill"], report, 0
+        self._waiting: list[str] | None = None
         if request["link"]:
             # No file system here lacks renameat2's flag, so its absence is played.
             atomic._rename_function = None
@@ -49,19 +50,31 @@ class Interrupted:
             return error.exit_code
         finally:
             sys.setprofile(None)
+            if self._waiting is not None:
+                self._act(self._waiting)
             self._tell({"moments": self._moment})
 
     def _step(self, frame: FrameType, _event: str, _argument: object) -> None:
         if frame.f_code.co_filename not in MODULES:
             return
         self._moment += 1
-        if self._moment in self._actions:
+        action = self._waiting or self._actions.get(self._moment)
+        if action is not None:
             sys.setprofile(None)
-            effect = self._owner.act(*self._actions[self._moment])
-            self._tell({"effect": dataclasses.asdict(effect)})
+            self._act(action)
             sys.setprofile(self._step)
         if self._moment == self._kill:
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def _act(self, action: list[str]) -> None:
+        """Let the owner act, or wait for the end of a lease, as another process would."""
+        self._waiting = None
+        try:
+            effect = self._owner.act(*action)
+        except BlockingIOError:
+            self._waiting = action
+        else:
+            self._tell({"effect": dataclasses.asdict(effect)})
 
     def _decide(self, photo: Photo) -> Decision | None:
         try:

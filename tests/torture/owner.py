@@ -43,7 +43,11 @@ class Owner:
         self.inbox, self.output, self.outside = inbox, output, outside
 
     def act(self, action: str, *arguments: str) -> Effect:
-        """Do one thing by its name; what is impossible at the moment has no effect."""
+        """Do one thing by its name; what is impossible at the moment has no effect.
+
+        Raises:
+            BlockingIOError: the sorter holds a lease on the file, so that the owner has to wait for it.
+        """
         effect = Effect()
         with contextlib.suppress(FileNotFoundError):
             getattr(self, f"_{action}")(effect, *arguments)
@@ -64,7 +68,7 @@ class Owner:
 
     def _append(self, effect: Effect, name: str) -> None:
         for content in self._there(name):
-            with (self.inbox / name).open("a") as file:
+            with open(self.inbox / name, "a", opener=_at_once) as file:
                 file.write("+")
             effect.gone.append(content)
             effect.made.append(content + "+")
@@ -124,3 +128,7 @@ class Owner:
 
     def _kept(self) -> Path:
         return next(path for n in itertools.count() if not (path := self.outside / f"kept-{n}").exists())
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)

@@ -84,7 +84,9 @@ class Place:
         """Run the driver, under strace where options are given."""
         command = [sys.executable, str(DRIVER), str(self.inbox), str(self.output), self.mode]
         if strace:
-            command = ["strace", "-f", "--seccomp-bpf", "-y", "-o", str(self.folders[0] / "trace"), *strace, *command]
+            # Its filter makes a run four times as fast, and keeps strace 6.1 from sending signals.
+            fast = () if any("signal=" in option for option in strace) else ("--seccomp-bpf",)
+            command = ["strace", "-f", *fast, "-y", "-o", str(self.folders[0] / "trace"), *strace, *command]
         environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONHASHSEED": "0"}
         return subprocess.run(command, capture_output=True, env=environment, timeout=60, check=False)
 
