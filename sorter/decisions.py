@@ -85,11 +85,11 @@ def decide(
         manifest: of the model.
         min_confidence: the threshold; photos with a lower confidence go to `unsure/`.
         batch_size: how many photos were classified together.
-        distance: from the photos that the model was fitted on; None if outliers are not looked for.
+        distance: above 0 the photo looks like none of the classes; None if outliers are not looked for.
     """
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
     confidence, likeliest = probabilities[best], manifest.classes[best]
-    if distance is not None and manifest.neither is not None and distance > manifest.neither.threshold:
+    if distance is not None and distance > 0:
         detail = "looks like neither " + " nor ".join(c.label for c in manifest.classes)
         return Decision(decoded, UNSURE, UNSURE, likeliest.label, confidence, batch_size, detail=detail)
     if confidence < min_confidence:

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from trainer.packaging import cascade
+from trainer.packaging import metrics
 
 Floats = npt.NDArray[np.float64]
 Risk = Callable[[Floats], Floats]
@@ -25,7 +25,7 @@ def drawn(random: np.random.Generator, photos: int) -> Floats:
 
 def chosen(confidence: Floats, is_wrong: npt.NDArray[np.bool_], rate: float) -> float | None:
     answers = np.stack([confidence, 1 - confidence], 1).astype(np.float32)
-    table = cascade.risk_coverage(answers, answers, is_wrong.astype(np.intp), None)
+    table = metrics.risk_coverage(metrics.always(answers), is_wrong.astype(np.intp))
     return next((entry.threshold for entry in table if entry.error_rate == rate), None)
 
 

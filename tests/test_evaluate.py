@@ -198,7 +198,8 @@ def test_photos_that_the_outlier_detector_catches_are_not_counted() -> None:
     answers = np.tile(np.array([0.99, 0.01], np.float32), (1000, 1))
     answers[:100] = answers[:100, ::-1]
     assert risk_coverage(always(answers), labels) == ()
-    table = risk_coverage(always(answers), labels, np.arange(1000) >= 100)
+    answers[:100] = -1
+    table = risk_coverage(always(answers), labels)
     assert {entry.coverage for entry in table} == {0.9}
     assert len(table) == 4
 
@@ -259,14 +260,14 @@ def test_evaluate_compares_one_network_with_and_without_its_temperature(
     pictures: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shipped, samples = manifest.read(SHIPPED_MODEL), labelled_photos(pictures, CLASSES)
-    assert shipped.first_look is not None
+    assert shipped.cascade
     # In this copy of the shipped model the low-resolution pass is final for every photo.
     quick = tmp_path_factory.mktemp("quick")
     for file in SHIPPED_MODEL.iterdir():
         (quick / file.name).symlink_to(file)
     (quick / manifest.MANIFEST).unlink()
-    low = shipped.first_look.model_copy(update={"threshold": 0.0})
-    (quick / manifest.MANIFEST).write_text(shipped.model_copy(update={"first_look": low}).model_dump_json())
+    low = shipped.cascade[0].model_copy(update={"threshold": 0.0})
+    (quick / manifest.MANIFEST).write_text(shipped.model_copy(update={"cascade": (low,)}).model_dump_json())
     assert main(["evaluate", "--model", str(quick), "--data", str(pictures), "--device", "cpu", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     pixels = np.stack([read(sample.path, shipped.input.preprocessing) for sample in samples])

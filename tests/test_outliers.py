@@ -21,8 +21,8 @@ from sorter.classifier import network, outliers
 from sorter.classifier.engine import open_engine
 from sorter.classifier.manifest import MANIFEST, NEITHER, Manifest, Neither
 from sorter.classifier.openvino_engine import OpenVinoEngine
-from sorter.classifier.openvino_graph import hidden_output
-from sorter.classifier.outliers import OutlierDetector
+from sorter.classifier.openvino_graph import layer_output
+from sorter.classifier.outliers import Layer, MahalanobisDetector
 from sorter.cli import preflight
 from sorter.decisions import decide
 from sorter.decoding.decoded import Decoded
@@ -32,7 +32,7 @@ from sorter.settings import SHIPPED_MODEL, Settings
 from trainer.data.labelled import labelled_photos
 from trainer.data.pixels import read
 from trainer.fitting import features
-from trainer.packaging.outliers import describe, detector_of
+from trainer.packaging.outliers import describe, learned, mahalanobis
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -48,7 +48,7 @@ def rows(seed: int, count: int, active: slice) -> Floats:
 
 
 def test_photos_that_activate_other_units_are_far_away() -> None:
-    detector = detector_of(rows(0, 400, slice(0, 3)))
+    detector = mahalanobis(rows(0, 400, slice(0, 3)))
     assert detector is not None
     near, far = detector(rows(1, 200, slice(0, 3))), detector(rows(2, 200, slice(3, 6)))
     assert far.min() > 3 * near.max()
@@ -56,7 +56,7 @@ def test_photos_that_activate_other_units_are_far_away() -> None:
 
 
 def test_the_scale_of_the_activations_does_not_matter_and_zeros_are_no_error() -> None:
-    detector = detector_of(rows(0, 400, slice(0, 3)))
+    detector = mahalanobis(rows(0, 400, slice(0, 3)))
     assert detector is not None
     some = rows(1, 10, slice(0, 3))
     assert detector(some * 50) == pytest.approx(detector(some), rel=1e-3)
@@ -66,7 +66,7 @@ def test_the_scale_of_the_activations_does_not_matter_and_zeros_are_no_error() -
 def test_units_that_are_never_active_do_not_make_everything_far() -> None:
     inactive = rows(0, 400, slice(0, 3))
     inactive[:, 7] = 0
-    detector = detector_of(inactive)
+    detector = mahalanobis(inactive)
     assert detector is not None
     little = inactive.copy()
     little[:, 7] = 1e-3
@@ -74,33 +74,71 @@ def test_units_that_are_never_active_do_not_make_everything_far() -> None:
 
 
 def test_a_layer_that_is_the_same_for_every_photo_gives_no_detector() -> None:
-    assert detector_of(np.ones((50, 8), np.float32)) is None
+    assert mahalanobis(np.ones((50, 8), np.float32)) is None
+
+
+SOME_DETECTOR = MahalanobisDetector(np.zeros(1, np.float32), np.zeros((1, 1), np.float32))
+DESCRIBED = Neither(threshold=100.0, photos=500, caught=0.01)
+
+
+def test_a_learned_detector_tells_other_photos_from_those_of_the_classes() -> None:
+    classes, others = rows(0, 400, slice(0, 3)), rows(1, 100, slice(2, 5))
+    detector = learned(classes, others)
+    near, far = detector(rows(2, 200, slice(0, 3))), detector(rows(3, 200, slice(2, 5)))
+    assert near.max() < 0 < far.min()
+    assert (near.shape, near.dtype.name) == ((200,), "float32")
+    again = learned(classes, others)
+    assert (again.weight == detector.weight).all(), "the same photos give the same detector"
+    scaled = learned(classes * 100, others * 100)
+    assert scaled(classes * 100) == pytest.approx(detector(classes), abs=0.05), "the features' scale does not matter"
+
+
+def test_more_others_do_not_count_for_more() -> None:
+    classes, others = rows(0, 400, slice(0, 3)), rows(1, 100, slice(2, 5))
+    once, often = learned(classes, others), learned(classes, np.tile(others, (5, 1)))
+    assert often(others) == pytest.approx(once(others), abs=0.3)
+
+
+def test_a_learned_detector_is_read_back_and_a_foreign_one_is_refused(tmp_path: Path) -> None:
+    detector = learned(rows(0, 400, slice(0, 3)), rows(1, 100, slice(2, 5)))
+    described = small_manifest().model_copy(
+        update={"neither": Neither(score="learned", threshold=-1, photos=9, caught=0)}
+    )
+    (tmp_path / NEITHER).write_bytes(detector.as_file())
+    again = outliers.read(tmp_path, described)
+    some = rows(1, 10, slice(0, 3))
+    assert (again(some) == detector(some)).all()
+    (tmp_path / NEITHER).write_bytes(SOME_DETECTOR.as_file())
+    with pytest.raises(ModelError, match="not a learned detector"):
+        outliers.read(tmp_path, described)
+    with pytest.raises(ModelError, match="8 units, and the network's has 9"):
+        outliers.check_width(tmp_path, detector, 9)
 
 
 def test_the_threshold_catches_one_calibration_photo_in_a_hundred_and_no_more() -> None:
     for count in (100, 199, 500, 1234):
         distances = np.random.default_rng(0).gamma(4, size=count).astype(np.float32)
-        described = describe(distances)
+        described = describe(SOME_DETECTOR, distances, distances[:0], 0.01)
         assert int((distances > described.threshold).sum()) == count // 100
         assert (described.photos, described.caught) == (count, round(count // 100 / count, 4))
 
 
 def test_a_detector_is_read_back_from_its_file(tmp_path: Path) -> None:
-    detector = detector_of(rows(0, 400, slice(0, 3)))
+    detector = mahalanobis(rows(0, 400, slice(0, 3)))
     assert detector is not None
     (tmp_path / NEITHER).write_bytes(detector.as_file())
-    again = outliers.read(tmp_path, small_manifest().model_copy(update={"head_hidden": (8, 4)}))
+    again = outliers.read(tmp_path, small_manifest().model_copy(update={"head_hidden": (8, 4), "neither": DESCRIBED}))
     some = rows(1, 10, slice(0, 3))
     assert (again(some) == detector(some)).all()
 
 
 def test_a_detector_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    described = small_manifest().model_copy(update={"head_hidden": (8, 4)})
+    described = small_manifest().model_copy(update={"head_hidden": (8, 4), "neither": DESCRIBED})
     eye = np.eye(8, dtype=np.float32)
     contents = {
-        "wrong mean": OutlierDetector(np.zeros(7, np.float32), np.eye(7, dtype=np.float32)).as_file(),
-        "wrong whitening": OutlierDetector(np.zeros(8, np.float32), eye[:, :7]).as_file(),
-        "not a number": OutlierDetector(np.full(8, np.nan, np.float32), eye).as_file(),
+        "wrong mean": MahalanobisDetector(np.zeros(7, np.float32), np.eye(7, dtype=np.float32)).as_file(),
+        "wrong whitening": MahalanobisDetector(np.zeros(8, np.float32), eye[:, :7]).as_file(),
+        "not a number": MahalanobisDetector(np.full(8, np.nan, np.float32), eye).as_file(),
         "not tensors": b"nonsense",
     }
     sentences = {}
@@ -112,9 +150,6 @@ def test_a_detector_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     assert "8 hidden" in sentences["wrong mean"]
     assert "8 hidden" in sentences["wrong whitening"]
     assert "finite" in sentences["not a number"]
-
-
-DESCRIBED = Neither(threshold=100.0, photos=500, caught=0.01)
 
 
 def test_a_manifest_without_the_detector_s_file_is_refused(tmp_path: Path) -> None:
@@ -166,7 +201,7 @@ def test_an_engine_that_catches_outliers_classifies_at_full_size_and_finds_drawi
     assert np.abs(probabilities - full).max() < 0.02
     assert np.abs(engine.classify(pixels) - full).max() < 0.02
     assert (distances.shape, distances.dtype.name) == ((20,), "float32")
-    assert (distances[: len(drawn())] > shipped.neither.threshold).all()
+    assert (distances[: len(drawn())] > 0).all()
 
 
 @pytest.mark.long
@@ -176,10 +211,11 @@ def test_torch_measures_the_distances_that_openvino_does(shipped: Manifest, pixe
     full = open_engine(SHIPPED_MODEL, shipped, "torch", "cpu", 8, catch_neither=True)
     (_, expected), (answers, distances) = int8.classify_with_distance(pixels), full.classify_with_distance(pixels)
     assert np.corrcoef(expected, distances)[0, 1] > 0.8
-    assert np.abs(expected / distances - 1).mean() < 0.15
+    away = shipped.neither.threshold
+    assert np.abs((expected + away) / (distances + away) - 1).mean() < 0.15
     plain_answers = open_engine(SHIPPED_MODEL, shipped, "torch", "cpu", 8).classify(pixels)
     assert np.abs(answers - plain_answers).max() < 0.02
-    assert (distances[: len(drawn())] > shipped.neither.threshold).all()
+    assert (distances[: len(drawn())] > 0).all()
 
 
 @pytest.mark.long
@@ -192,10 +228,10 @@ def test_the_threshold_catches_the_share_in_the_manifest_and_little_more_on_torc
     int8 = open_engine(SHIPPED_MODEL, shipped, "openvino", "cpu", 50, catch_neither=True)
     _, distances = int8.classify_with_distance(cats_and_dogs)
     # CPUs round 8-bit sums in different ways, which moves a photo or two over the threshold.
-    assert abs((distances > shipped.neither.threshold).mean() - shipped.neither.caught) <= 0.004
+    assert abs((distances > 0).mean() - shipped.neither.caught) <= 0.004
     full = open_engine(SHIPPED_MODEL, shipped, "torch", "cpu", 50, catch_neither=True)
     _, on_torch = full.classify_with_distance(cats_and_dogs)
-    assert (on_torch > shipped.neither.threshold).mean() <= 0.02
+    assert (on_torch > 0).mean() <= 0.02
     assert np.corrcoef(distances, on_torch)[0, 1] > 0.9
 
 
@@ -208,19 +244,25 @@ def test_the_threshold_catches_the_share_in_the_manifest_and_little_more_on_torc
         pytest.param("mobilenet_v2", marks=pytest.mark.long),
     ],
 )
-def test_the_first_hidden_layer_is_found_in_every_kind_of_network(architecture: str) -> None:
+@pytest.mark.parametrize(("layer", "hidden"), [("hidden", (6, 4)), ("features", (6, 4)), ("features", ())])
+def test_the_detector_s_layer_is_found_in_every_kind_of_network(
+    architecture: str, layer: Layer, hidden: tuple[int, ...]
+) -> None:
     torch.manual_seed(0)
-    net = network.build(architecture, (6, 4), 3).eval()
+    net = network.build(architecture, hidden, 3).eval()
     mean, std = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
     model = features.convert(net, mean, std, 64)
-    model.add_outputs([hidden_output(model, 2)])
+    model.add_outputs([layer_output(model, layer, len(hidden))])
     seen = np.stack([np.asarray(smooth(seed, (64, 64))) for seed in range(4)])
     (found,) = features.on_openvino(type(model)([model.output(1)], model.get_parameters()))([seen])
     place = network.head_layers_name(architecture)
-    network.replace(net, place, network.WithHidden(net.get_submodule(place)))
+    network.replace(net, place, network.WithLayer(net.get_submodule(place), layer))
     with torch.inference_mode():
         both = network.Classifier(net, mean, std)(torch.from_numpy(seen)).numpy()
-    assert both.shape == (4, 3 + 6)
+    head = net.get_submodule(place)
+    assert isinstance(head, network.WithLayer)
+    if layer == "hidden":
+        assert both.shape == (4, 3 + 6)
     assert np.abs(both[:, 3:]).max() > 0
     assert found == pytest.approx(both[:, 3:], abs=0.05 * float(np.abs(both[:, 3:]).max()))
 
@@ -228,10 +270,10 @@ def test_the_first_hidden_layer_is_found_in_every_kind_of_network(architecture: 
 def test_only_distances_above_the_threshold_make_a_photo_unsure(tmp_path: Path) -> None:
     described = small_manifest().model_copy(update={"neither": DESCRIBED})
     decoded = Decoded(Photo(tmp_path, "a.jpg", Identity(0, 0, 0, 0, 0), 0.0), "pixels")
-    far = decide(decoded, [0.1, 0.9], described, 0.0, 1, 100.1)
+    far = decide(decoded, [0.1, 0.9], described, 0.0, 1, 0.1)
     assert (far.kind, far.folder, far.label) == ("unsure", "unsure", "dog")
     assert far.detail == "looks like neither cat nor dog"
-    assert decide(decoded, [0.1, 0.9], described, 0.0, 1, 100.0).kind == "sorted"
+    assert decide(decoded, [0.1, 0.9], described, 0.0, 1, 0.0).kind == "sorted"
     assert decide(decoded, [0.1, 0.9], described, 0.0, 1).kind == "sorted"
 
 

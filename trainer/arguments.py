@@ -123,6 +123,23 @@ def _add_dataset(group: Any) -> None:
         metavar="DIR|CSV",
         help="labelled photos for temperature and thresholds (default: a tenth of the training part)",
     )
+    _add_others(group)
+
+
+def _add_others(group: Any) -> None:
+    group.add_argument(
+        "--others",
+        type=Path,
+        metavar="DIR",
+        help="photos that show none of the classes, from which --catch-neither learns what to catch",
+    )
+    group.add_argument(
+        "--max-lost",
+        type=_margin,
+        default=0.01,
+        metavar="SHARE",
+        help="share of the calibration photos that --catch-neither may take for others (default: 0.01)",
+    )
 
 
 def _count(text: str) -> int:
@@ -208,6 +225,7 @@ def _add_export(commands: Any) -> None:
         "--data", type=Path, metavar="DIR|ZIP", help="for folder: the dataset that the model was fitted on"
     )
     export.add_argument("--calibration", type=Path, metavar="DIR|CSV", help="as in trainer fit")
+    _add_others(export)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

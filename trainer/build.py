@@ -7,7 +7,7 @@ In: the options of `trainer fit`. Out: a folder that `sorter run --model` takes,
 import csv
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from pydantic import ValidationError
 from sorter.classifier.manifest import FORMAT_VERSION, MANIFEST, Class, Manifest
 from sorter.errors import ConfigurationError
 from sorter.files.replaced import unfinished
-from trainer.data import inspection, layouts, split
+from trainer.data import inspection, layouts, others, split
 from trainer.data.labelled import labelled_photos
 from trainer.data.layouts import Sample
 from trainer.data.split import Dataset
 from trainer.fitting import checkpoint, fit, parallel
-from trainer.fitting.options import Options
+from trainer.fitting.options import Options, Source
 from trainer.packaging import evaluate, package, report
 from trainer.packaging.metrics import Floats
 from trainer.progress import Epoch, Reporter
@@ -40,9 +40,7 @@ def build(options: Options, reporter: Reporter) -> Manifest | None:
     _check_output(options.output, resume=options.resume)
     with parallel.joined(options.device) as (group, device):
         own_reporter = reporter if group.is_first else Reporter()
-        dataset = group.first_then_others(
-            lambda: load(options.data, options.calibration, options.seed, options.workers, options.cache, own_reporter)
-        )
+        dataset = group.first_then_others(lambda: load(options.source, options.workers, options.cache, own_reporter))
         draft = _described(options, dataset)
         fitted, epochs = fit.fit(options, dataset, device, group, own_reporter)
     if not group.is_first:
@@ -50,11 +48,13 @@ def build(options: Options, reporter: Reporter) -> Manifest | None:
     reporter.close()
     seconds = round(time.monotonic() - started)
     described = draft.model_copy(update={"training": {**draft.training, "epochs": len(epochs), "seconds": seconds}})
-    describe = partial(describe_part, options.data, options.calibration, dataset)
-    packed = package.write(options.output, fitted, described, dataset, describe, reporter)
+    describe = partial(describe_part, options.source, dataset)
+    packed = package.write(options.output, fitted, described, dataset, describe, options.max_lost, reporter)
     _write_tables(options.output, epochs, dataset.test, packed.tested, dataset.classes)
     errors = packed.calibration_errors
-    page = report.page(packed.manifest, dataset, epochs, packed.tested, calibration_errors=errors)
+    page = report.page(
+        packed.manifest, dataset, epochs, packed.tested, calibration_errors=errors, distances=packed.distances
+    )
     (options.output / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
     (options.output / checkpoint.NAME).unlink(missing_ok=True)  # the model is complete
     return packed.manifest
@@ -78,22 +78,27 @@ def _check_output(folder: Path, *, resume: bool) -> None:
         raise ConfigurationError(f"{folder} is not empty: give a new folder with --output")
 
 
-def load(source: Path, calibration: Path | None, seed: int, workers: int, cache: Path, reporter: Reporter) -> Dataset:
+def load(source: Source, workers: int, cache: Path, reporter: Reporter) -> Dataset:
     """Find, inspect and divide a dataset, and report what was left out of it.
 
     Raises:
         ConfigurationError: it cannot be used.
     """
-    found = layouts.find(source, cache)
-    named = [] if calibration is None else labelled_photos(calibration, found.classes)
-    paths = [sample.path for sample in (*found.samples, *named)]
-    inspected = inspection.inspect_all(paths, cache, max(1, workers), reporter.tracker("inspecting photos"))
-    dataset = split.divide(found, inspected, named, seed)
+    found = layouts.find(source.data, cache)
+    named = [] if source.calibration is None else labelled_photos(source.calibration, found.classes)
+    of_classes = [sample.path for sample in (*found.samples, *named)]
+    of_others = [] if source.others is None else others.find(source.others)
+    track = reporter.tracker("inspecting photos")
+    inspected = inspection.inspect_all([*of_classes, *of_others], cache, max(1, workers), track)
+    dataset = split.divide(found, inspected, named, source.seed)
+    dataset = replace(dataset, others=others.divide(of_others, inspected, of_classes))
     reporter.say(split.describe(dataset))
     for name in found.reserved:
         reporter.say(f"left out, the folder {name}: sorter keeps that name for photos of no class")
     for path, reason in dataset.unreadable:
         reporter.say(f"left out, unreadable: {path} ({reason})")
+    for path, reason in dataset.others.left_out:
+        reporter.say(f"left out of the others: {path} ({reason})")
     for duplicate in dataset.duplicates:
         reporter.say(f"left out, {duplicate.kind} copy of {duplicate.of}: {duplicate.path}")
     for one, other in dataset.contradictions:
@@ -101,11 +106,11 @@ def load(source: Path, calibration: Path | None, seed: int, workers: int, cache:
     return dataset
 
 
-def describe_part(data: Path, calibration: Path | None, dataset: Dataset, part: str) -> str:
+def describe_part(source: Source, dataset: Dataset, part: str) -> str:
     """Describe the photos of a part to the manifest's reader."""
-    if part == "calibration" and calibration is not None:
-        return calibration.resolve().name
-    return f"the {part} part of {data.resolve().name} ({dataset.layout})"
+    if part == "calibration" and source.calibration is not None:
+        return source.calibration.resolve().name
+    return f"the {part} part of {source.data.resolve().name} ({dataset.layout})"
 
 
 def _described(options: Options, dataset: Dataset) -> Manifest:
@@ -126,10 +131,10 @@ def _described(options: Options, dataset: Dataset) -> Manifest:
             temperature=1.0,
             training={
                 "command": options.command,
-                "data": f"{options.data.resolve().name}, {split.describe(dataset)}",
+                "data": f"{options.source.data.resolve().name}, {split.describe(dataset)}",
                 "weights": Path(options.weights).name,
                 "recipe": options.recipe.name,
-                "seed": options.seed,
+                "seed": options.source.seed,
             },
             files={},
         )

@@ -24,7 +24,7 @@ from trainer.arguments import build_parser
 if TYPE_CHECKING:
     from sorter.classifier.manifest import Evaluation
     from trainer.data.layouts import Sample
-    from trainer.fitting.options import Options
+    from trainer.fitting.options import Options, Source
     from trainer.fitting.recipes import Recipe
     from trainer.packaging.metrics import Floats
 
@@ -85,16 +85,15 @@ def _fit_options(options: argparse.Namespace) -> "Options":
     from trainer.fitting.options import MLP_HEAD, Options
 
     return Options(
-        data=options.data,
+        source=_source(options, options.seed),
         output=options.output,
         architecture=options.arch,
         weights=options.weights,
         head_hidden=MLP_HEAD if options.head == "mlp" else (),
         image_size=options.image_size,
         crop=options.crop,
-        calibration=options.calibration,
         recipe=_recipe(options),
-        seed=options.seed,
+        max_lost=options.max_lost,
         device=options.device,
         compile=options.compile,
         workers=available_cpus() if options.num_workers is None else options.num_workers,
@@ -103,6 +102,12 @@ def _fit_options(options: argparse.Namespace) -> "Options":
         cache=_cache(),
         command=options.command_line,
     )
+
+
+def _source(options: argparse.Namespace, seed: int) -> "Source":
+    from trainer.fitting.options import Source
+
+    return Source(options.data, options.calibration, options.others, seed)
 
 
 def _recipe(options: argparse.Namespace) -> "Recipe":
@@ -130,15 +135,17 @@ def _evaluate(options: argparse.Namespace) -> ExitCode:
 
     data, samples = dataset_photos(options.data, model.classes, _cache())
     engine = choose(options.model, model, "auto", options.device)
-    low = model.first_look if engine == "openvino" else None
-    readable, answers = _classify(options, model, samples)
+    passes = model.cascade if engine == "openvino" else ()
+    lowest, *higher = cascade.levels(passes)
+    readable, answers = _classify(options, model, samples, lowest)
+    by_level = [answers, *(_classify(options, model, readable, each)[1] for each in higher)]
     result = metrics.evaluation(answers, readable, data=data, role="test")
     labels = labels_of(readable)
     # Of the full-size pass, because the low-resolution pass has a temperature of its own.
-    full = _classify(options, model, readable, min_confidence=1.0)[1] if low else answers
+    full = by_level[-1]
     untempered = metrics.softmax(metrics.log(full), 1 / model.temperature_of(engine))
     before, after = (metrics.calibration_error(each, labels) for each in (untempered, full))
-    coverage = cascade.risk_coverage(answers, full, labels, low)
+    coverage = metrics.risk_coverage(lambda threshold: by_level[cascade.level(passes, threshold)], labels)
     if options.csv is not None:
         evaluate.write_answers(options.csv, readable, answers, model.classes)
     if options.json:
@@ -213,6 +220,10 @@ def _export_onnx(options: argparse.Namespace, model: manifest.Manifest) -> ExitC
 def _export_folder(options: argparse.Namespace, model: manifest.Manifest) -> ExitCode:
     if options.data is None:
         raise ConfigurationError("the 8-bit network is made from photos: give the model's dataset with --data")
+    if options.others is None and model.neither is not None and model.neither.score == "learned":
+        raise ConfigurationError(
+            f"{options.model} has learned what shows none of its classes: give the photos for that with --others"
+        )
     from sorter.classifier import network
     from sorter.processors import available_cpus
     from trainer import build
@@ -221,14 +232,15 @@ def _export_folder(options: argparse.Namespace, model: manifest.Manifest) -> Exi
 
     reporter = open_reporter(None)
     seed = int(model.training.get("seed", 0))  # divides the dataset as it was for fitting
-    dataset = build.load(options.data, options.calibration, seed, available_cpus(), _cache(), reporter)
+    source = _source(options, seed)
+    dataset = build.load(source, available_cpus(), _cache(), reporter)
     if dataset.classes != model.classes:
         raise ConfigurationError(
             f"{options.data} has other classes than {options.model}: give the model's dataset with --data"
         )
-    describe = partial(build.describe_part, options.data, options.calibration, dataset)
+    describe = partial(build.describe_part, source, dataset)
     fitted = network.load(options.model, model)
-    written = package.write(options.output, fitted, model, dataset, describe, reporter).manifest
+    written = package.write(options.output, fitted, model, dataset, describe, options.max_lost, reporter).manifest
     if written.int8 is not None:
         agreement = f"{written.int8.agreement:.1%} of {written.int8.photos} calibration photos"
         print(f"{options.output}: the 8-bit network agrees with the 32-bit one on {agreement}")

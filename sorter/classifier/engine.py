@@ -60,7 +60,7 @@ class Engine(Protocol):
     def classify_with_distance(
         self, pixels: npt.NDArray[np.uint8]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Classify a batch, and measure how far each photo is from the training photos.
+        """Classify a batch, and measure how far each photo is from those of the classes.
 
         Only for an engine that was opened with `catch_neither`.
 
@@ -68,7 +68,8 @@ class Engine(Protocol):
             pixels: uint8 (N, S, S, 3), RGB.
 
         Returns:
-            The probabilities, as from `classify`, and the distances of `outliers.OutlierDetector`, float32 (N,).
+            The probabilities, as from `classify`; and by how much each photo's distance exceeds the threshold,
+            float32 (N,): above 0 it probably shows none of the classes.
         """
         ...
 

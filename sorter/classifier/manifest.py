@@ -4,7 +4,7 @@
     weights.safetensors   the network's state dict in torchvision's names, fp16
     openvino.xml, .bin    the same network for OpenVINO, with 8 bits if it was accurate enough
     openvino-fp16.xml, .bin   otherwise
-    neither.safetensors   the outlier detector, if the head has a hidden layer
+    neither.safetensors   the outlier detector, if there is one
     README.md             the model card, for people
 
 `read` verifies version and digests before anything is used, `write` makes a folder that `read` accepts. Nothing is ever
@@ -14,6 +14,7 @@ unpickled, and nothing here imports torch.
 import errno
 import hashlib
 import io
+import itertools
 import os
 import re
 import stat
@@ -30,8 +31,9 @@ from sorter.errors import ModelError
 from sorter.files import FAILED, UNSURE
 from sorter.files.replaced import replaced
 
-FORMAT_VERSION = 2
-"""Format 1 had one table of error rates, of OpenVINO without `--catch-neither`, and one temperature."""
+FORMAT_VERSION = 3
+"""Format 1 had one table of error rates, of OpenVINO without `--catch-neither`, and one temperature. Formats 1 and 2
+had at most one low-resolution pass, and a detector that was fitted on photos of the classes alone."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 OPENVINO_INT8 = ("openvino.xml", "openvino.bin")
@@ -134,21 +136,24 @@ class Int8(_Part):
     log_loss_increase: float | None = None
 
 
-class FirstLook(_Part):
-    """The low-resolution pass of the cascade on a CPU; photos it is confident about are not classified at full size.
+class LowResolutionPass(_Part):
+    """A pass of the cascade on a CPU; photos that it is confident about get no other pass.
 
     Attributes:
         size: side of the network's input, pixels.
         temperature: for this size; the network is less confident about smaller pictures.
         threshold: the confidence from which the answer is final.
-        photos: the calibration photos, on which temperature and threshold were chosen.
-        enough: the share of them for which the low-resolution pass was final.
-        agreement: the share of them that get the same label as at full size.
+        neither_threshold: with `--catch-neither` the answer is final only up to this distance, at this size; None if
+            the pass is left out then.
+        photos: the calibration photos, on which temperature and thresholds were chosen.
+        enough: the share of them for which this pass was final.
+        agreement: the share of them that get the same label as at full size, from this pass and those before it.
     """
 
     size: int = Field(ge=16, le=1024)
     temperature: float = Field(gt=0)
     threshold: Probability
+    neither_threshold: float | None = None
     photos: int = Field(gt=0)
     enough: Probability
     agreement: Probability
@@ -158,16 +163,20 @@ class Neither(_Part):
     """The outlier detector's threshold; its tensors are in `neither.safetensors`, see `classifier.outliers`.
 
     Attributes:
-        score: the Mahalanobis distance of the head's first hidden layer.
+        score: how the distance is measured: `learned` from photos of other things, or `mahalanobis`.
         threshold: the distance above which a photo counts as showing none of the classes.
         photos: how many photos of the classes it was chosen on; the detector was fitted on others.
         caught: the share of them that exceeds it, by mistake.
+        others: how many photos of other things, which nothing was fitted on, were measured; 0 for none.
+        others_caught: the share of those that exceeds the threshold.
     """
 
-    score: Literal["mahalanobis"] = "mahalanobis"
-    threshold: Positive
+    score: Literal["learned", "mahalanobis"] = "mahalanobis"
+    threshold: float
     photos: int = Field(gt=0)
     caught: Probability
+    others: int = Field(default=0, ge=0)
+    others_caught: Probability = 0.0
 
 
 class Manifest(_Part):
@@ -177,6 +186,7 @@ class Manifest(_Part):
         temperature: of the network that OpenVINO runs, at full size.
         torch_temperature: of the network that PyTorch runs; None for the same one.
         error_rates: one table for each way of running the model that was measured.
+        cascade: the passes before the one at full size, in their order.
     """
 
     format_version: int = Field(ge=1)
@@ -190,28 +200,35 @@ class Manifest(_Part):
     evaluations: tuple[Evaluation, ...] = ()
     error_rates: tuple[ErrorRates, ...] = ()
     int8: Int8 | None = None
-    first_look: FirstLook | None = None
+    cascade: tuple[LowResolutionPass, ...] = ()
     neither: Neither | None = None
     training: Mapping[str, str | int | float] = {}
     files: Mapping[str, str]
 
     @model_validator(mode="before")
     @classmethod
-    def _from_format_1(cls, content: Any) -> Any:
-        if not isinstance(content, dict) or "risk_coverage" not in content:
+    def _from_older_formats(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
             return content
-        table = {"engine": "openvino", "catch_neither": False, "rates": content["risk_coverage"]}
-        return {name: value for name, value in content.items() if name != "risk_coverage"} | {"error_rates": [table]}
+        content = dict(content)
+        if "risk_coverage" in content:
+            table = {"engine": "openvino", "catch_neither": False, "rates": content.pop("risk_coverage")}
+            content["error_rates"] = [table]
+        if "first_look" in content:
+            first = content.pop("first_look")
+            content["cascade"] = [] if first is None else [first]
+        return content
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         check_classes(self.classes)
         if self.input.crop == "center" and self.input.resize < self.input.size:
             raise ValueError("a center crop needs a resize of at least the input size")
-        if self.first_look is not None and self.first_look.size >= self.input.size:
-            raise ValueError("the low-resolution pass is not smaller than the input")
-        if self.neither is not None and not self.head_hidden:
-            raise ValueError("the outlier detector needs a head with a hidden layer")
+        sizes = [low.size for low in self.cascade] + [self.input.size]
+        if any(size >= larger for size, larger in itertools.pairwise(sizes)):
+            raise ValueError("a pass of the cascade is not smaller than the next one")
+        if self.neither is not None and self.neither.score == "mahalanobis" and not self.head_hidden:
+            raise ValueError("this outlier detector needs a head with a hidden layer")
         return self
 
     def temperature_of(self, engine: EngineName) -> float:

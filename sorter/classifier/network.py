@@ -19,6 +19,7 @@ from torch import nn
 from torch.fx.experimental.optimization import fuse
 
 from sorter.classifier.manifest import WEIGHTS, Manifest
+from sorter.classifier.outliers import Layer
 from sorter.errors import ModelError
 
 if TYPE_CHECKING:
@@ -118,18 +119,26 @@ def _head(widths: Sequence[int], classes: int) -> nn.Module:
     return nn.Sequential(*layers, last) if layers else last
 
 
-class WithHidden(nn.Module):
-    """A head that returns its logits and its first hidden layer side by side, (N, C + H)."""
+class WithLayer(nn.Module):
+    """A head that returns its logits and the layer that an outlier detector looks at, side by side, (N, C + W)."""
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, layer: Layer) -> None:
         super().__init__()
-        assert isinstance(head, nn.Sequential), "a head with a hidden layer"
-        self.first, self.rest = head[:2], head[2:]
+        layers = list(head) if isinstance(head, nn.Sequential) else [head]
+        first = 0 if layer == "features" else 2  # a linear layer and its ReLU
+        self.before, self.rest = nn.Sequential(*layers[:first]), nn.Sequential(*layers[first:])
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Features (N, W) to (N, C + H)."""
-        hidden = self.first(features)
-        return torch.cat([self.rest(hidden), hidden], 1)
+        """Features (N, F) to (N, C + W)."""
+        activations = self.before(features)
+        return torch.cat([self.rest(activations), activations], 1)
+
+
+def layer_width(head: nn.Module, layer: Layer) -> int:
+    """The width of the layer that `WithLayer` puts beside a head's logits."""
+    first = head[0] if isinstance(head, nn.Sequential) else head
+    assert isinstance(first, nn.Linear), "a head starts with a linear layer"
+    return first.in_features if layer == "features" else first.out_features
 
 
 def load(folder: Path, manifest: Manifest) -> nn.Module:

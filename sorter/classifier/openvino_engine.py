@@ -1,7 +1,7 @@
 """OpenVINO on a CPU, without torch: 8-bit weights where the model has them.
 
-Most photos are easy. If the model has a cascade, the network first runs on a smaller copy of each photo (the
-low-resolution pass), and at full size only on those for which that pass was not confident.
+Most photos are easy. If the model has a cascade, the network first runs on a smaller copy of each photo (a
+low-resolution pass), and at a larger size only on those for which that pass was not confident.
 
 A batch is cut into chunks, each of which runs on one core: cores that do not wait for each other lose nothing when a
 decoder borrows one of them for a moment.
@@ -18,11 +18,13 @@ import openvino
 
 from sorter.classifier import compiled_cache
 from sorter.classifier.manifest import OPENVINO_FP16, OPENVINO_INT8, Manifest
-from sorter.classifier.openvino_graph import at_lower_resolution, hidden_output
-from sorter.classifier.outliers import OutlierDetector
+from sorter.classifier.openvino_graph import at_lower_resolution, layer_output
+from sorter.classifier.outliers import OutlierDetector, check_width
 from sorter.classifier.request_pool import RequestPool
 from sorter.errors import ModelError
 from sorter.processors import available_cpus
+
+Floats = npt.NDArray[np.float32]
 
 # Photos in a chunk, at most. Fewer cost up to a tenth of the speed at small sizes, more bring nothing.
 _CHUNK = 8
@@ -39,9 +41,9 @@ class OpenVinoEngine:
     Args:
         folder: the model folder.
         manifest: its manifest, which must name an OpenVINO network.
-        min_confidence: photos below it will not be sorted. Above the cascade's threshold every photo gets the full-size
-            pass: the lower confidence of the low-resolution pass would keep photos from being sorted.
-        detector: for `classify_with_distance`. It turns the cascade off too: its threshold is for full-size passes.
+        min_confidence: photos below it will not be sorted. Passes of the cascade with a lower threshold are left out:
+            their lower confidence would keep photos from being sorted.
+        detector: for `classify_with_distance`. Passes that have no threshold for its distances are left out.
 
     Raises:
         ModelError: the network cannot be used.
@@ -54,63 +56,94 @@ class OpenVinoEngine:
     def __init__(
         self, folder: Path, manifest: Manifest, min_confidence: float = 0.0, detector: OutlierDetector | None = None
     ) -> None:
-        compiler = _Compiler(folder, manifest, hidden_layers=len(manifest.head_hidden) if detector else 0)
+        compiler = _Compiler(folder, manifest, detector)
         self.precision, self.unused_gpu, self._detector = compiler.precision, "", detector
         threads = ThreadPoolExecutor(compiler.streams, thread_name_prefix="openvino")
-        classes, cascade = len(manifest.classes), manifest.first_look
-        self._low_resolution: _Pass | None = None
+
+        def opened(size: int, temperature: float, threshold: float, farthest: float | None) -> _Pass:
+            compiled = compiler.compiled(size)
+            classes, streams = len(manifest.classes), compiler.streams
+            return _Pass(compiled, classes, temperature, threshold, farthest, detector, threads, streams)
+
+        low = [
+            each
+            for each in manifest.cascade
+            if min_confidence <= each.threshold and (detector is None or each.neither_threshold is not None)
+        ]
+        farthest = None if manifest.neither is None else manifest.neither.threshold
         try:
-            compiled = compiler.compiled(manifest.input.size)
-            self._full_size = _Pass(compiled, classes, manifest.temperature, threads, compiler.streams)
-            if cascade is not None and detector is None and min_confidence <= cascade.threshold:
-                compiled = compiler.compiled(cascade.size)
-                self._low_resolution = _Pass(compiled, classes, cascade.temperature, threads, compiler.streams)
-                self._threshold = cascade.threshold
+            self._passes = [opened(each.size, each.temperature, each.threshold, each.neither_threshold) for each in low]
+            self._passes.append(opened(manifest.input.size, manifest.temperature, 0.0, farthest))
         except RuntimeError as error:
             reason = (str(error).strip().splitlines() or ["no reason given"])[-1][:200]
             raise ModelError(f"{compiler.path} cannot be used ({reason}): export the model again") from None
 
     def classify(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Classify a batch, with the cascade if it is on."""
-        if self._low_resolution is None:
-            return self._full_size(pixels)[0]
-        probabilities, _ = self._low_resolution(pixels)  # (N, C)
-        unsure = ~(probabilities.max(1) >= self._threshold)  # also where it is not a number
-        if unsure.any():
-            probabilities[unsure], _ = self._full_size(pixels[unsure])
-        return probabilities
+        """Classify a batch, with the cascade."""
+        return self._answers(pixels)[0]
 
     def classify_with_distance(
         self, pixels: npt.NDArray[np.uint8]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Classify a batch at full size, and measure the distances from what the network computes on the way."""
+        """Classify a batch, with the cascade, and measure the distances from what the network computes on the way."""
         assert self._detector is not None, "opened with catch_neither"
-        probabilities, hidden = self._full_size(pixels)
-        return probabilities, self._detector(hidden)
+        return self._answers(pixels)
+
+    def _answers(self, pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Probabilities, (N, C), and distances, (N,), which are 0 without a detector."""
+        first, *others = self._passes
+        probabilities, distances, is_final = first(pixels)
+        for each in others:
+            rows = np.flatnonzero(~is_final)
+            if len(rows) == 0:
+                break
+            probabilities[rows], distances[rows], is_final[rows] = each(pixels[rows])
+        return probabilities, distances
 
 
 class _Pass:
-    """A network at one resolution: uint8 (N, S, S, 3) to probabilities (N, C) and the hidden layer, (N, 0 or H)."""
+    """A network at one resolution.
+
+    Args:
+        compiled: from uint8 (N, S, S, 3) to logits (N, C), followed by the detector's layer, (N, W).
+        classes: C.
+        temperature: divides the logits.
+        threshold: the confidence from which an answer is final.
+        farthest: the largest distance at which it is.
+        detector: measures the distances; None for none.
+        threads: run the network.
+        streams: how many of them at a time.
+    """
 
     def __init__(
         self,
         compiled: openvino.CompiledModel,
         classes: int,
         temperature: float,
+        threshold: float,
+        farthest: float | None,
+        detector: OutlierDetector | None,
         threads: ThreadPoolExecutor,
         streams: int,
     ) -> None:
-        self._classes, self._temperature, self._threads, self._streams = classes, temperature, threads, streams
+        self._classes, self._temperature, self._threshold = classes, temperature, threshold
+        self._farthest, self._detector = farthest or 0.0, detector
+        self._threads, self._streams = threads, streams
         self._requests = RequestPool(compiled, streams)
 
-    def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    def __call__(self, pixels: npt.NDArray[np.uint8]) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
+        """Probabilities, (N, C); distances beyond the threshold, (N,); and whether these are final, (N,)."""
         size = min(_CHUNK, -(-len(pixels) // self._streams))  # a small batch uses all cores too
         chunks = [pixels[start : start + size] for start in range(0, len(pixels), size)]
-        outputs = np.concatenate(list(self._threads.map(self._requests.infer, chunks)))  # (N, C + H)
+        outputs = np.concatenate(list(self._threads.map(self._requests.infer, chunks)))  # (N, C + W)
         logits = outputs[:, : self._classes] / self._temperature
         exponentials = np.exp(logits - logits.max(1, keepdims=True))
-        probabilities: npt.NDArray[np.float32] = exponentials / exponentials.sum(1, keepdims=True)
-        return probabilities, outputs[:, self._classes :]
+        probabilities: Floats = exponentials / exponentials.sum(1, keepdims=True)
+        distances = np.zeros(len(pixels), np.float32)
+        if self._detector is not None:
+            distances = self._detector(outputs[:, self._classes :]) - np.float32(self._farthest)
+        is_final = (probabilities.max(1) >= self._threshold) & (distances <= 0)  # False for what is not a number
+        return probabilities, distances, is_final
 
 
 class _Compiler:
@@ -119,7 +152,7 @@ class _Compiler:
     Args:
         folder: the model folder.
         manifest: its manifest, which must name an OpenVINO network.
-        hidden_layers: of the head, whose first becomes a second output; 0 for none.
+        detector: whose layer becomes a second output; None for none.
 
     Attributes:
         path: of the network's graph.
@@ -127,12 +160,13 @@ class _Compiler:
         streams: how many threads run a compiled network.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, hidden_layers: int) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, detector: OutlierDetector | None) -> None:
         files = network_files(manifest)
         assert files is not None, "the caller has checked"
         self.path = folder / files[0]
         self._digests = [manifest.files[name] for name in files]
-        self._side, self._hidden_layers = manifest.input.size, hidden_layers
+        self._side, self._hidden_layers = manifest.input.size, len(manifest.head_hidden)
+        self._detector = detector
         self._core = openvino.Core()
         has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.precision = "int8" if files == OPENVINO_INT8 else "bf16" if has_bf16 else "fp32"
@@ -152,8 +186,10 @@ class _Compiler:
             with contextlib.suppress(RuntimeError):  # OpenVINO refuses it: compile again
                 return self._core.import_model(stored, "CPU", self._settings)
         model = self._core.read_model(self.path)
-        if self._hidden_layers:
-            model.add_outputs([hidden_output(model, self._hidden_layers)])
+        if self._detector is not None:
+            output = layer_output(model, self._detector.layer, self._hidden_layers)
+            check_width(self.path.parent, self._detector, output.partial_shape[1].get_length())
+            model.add_outputs([output])
         model.reshape([openvino.Dimension(1, _CHUNK), self._side, self._side, 3])
         if size != self._side:
             model = at_lower_resolution(model, self._side, size)
@@ -166,5 +202,6 @@ class _Compiler:
         processor = tuple(
             self._core.get_property("CPU", name) for name in ("FULL_DEVICE_NAME", "OPTIMIZATION_CAPABILITIES")
         )
-        network = (self._digests, self._side, size, self._hidden_layers, _CHUNK)
+        layer = self._detector and self._detector.layer
+        network = (self._digests, self._side, size, layer, _CHUNK)
         return hashlib.sha256(repr((openvino.get_version(), processor, network, self._settings)).encode()).hexdigest()

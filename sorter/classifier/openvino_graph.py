@@ -1,25 +1,39 @@
-"""Changes to an OpenVINO network's graph: a lower resolution in front, a second output in the head."""
+"""Changes to an OpenVINO network's graph: a lower resolution in front, a second output before or in the head."""
 
 import openvino
 from openvino.preprocess import PrePostProcessor, ResizeAlgorithm
 
+from sorter.classifier.outliers import Layer
 
-def hidden_output(model: openvino.Model, hidden_layers: int) -> openvino.Output:
-    """The output of the head's first hidden layer, (N, H).
+
+def layer_output(model: openvino.Model, layer: Layer, hidden_layers: int) -> openvino.Output:
+    """The output of the layer that an outlier detector looks at, (N, W).
 
     Args:
         model: the network; its last nodes are the head.
-        hidden_layers: of the head, at least 1.
+        layer: the features that the head takes, or its first hidden layer.
+        hidden_layers: of the head; at least 1 for the hidden layer.
 
     Raises:
         RuntimeError: the network has no such head.
     """
     node = model.output(0).get_node()
-    for kind in [*["MatMul"] * hidden_layers, "Relu"]:
+    for kind in ["MatMul"] * (hidden_layers + (layer == "features")):
+        node = _before(node, kind)
+    if layer == "hidden":
+        return _before(node, "Relu").output(0)
+    source = node.input_value(0)
+    while source.get_node().get_type_name() == "FakeQuantize":  # of an 8-bit network
+        source = source.get_node().input_value(0)
+    return source
+
+
+def _before(node: openvino.Node, kind: str) -> openvino.Node:
+    """The nearest node of a kind before another. Between them are additions, and an 8-bit network's quantisation."""
+    node = node.input_value(0).get_node()
+    while node.get_type_name() != kind:
         node = node.input_value(0).get_node()
-        while node.get_type_name() != kind:  # additions, and the quantisation of an 8-bit network
-            node = node.input_value(0).get_node()
-    return node.output(0)
+    return node
 
 
 def at_lower_resolution(model: openvino.Model, side: int, size: int) -> openvino.Model:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import structlog
 import torch
 
-from sorter.classifier import network
+from sorter.classifier import network, outliers
 from sorter.classifier.manifest import Manifest
 from sorter.classifier.outliers import OutlierDetector
 from sorter.errors import ConfigurationError
@@ -65,12 +65,14 @@ class TorchEngine:
         width = self._classes
         if detector is not None:
             head = network.head_layers_name(manifest.architecture)
-            network.replace(loaded, head, network.WithHidden(loaded.get_submodule(head)))
-            width += len(detector.mean)
+            outliers.check_width(folder, detector, network.layer_width(loaded.get_submodule(head), detector.layer))
+            network.replace(loaded, head, network.WithLayer(loaded.get_submodule(head), detector.layer))
+            width += detector.width
         folded = network.fold_batch_norm(loaded)
         resident = folded.to(device, dtype).to(memory_format=torch.channels_last)
         self._classifier = network.Classifier(resident, manifest.input.mean, manifest.input.std).to(device)
         self._temperature = manifest.temperature_of("torch")
+        self._farthest = manifest.neither.threshold if manifest.neither is not None else 0.0
         self._launching = threading.Lock()
         self._slots: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
         with self._on_device():
@@ -85,13 +87,13 @@ class TorchEngine:
     def classify_with_distance(
         self, pixels: npt.NDArray[np.uint8]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Classify any number of photos, and measure the distances from their hidden layer."""
+        """Classify any number of photos, and measure their distances."""
         assert self._detector is not None, "opened with catch_neither"
         outputs = self._outputs(pixels)
-        return outputs[:, : self._classes], self._detector(outputs[:, self._classes :])
+        return outputs[:, : self._classes], self._detector(outputs[:, self._classes :]) - np.float32(self._farthest)
 
     def _outputs(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Probabilities, (N, C), or with a detector (N, C + H). Batches that exhaust memory are halved for good."""
+        """Probabilities, (N, C), or with a detector (N, C + W). Batches that exhaust memory are halved for good."""
         outputs = []
         start = 0
         while start < len(pixels):
@@ -113,7 +115,7 @@ class TorchEngine:
                 batch = slot.copied_in(pixels, shape)
                 # One batch after another: if the kernels of two alternated, both would finish late.
                 with self._launching, self._computing(slot):
-                    logits = self._classifier(batch)  # (shape, C), followed by the hidden layer if there is a detector
+                    logits = self._classifier(batch)  # (shape, C), followed by the detector's layer if there is one
                     outputs = (logits[:, : self._classes] / self._temperature).softmax(1)
                     if self._detector is not None:
                         outputs = torch.cat([outputs, logits[:, self._classes :]], 1)

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -78,12 +79,12 @@ def engines(model: Path, folder: Path) -> Iterator[tuple[str, Step]]:
     yield "OpenVINO, 8 bits, all cores on one batch", openvino_step(eight, "f32", pixels)
     full_size = OpenVinoEngine(model, described, min_confidence=1.0)
     yield "… eight photos per core", lambda: parts.classify(full_size, all_pixels, BATCH)
-    if (look := described.first_look) is not None:
-        final = OpenVinoEngine(model, described)
-        yield (
-            f"… with a low-resolution pass at {look.size} px (the sorter)",
-            lambda: parts.classify(final, all_pixels, BATCH),
-        )
+    for count in range(1, len(described.cascade) + 1):
+        passes = described.cascade[:count]
+        cascade = OpenVinoEngine(model, described.model_copy(update={"cascade": passes}))
+        sizes = " and ".join(str(low.size) for low in passes)
+        step = partial(parts.classify, cascade, all_pixels, BATCH)
+        yield f"… after {'passes' if count > 1 else 'a pass'} at {sizes} px", step
 
 
 def openvino_step(model: openvino.Model, precision: str, pixels: np.ndarray) -> Step:

@@ -19,6 +19,7 @@ from sorter.errors import ConfigurationError
 from trainer.data import near_copies
 from trainer.data.inspection import Inspection
 from trainer.data.layouts import Found, Part, Sample
+from trainer.data.others import NONE, Others
 
 VALIDATION_SHARE, CALIBRATION_SHARE, TEST_SHARE = 0.1, 0.1, 0.1
 MAX_CONTRADICTORY_SHARE = 0.01
@@ -43,6 +44,7 @@ class Dataset:
         duplicates: copies that were left out.
         contradictions: pairs with the same content under two labels; both were left out.
         fingerprint: SHA-256 of every photo's content, label and part.
+        others: photos that show none of the classes, which are in no part.
     """
 
     layout: str
@@ -55,6 +57,7 @@ class Dataset:
     duplicates: tuple[Duplicate, ...]
     contradictions: tuple[tuple[Path, Path], ...]
     fingerprint: str
+    others: Others = NONE
 
 
 def divide(found: Found, inspected: dict[Path, Inspection], calibration: Sequence[Sample], seed: int) -> Dataset:

@@ -20,7 +20,7 @@ from sorter.decoding.images import Preprocessing
 from trainer.data.layouts import Sample
 from trainer.data.pixels import decoded
 
-_BATCH = 32
+BATCH = 32
 
 Pixels = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -82,10 +82,10 @@ def batches(samples: Sequence[Sample], preprocessing: Preprocessing) -> Iterator
     """Decode photos in parallel, uint8 (up to 32, S, S, 3) at a time, only a few batches ahead."""
 
     def batch(start: int) -> Pixels:
-        return np.stack([decoded(sample.path, preprocessing) for sample in samples[start : start + _BATCH]])
+        return np.stack([decoded(sample.path, preprocessing) for sample in samples[start : start + BATCH]])
 
     with ThreadPoolExecutor() as pool:
-        yield from _ahead(pool, batch, range(0, len(samples), _BATCH), 4)
+        yield from _ahead(pool, batch, range(0, len(samples), BATCH), 4)
 
 
 def _ahead(
@@ -121,5 +121,5 @@ def answers(
     Returns:
         float32 (N, W), in the order of the samples.
     """
-    pixels = track(batches(samples, preprocessing), -(-len(samples) // _BATCH))
+    pixels = track(batches(samples, preprocessing), -(-len(samples) // BATCH))
     return np.concatenate(run(np.ascontiguousarray(p[:, :, ::-1]) if mirrored else p for p in pixels))

@@ -14,6 +14,23 @@ _CENTER_MARGIN = 256 / 224
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """Where the photos come from, and how they are divided.
+
+    Attributes:
+        data: a folder or a zip.
+        calibration: a folder or CSV of photos; None draws them from the training part.
+        others: a folder of photos that show none of the classes; None for none.
+        seed: of the draw.
+    """
+
+    data: Path
+    calibration: Path | None
+    others: Path | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """The options of `trainer fit`.
 
@@ -22,23 +39,22 @@ class Options:
         head_hidden: widths of the head's hidden layers.
         image_size: side of the network's input, pixels.
         crop: None for the recipe's.
-        calibration: a folder or CSV of photos; None draws them from the training part.
+        max_lost: the share of the calibration photos that the outlier detector may catch by mistake.
         workers: processes that inspect and augment photos.
         budget_minutes: the schedule is shortened to end within this time; None for the full schedule.
         cache: folder for results that depend on the photos alone.
         command: the command line, for the manifest.
     """
 
-    data: Path
+    source: Source
     output: Path
     architecture: str
     weights: str
     head_hidden: tuple[int, ...]
     image_size: int
     crop: Literal["squash", "center"] | None
-    calibration: Path | None
     recipe: Recipe
-    seed: int
+    max_lost: float
     device: str
     compile: bool
     workers: int
@@ -46,6 +62,11 @@ class Options:
     resume: bool
     cache: Path
     command: str
+
+    @property
+    def seed(self) -> int:
+        """Of everything that is drawn."""
+        return self.source.seed
 
     @property
     def input(self) -> Input:

@@ -28,7 +28,6 @@ _CALIBRATION_BINS = 15
 
 Floats = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.intp]
-Bools = npt.NDArray[np.bool_]
 
 
 def log(probabilities: Floats) -> Floats:
@@ -110,9 +109,7 @@ def wilson(right: int, photos: int) -> tuple[float, float]:
     return round(float(interval.low), 4), round(float(interval.high), 4)
 
 
-def risk_coverage(
-    answers_at: Callable[[float], Floats], labels: Labels, kept: Bools | None = None
-) -> tuple[Coverage, ...]:
+def risk_coverage(answers_at: Callable[[float], Floats], labels: Labels) -> tuple[Coverage, ...]:
     """The share of photos that can be sorted automatically at some error rates, with the threshold for each rate.
 
     Fixed-sequence testing, one of the procedures of Learn then Test (Angelopoulos et al. 2021, arXiv:2110.01052): the
@@ -125,14 +122,14 @@ def risk_coverage(
     thresholds, and pay for it with a union bound.)
 
     Args:
-        answers_at: the probabilities, (N, C), that the engine gives when it runs with a threshold.
+        answers_at: the probabilities, (N, C), that the engine gives when it runs with a threshold; negative ones for
+            photos that are not sorted whatever their confidence.
         labels: of the photos.
-        kept: which photos are sorted if they are confident enough, (N,); None for all.
 
     Returns:
         One entry for each rate that the photos support; few photos support no low rate.
     """
-    counts = [_counts(answers_at(threshold), labels, threshold, kept) for threshold in THRESHOLDS]
+    counts = [_counts(answers_at(threshold), labels, threshold) for threshold in THRESHOLDS]
     sorted_photos, errors = np.array(counts, int).T
     table = []
     for rate in ERROR_RATES:
@@ -148,12 +145,10 @@ def risk_coverage(
     return tuple(table)
 
 
-def _counts(answers: Floats, labels: Labels, threshold: float, kept: Bools | None) -> tuple[int, int]:
+def _counts(answers: Floats, labels: Labels, threshold: float) -> tuple[int, int]:
     """How many photos a threshold sorts, and how many of them into a wrong folder."""
     # In double precision, in which the sorter compares.
     is_sorted = answers.max(1).astype(np.float64) >= threshold
-    if kept is not None:
-        is_sorted &= kept
     return int(is_sorted.sum()), int((answers.argmax(1) != labels)[is_sorted].sum())
 
 

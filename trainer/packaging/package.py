@@ -4,23 +4,25 @@ In: a network and a dataset. Out: a folder that `sorter run --model` takes.
 """
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import openvino
 from torch import nn
 
 from sorter.classifier import manifest as manifest_module
 from sorter.classifier.engine import open_engine
-from sorter.classifier.manifest import FORMAT_VERSION, NEITHER, EngineName, ErrorRates, Manifest, Neither
-from sorter.classifier.outliers import OutlierDetector
+from sorter.classifier.manifest import FORMAT_VERSION, NEITHER, EngineName, ErrorRates, LowResolutionPass, Manifest
 from trainer.data.layouts import Sample, labels_of
 from trainer.data.split import Dataset
 from trainer.fitting import features
-from trainer.packaging import cascade, evaluate, export, metrics, outliers, report
+from trainer.packaging import cascade, export, metrics, outliers, report
 from trainer.packaging.metrics import Floats
+from trainer.packaging.outliers import Distances
 from trainer.progress import Reporter
 
 _ENGINES: tuple[EngineName, ...] = ("openvino", "torch")
@@ -37,15 +39,23 @@ class Package:
         manifest: as written.
         tested: probabilities of the test part, float32 (N, C).
         calibration_errors: of the full-size pass on the calibration part, without and with its temperature.
+        distances: of the outlier detector; None if there is none.
     """
 
     manifest: Manifest
     tested: Floats
     calibration_errors: tuple[float, float]
+    distances: Distances | None
 
 
 def write(
-    folder: Path, fitted: nn.Module, described: Manifest, dataset: Dataset, describe: Describe, reporter: Reporter
+    folder: Path,
+    fitted: nn.Module,
+    described: Manifest,
+    dataset: Dataset,
+    describe: Describe,
+    max_lost: float,
+    reporter: Reporter,
 ) -> Package:
     """Calibrate, quantise, measure and write a model.
 
@@ -55,6 +65,7 @@ def write(
         described: the manifest, without anything that is measured here.
         dataset: its training, calibration and test parts are used.
         describe: describes the photos of a part.
+        max_lost: the share of the calibration photos that the outlier detector may catch by mistake.
         reporter: shows progress.
     """
     labels = labels_of(dataset.calibration)
@@ -62,7 +73,7 @@ def write(
     logits = _calibration_logits(model, described, dataset, reporter)
     reporter.say("quantising the network for CPUs")
     networks = export.networks(fitted, model, described.input, dataset.training, dataset.calibration, logits)
-    low = cascade.choose(networks.best, networks.logits, dataset.calibration, described.input, reporter)
+    passes = cascade.choose(networks.best, networks.logits, dataset.calibration, described.input, reporter)
     temperature = metrics.fit_temperature(networks.logits, labels)
     draft = described.model_copy(
         update={
@@ -70,18 +81,17 @@ def write(
             "temperature": temperature,
             "torch_temperature": metrics.fit_temperature(logits, labels),
             "int8": networks.int8,
-            "first_look": low,
+            "cascade": passes,
             "neither": None,
             "error_rates": (),
         }
     )
-    detector = _detector(networks.best, draft, dataset, reporter)
-    files = networks.files if detector is None else networks.files | {NEITHER: detector.as_file()}
-    complete, tested = _measured(draft, files, dataset, describe, reporter, has_detector=detector is not None)
+    draft, files, caught = _with_detector(networks, draft, dataset, max_lost, reporter)
+    complete, tested = _measured(draft, files, dataset, describe, reporter)
     reporter.say("writing the model folder")
     written = manifest_module.write(folder, complete, files, report.card(complete))
     before, after = (metrics.calibration_error(metrics.softmax(networks.logits, t), labels) for t in (1.0, temperature))
-    return Package(written, tested, (before, after))
+    return Package(written, tested, (before, after), caught)
 
 
 def _calibration_logits(model: openvino.Model, described: Manifest, dataset: Dataset, reporter: Reporter) -> Floats:
@@ -90,24 +100,40 @@ def _calibration_logits(model: openvino.Model, described: Manifest, dataset: Dat
     return features.answers(run, dataset.calibration, described.input.preprocessing, track=track)
 
 
-def _detector(
-    model: openvino.Model, described: Manifest, dataset: Dataset, reporter: Reporter
-) -> OutlierDetector | None:
-    """The outlier detector, if there are enough calibration photos to set its threshold."""
+def _with_detector(
+    networks: export.Networks, draft: Manifest, dataset: Dataset, max_lost: float, reporter: Reporter
+) -> tuple[Manifest, dict[str, bytes], Distances | None]:
+    """The manifest with the outlier detector's thresholds, and the files with its own.
+
+    Unchanged if there are not enough calibration photos to set a threshold, or if no detector can be fitted.
+    """
     if len(dataset.calibration) < outliers.MIN_PHOTOS:
-        return None
-    hidden_layers = len(described.head_hidden)
-    return outliers.fit_detector(model, hidden_layers, dataset.training, described.input, reporter)
+        return draft, networks.files, None
+    others = dataset.others
+    detector = outliers.fit(networks.best, draft, dataset.training, others.fitting, reporter)
+    if detector is None:
+        return draft, networks.files, None
+    files = networks.files | {NEITHER: detector.as_file()}
+    nothing = np.zeros(1, np.float32)
+    # Distances are measured from the threshold, which is not known yet, and at full size.
+    provisional = draft.model_copy(
+        update={"cascade": (), "neither": outliers.describe(detector, nothing, nothing[:0], max_lost)}
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        provisional = manifest_module.write(Path(scratch), provisional, files, card="")
+        engine = open_engine(Path(scratch), provisional, "openvino", "cpu", features.BATCH, catch_neither=True)
+        found = Distances(
+            outliers.distances(engine, dataset.calibration, draft.input),
+            outliers.distances(engine, others.held_out, draft.input),
+        )
+    neither = outliers.describe(detector, found.calibration, found.others, max_lost)
+    draft = draft.model_copy(update={"neither": neither})
+    passes = outliers.with_thresholds(networks.best, detector, draft, others.held_out, found.others, reporter)
+    return draft.model_copy(update={"cascade": passes}), files, found
 
 
 def _measured(
-    draft: Manifest,
-    files: dict[str, bytes],
-    dataset: Dataset,
-    describe: Describe,
-    reporter: Reporter,
-    *,
-    has_detector: bool,
+    draft: Manifest, files: dict[str, bytes], dataset: Dataset, describe: Describe, reporter: Reporter
 ) -> tuple[Manifest, Floats]:
     """Measure the model in a folder of its own, through the engine that `sorter` will use.
 
@@ -117,55 +143,47 @@ def _measured(
     calibration = dataset.calibration
     with tempfile.TemporaryDirectory() as scratch:
         draft = manifest_module.write(Path(scratch), draft, files, card="")
-        calibrated = _probabilities(Path(scratch), draft, calibration, "measuring", reporter)
-        neither, error_rates = _error_rates(Path(scratch), draft, calibrated, calibration, reporter, has_detector)
+        calibrated = _answers(Path(scratch), draft, calibration, "measuring", reporter)
+        tables = _error_rates(Path(scratch), draft, calibration, reporter)
         # The test part is used once, here, after everything has been chosen.
-        tested = _probabilities(Path(scratch), draft, dataset.test, "testing", reporter)
+        tested = _answers(Path(scratch), draft, dataset.test, "testing", reporter)
     evaluations = (
         metrics.evaluation(calibrated, calibration, data=describe("calibration"), role="calibration"),
         metrics.evaluation(tested, dataset.test, data=describe("test"), role="test"),
     )
-    figures = {"neither": neither, "error_rates": error_rates, "evaluations": evaluations}
-    return draft.model_copy(update=figures), tested
+    return draft.model_copy(update={"error_rates": tables, "evaluations": evaluations}), tested
 
 
 def _error_rates(
-    folder: Path,
-    draft: Manifest,
-    calibrated: Floats,
-    calibration: tuple[Sample, ...],
-    reporter: Reporter,
-    has_detector: bool,
-) -> tuple[Neither | None, tuple[ErrorRates, ...]]:
-    """The outlier detector's threshold, and a table of error rates for each way of running the model.
+    folder: Path, draft: Manifest, calibration: tuple[Sample, ...], reporter: Reporter
+) -> tuple[ErrorRates, ...]:
+    """A table of error rates for each way of running the model.
 
     Args:
         folder: of the model.
         draft: its manifest so far.
-        calibrated: probabilities of the calibration part on OpenVINO, with the cascade, (N, C).
         calibration: the photos.
         reporter: shows progress.
-        has_detector: whether the folder has an outlier detector.
     """
-    labels, full = labels_of(calibration), calibrated
-    if draft.first_look is not None:
-        full = _probabilities(folder, draft, calibration, "measuring", reporter, min_confidence=1.0)
-    rates = cascade.risk_coverage(calibrated, full, labels, draft.first_look)
-    tables = [ErrorRates(engine="openvino", catch_neither=False, rates=rates)]
-    on_torch = _probabilities(folder, draft, calibration, "measuring on PyTorch", reporter, engine="torch")
-    rates = metrics.risk_coverage(metrics.always(on_torch), labels)
-    tables.append(ErrorRates(engine="torch", catch_neither=False, rates=rates))
-    neither = None
-    for name in _ENGINES if has_detector else ():
-        engine = open_engine(folder, draft, name, "auto", evaluate.BATCH, catch_neither=True)
-        answers, distances = outliers.classified(engine, calibration, draft.input)
-        neither = neither or outliers.describe(distances)  # OpenVINO's, which comes first
-        rates = metrics.risk_coverage(metrics.always(answers), labels, distances <= neither.threshold)
-        tables.append(ErrorRates(engine=name, catch_neither=True, rates=rates))
-    return neither, tuple(tables)
+    labels, tables = labels_of(calibration), []
+    for catch_neither in (False, True) if draft.neither is not None else (False,):
+        for name in _ENGINES:
+            passes = draft.cascade if name == "openvino" else ()
+            title = f"measuring {name}" + (" with --catch-neither" if catch_neither else "")
+            by_level = [
+                _answers(folder, draft, calibration, title, reporter, lowest, name, catch_neither=catch_neither)
+                for lowest in cascade.levels(passes)
+            ]
+            rates = metrics.risk_coverage(partial(_at, by_level, passes), labels)
+            tables.append(ErrorRates(engine=name, catch_neither=catch_neither, rates=rates))
+    return tuple(tables)
 
 
-def _probabilities(
+def _at(by_level: list[Floats], passes: Sequence[LowResolutionPass], threshold: float) -> Floats:
+    return by_level[cascade.level(passes, threshold)]
+
+
+def _answers(
     folder: Path,
     draft: Manifest,
     samples: tuple[Sample, ...],
@@ -173,8 +191,19 @@ def _probabilities(
     reporter: Reporter,
     min_confidence: float = 0.0,
     engine: EngineName = "openvino",
+    *,
+    catch_neither: bool = False,
 ) -> Floats:
-    """Classify samples that decode, (N, C); with a minimum confidence of 1 there is no low-resolution pass."""
-    opened = open_engine(folder, draft, engine, "auto", evaluate.BATCH, min_confidence)
-    batches = evaluate.classify(opened, samples, draft.input.preprocessing)
-    return evaluate.joined(list(reporter.track(batches, -(-len(samples) // evaluate.BATCH), title)))[1]
+    """The probabilities of samples that decode, (N, C); those of photos that are caught are -1."""
+    opened = open_engine(folder, draft, engine, "auto", features.BATCH, min_confidence, catch_neither=catch_neither)
+    batches = reporter.tracker(title)(
+        features.batches(samples, draft.input.preprocessing), -(-len(samples) // features.BATCH)
+    )
+    answers = []
+    for pixels in batches:
+        if not catch_neither:
+            answers.append(opened.classify(pixels))
+            continue
+        probabilities, distances = opened.classify_with_distance(pixels)
+        answers.append(np.where(distances[:, None] > 0, np.float32(-1), probabilities))
+    return np.concatenate(answers)

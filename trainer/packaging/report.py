@@ -7,6 +7,7 @@ import base64
 import io
 from collections.abc import Sequence
 from importlib.resources import files
+from typing import Any
 
 import jinja2
 import matplotlib as mpl
@@ -17,12 +18,13 @@ mpl.use("svg")
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from sorter.classifier.manifest import Manifest
+from sorter.classifier.manifest import Manifest, Neither
 from sorter.decoding.images import Limits, Preprocessing, decode
 from trainer.data.layouts import Sample, labels_of
 from trainer.data.split import Dataset
 from trainer.packaging import metrics
 from trainer.packaging.metrics import Floats, Labels
+from trainer.packaging.outliers import Distances
 from trainer.progress import Epoch
 
 GALLERY_PHOTOS = 24
@@ -39,8 +41,8 @@ def card(manifest: Manifest) -> str:
 def _uses(manifest: Manifest) -> dict[str, str]:
     """What the photos of each evaluation were used for, by its role."""
     chosen = ["temperatures", "8 or 16 bits"]
-    if manifest.first_look is not None:
-        chosen.append("the cascade's size, temperature and threshold")
+    if manifest.cascade:
+        chosen.append("the cascade's sizes, temperatures and thresholds")
     if manifest.neither is not None:
         chosen.append("the outlier detector's threshold")
     chosen.append("thresholds for error rates")
@@ -54,6 +56,7 @@ def page(
     tested: Floats,
     *,
     calibration_errors: tuple[float, float],
+    distances: Distances | None,
 ) -> str:
     """The report.
 
@@ -63,6 +66,7 @@ def page(
         epochs: of all stages.
         tested: probabilities of the test part, (N, C).
         calibration_errors: of the full-size pass on the calibration part, without and with its temperature.
+        distances: of the outlier detector; None if there is none.
     """
     labels = labels_of(dataset.test)
     wrong = list(metrics.mistakes(tested, dataset.test))[:GALLERY_PHOTOS]
@@ -79,11 +83,46 @@ def page(
         calibration_errors=calibration_errors,
         rates=rates,
         not_shown=metrics.not_shown(rates, len(dataset.calibration)),
-        mistakes=[_photo(sample, names[called], confidence) for sample, called, confidence in wrong],
+        mistakes=[_photo(sample, _called(names[called], confidence)) for sample, called, confidence in wrong],
         least_confident=[
-            _photo(dataset.test[i], names[int(tested[i].argmax())], tested[i].max()) for i in least_confident
+            _photo(dataset.test[i], _called(names[int(tested[i].argmax())], tested[i].max())) for i in least_confident
         ],
+        **_outliers(manifest, dataset, distances),
     )
+
+
+def _outliers(manifest: Manifest, dataset: Dataset, distances: Distances | None) -> dict[str, Any]:
+    """The curve and the photos of the outlier detector, for the template."""
+    if manifest.neither is None or distances is None:
+        return {"caught_and_lost": "", "nearest": [], "farthest": []}
+    others = dataset.others.held_out
+    nearest = np.argsort(distances.others, kind="stable")[:GALLERY_PHOTOS]
+    farthest = np.argsort(-distances.calibration, kind="stable")[:GALLERY_PHOTOS]
+    return {
+        "caught_and_lost": _svg(_caught_and_lost(distances, manifest.neither)) if others else "",
+        "nearest": [_photo(others[i], f"distance {distances.others[i]:.2f}") for i in nearest],
+        "farthest": [_photo(dataset.calibration[i], f"distance {distances.calibration[i]:.2f}") for i in farthest],
+    }
+
+
+def _caught_and_lost(distances: Distances, neither: Neither) -> Figure:
+    """The share of other photos that are caught, by the share of the classes' photos that is lost."""
+    figure, axes = plt.subplots(figsize=(4, 3.6))
+    thresholds = np.unique(np.concatenate([distances.calibration, distances.others]))
+    lost, caught = (
+        1 - np.searchsorted(np.sort(each), thresholds, side="right") / len(each)
+        for each in (distances.calibration, distances.others)
+    )
+    axes.plot(lost, caught)
+    axes.plot([neither.caught], [neither.others_caught], marker="o")
+    axes.set_xscale("symlog", linthresh=1e-3)
+    axes.set_xlabel("share of the classes' photos lost")
+    axes.set_ylabel("share of other photos caught")
+    return figure
+
+
+def _called(label: str, confidence: float) -> str:
+    return f"classified as {label}, confidence {confidence:.1%}"
 
 
 def _template(name: str) -> jinja2.Template:
@@ -140,7 +179,7 @@ def _coverage(probabilities: Floats, labels: Labels) -> Figure:
     return figure
 
 
-def _photo(sample: Sample, called: str, confidence: float) -> dict[str, str]:
+def _photo(sample: Sample, caption: str) -> dict[str, str]:
     with sample.path.open("rb") as file:
         picture: Image.Image = decode(file.fileno(), _THUMBNAIL, Limits())
     buffer = io.BytesIO()
@@ -149,6 +188,6 @@ def _photo(sample: Sample, called: str, confidence: float) -> dict[str, str]:
     name = sample.path.name.encode(errors="backslashreplace").decode()
     return {
         "name": name,
-        "caption": f"classified as {called}, confidence {confidence:.1%}",
+        "caption": caption,
         "source": f"data:image/jpeg;base64,{encoded}",
     }
