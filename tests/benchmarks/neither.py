@@ -44,13 +44,13 @@ def main() -> None:
         with options.origin.open(newline="") as table:
             wanted = {row["file"] for row in csv.DictReader(table) if not options.repo or row["repo"] in options.repo}
         paths = [path for path in paths if path.name in wanted]
-    kinds = defaultdict(list)
-    for path, is_caught in zip(paths, caught(paths).tolist(), strict=True):
+    all_caught, kinds = caught(paths), defaultdict(list)
+    for path, is_caught in zip(paths, all_caught.tolist(), strict=True):
         kinds[path.name.partition("_")[0]].append(is_caught)
     print("| photos of | number | caught |\n|---|---|---|")
     for kind, found in sorted(kinds.items()):
         print(f"| {kind} | {len(found)} | {np.mean(found):.0%} |")
-    print(f"| all | {len(paths)} | {np.mean(sum(kinds.values(), [])):.1%} |")
+    print(f"| all | {len(paths)} | {all_caught.mean():.1%} |")
     if options.test is not None:
         name, samples = dataset_photos(options.test, model.classes, Path.home() / ".cache" / "sorter" / "datasets")
         lost = int(caught([sample.path for sample in samples]).sum())
