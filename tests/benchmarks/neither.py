@@ -3,8 +3,8 @@
     python tests/benchmarks/neither.py --others DIR [--model DIR] [--test DATA] [--origin CSV]
 
 `--others` has photos that show none of the classes, whose names begin with what they show and an underscore
-(`vehicle_00012.jpg`); `--origin` is a table with their `file` and `repo`, of which only those of `--repo NAME` (several)
-are taken. `--test` has labelled photos. The table is in Markdown.
+(`vehicle_00012.jpg`); `--origin` is a table with their `file` and `repo`, of which only those of `--repo NAME` are
+taken. `--test` has labelled photos. The table is in Markdown.
 """
 
 import argparse
