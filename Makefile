@@ -10,7 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PREFIX ?= /usr/local
 
-export CALIBRATION DATA DESTDIR INBOX MODEL PREFIX PYTHON WEIGHTS
+export CALIBRATION DATA DESTDIR INBOX MODEL OTHERS PREFIX PYTHON WEIGHTS
 
 .DEFAULT_GOAL := help
 .PHONY: help sort install uninstall model bench steps test long torture check reference format lowest clean
@@ -32,7 +32,7 @@ uninstall: ## remove what install added; photos, configuration and history stay
 model: ## train a model on the photos in DATA and write it to MODEL (default ./mymodel)
 	@test -n "$$DATA" || { echo "Name the folder or zip file of the dataset: make model DATA=cat-and-dog.zip" >&2; exit 2; }
 	@$(MAKE) --no-print-directory $(VENV)/.installed-train
-	@$(BIN)/trainer fit --data "$$DATA" --output "$$MODEL" --weights "$$WEIGHTS" --image-size $(SIZE) --recipe head $${CALIBRATION:+--calibration "$$CALIBRATION"}
+	@$(BIN)/trainer fit --data "$$DATA" --output "$$MODEL" --weights "$$WEIGHTS" --image-size $(SIZE) --recipe head $${CALIBRATION:+--calibration "$$CALIBRATION"} $${OTHERS:+--others "$$OTHERS"}
 
 bench: $(VENV)/.installed ## measure photos/s on copies of PHOTOS, or on generated photos, against a plain loop
 	@$(BIN)/sorter bench --json --runs 5 $${PHOTOS:+--photos "$$PHOTOS"} $${COUNT:+--count "$$COUNT"} $${MODELDIR:+--model "$$MODELDIR"}

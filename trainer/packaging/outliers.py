@@ -72,6 +72,10 @@ def fit(
     if len(others) >= MIN_OTHERS:
         run = _answers_of(model, "features", described, reporter)
         return learned(run(training, "features of the classes"), run(others, "features of other photos"))
+    if others:
+        reporter.say(
+            f"{len(others)} photos of other things are too few to learn from: give at least {MIN_OTHERS * 5 // 4}"
+        )
     if not described.head_hidden:
         return None
     step = max(1, len(training) // TRAINING_PHOTOS)
