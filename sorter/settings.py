@@ -60,8 +60,18 @@ def _listed(value: Any) -> Any:
 
 
 def _patterns(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    for pattern in patterns:
+        if not pattern.strip() or ".." in pattern.split("/"):
+            raise ValueError(f"'{pattern}' matches nothing: patterns are relative to the inbox")
     GitIgnoreSpec.from_lines(patterns)  # raises a ValueError
     return patterns
+
+
+def _names(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if not name.strip() or "/" in name:
+            raise ValueError(f"'{name}' is not part of a file's name")
+    return names
 
 
 def _expanded(path: Path) -> Path:
@@ -70,8 +80,9 @@ def _expanded(path: Path) -> Path:
 
 Real = Annotated[float, BeforeValidator(_not_bool)]
 Integer = Annotated[int, BeforeValidator(_not_bool)]
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
-Patterns = Annotated[Names, AfterValidator(_patterns)]
+Strings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
+Names = Annotated[Strings, AfterValidator(_names)]
+Patterns = Annotated[Strings, AfterValidator(_patterns)]
 Folder = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_expanded)]
 
 
@@ -127,16 +138,21 @@ class Settings(BaseSettings):
     )
     ignored_folders: Names = _field(
         IGNORED_FOLDERS,
-        "with --recursive, names of folders that are never entered, in any case: trash, thumbnails, photo libraries",
+        "with --recursive, names of folders that are never entered, in any case, in place of the default: trash, "
+        "thumbnails, photo libraries",
         group="Files",
         metavar="NAME",
     )
     temporary_names: Names = _field(
-        TEMPORARY_NAMES, "names of incomplete files, in any case, which are left alone", group="Files", metavar="NAME"
+        TEMPORARY_NAMES,
+        "names of incomplete files, in any case, in place of the default; they are left alone and not counted",
+        group="Files",
+        metavar="NAME",
     )
     sidecar_suffixes: Names = _field(
         SIDECAR_SUFFIXES,
-        "endings of files that move with the photo of the same name, in place of its extension or after it",
+        "endings of files that move with the photo of the same name, after it or in place of its extension; these "
+        "replace the default",
         group="Files",
         metavar="SUFFIX",
     )

@@ -16,11 +16,11 @@ from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, make_tree, pipeline_t
 from sorter.classifier.manifest import Manifest
 from sorter.cli import preflight
 from sorter.errors import ConfigurationError, StorageError
-from sorter.files import FOLDER, file_systems
+from sorter.files import FOLDER, HISTORY, file_systems
 from sorter.files.photo import Identity
 from sorter.history import schema, store
 from sorter.history.reader import HistoryReader
-from sorter.history.store import NAME, History, Move, Run
+from sorter.history.store import History, Move, Run
 from sorter.settings import Settings
 
 RUN = Run("r1", "1.0", "model")
@@ -49,7 +49,7 @@ def output(tmp_path: Path) -> Path:
 
 
 def rows(output: Path, query: str) -> list[tuple[object, ...]]:
-    connection = sqlite3.connect(output / FOLDER / NAME)
+    connection = sqlite3.connect(output / FOLDER / HISTORY)
     try:
         return connection.execute(query).fetchall()
     finally:
@@ -141,7 +141,7 @@ def syncs(output: Path, code: str) -> dict[str, int]:
     for line in trace.read_text(errors="replace").splitlines():
         if started := re.search(r'write\(2<.*"step (.*)\."', line):
             step = started[1]
-        elif "sync(" in line and f"{FOLDER}/{NAME}" in line:
+        elif "sync(" in line and f"{FOLDER}/{HISTORY}" in line:
             found[step] += step != ""
     return +found
 
@@ -163,19 +163,19 @@ def test_on_a_network_file_system_the_journal_is_rolled_back(output: Path, monke
     history.begin(RUN)
     history.intend([move(1)])
     assert rows(output, "PRAGMA journal_mode") == [("delete",)]
-    assert sorted(p.name for p in (output / FOLDER).iterdir()) == [NAME]
+    assert sorted(p.name for p in (output / FOLDER).iterdir()) == [HISTORY]
 
 
 def test_too_old_an_sqlite_is_refused_before_anything_is_written(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 36, 0))
     with pytest.raises(ConfigurationError, match=r"needs SQLite 3\.37"):
         History(output)
-    assert (output / FOLDER / NAME).stat().st_size == 0
+    assert (output / FOLDER / HISTORY).stat().st_size == 0
 
 
 def test_a_newer_history_is_refused(output: Path) -> None:
     History(output).close()
-    connection = sqlite3.connect(output / FOLDER / NAME)
+    connection = sqlite3.connect(output / FOLDER / HISTORY)
     connection.execute("PRAGMA user_version = 99")
     connection.close()
     with pytest.raises(ConfigurationError, match="upgrade"):
@@ -215,7 +215,7 @@ def version_3(output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_two_processes_that_upgrade_a_history_at_once_both_open_it(version_3: Path) -> None:
-    with contextlib.closing(sqlite3.connect(version_3 / FOLDER / NAME, isolation_level=None)) as connection:
+    with contextlib.closing(sqlite3.connect(version_3 / FOLDER / HISTORY, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         both = [python("print('opening', flush=True); History(output).close()", version_3) for _ in range(2)]
         for process in both:
@@ -275,12 +275,12 @@ def test_a_reader_of_a_history_of_version_3_sees_what_is_sorted_after_its_upgrad
 def test_a_reader_takes_companions_for_sidecars_also_where_an_old_history_came_back_meanwhile(
     version_3: Path,
 ) -> None:
-    old = (version_3 / FOLDER / NAME).read_bytes()
+    old = (version_3 / FOLDER / HISTORY).read_bytes()
     reader = HistoryReader(version_3)
     for path in (version_3 / FOLDER).iterdir():
         path.unlink()
     make_tree(version_3, {f"{FOLDER}/new": old})
-    (version_3 / FOLDER / "new").rename(version_3 / FOLDER / NAME)
+    (version_3 / FOLDER / "new").rename(version_3 / FOLDER / HISTORY)
     assert [entry.kind for entry in reader.entries()] == ["sorted", "sidecar"]
     reader.close()
 
@@ -293,7 +293,7 @@ def test_dates_that_need_more_than_64_bits_come_back(output: Path) -> None:
     assert history.unfinished() == moves
 
 
-@pytest.mark.parametrize("name", [NAME, f"{NAME}-wal"])
+@pytest.mark.parametrize("name", [HISTORY, f"{HISTORY}-wal"])
 def test_a_history_that_is_a_link_is_refused(output: Path, name: str) -> None:
     (output / FOLDER / name).symlink_to(output / "elsewhere")
     with pytest.raises(ConfigurationError, match="not a file of the sorter"):
@@ -310,7 +310,7 @@ def test_a_history_whose_moves_are_damaged_is_refused_with_what_to_do(output: Pa
     ((size,),) = rows(output, "PRAGMA page_size")
     assert isinstance(page, int)
     assert isinstance(size, int)
-    with (output / FOLDER / NAME).open("r+b") as file:
+    with (output / FOLDER / HISTORY).open("r+b") as file:
         file.seek((page - 1) * size)
         file.write(b"\xff" * size)
     with pytest.raises(ConfigurationError, match="move it elsewhere"):
@@ -319,22 +319,22 @@ def test_a_history_whose_moves_are_damaged_is_refused_with_what_to_do(output: Pa
 
 @pytest.mark.parametrize("content", [b"not a database at all" * 100, b"SQLite format 3\0" + b"\xff" * 5000])
 def test_a_damaged_history_is_refused_with_what_to_do(output: Path, content: bytes) -> None:
-    make_tree(output, {f"{FOLDER}/{NAME}": content})
+    make_tree(output, {f"{FOLDER}/{HISTORY}": content})
     with pytest.raises(ConfigurationError, match="move it elsewhere"):
         History(output)
-    assert (output / FOLDER / NAME).read_bytes() == content
+    assert (output / FOLDER / HISTORY).read_bytes() == content
 
 
 def test_another_programs_database_is_refused(output: Path) -> None:
-    connection = sqlite3.connect(output / FOLDER / NAME)
+    connection = sqlite3.connect(output / FOLDER / HISTORY)
     connection.execute("CREATE TABLE theirs (x)")
     connection.close()
-    content = (output / FOLDER / NAME).read_bytes()
+    content = (output / FOLDER / HISTORY).read_bytes()
     with pytest.raises(ConfigurationError, match="another program"):
         History(output)
     with pytest.raises(ConfigurationError, match="another program"):
         HistoryReader(output)
-    assert (output / FOLDER / NAME).read_bytes() == content
+    assert (output / FOLDER / HISTORY).read_bytes() == content
 
 
 def test_a_history_that_was_removed_is_started_again(output: Path) -> None:

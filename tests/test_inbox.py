@@ -9,6 +9,7 @@ import pytest
 from conftest import LONG_AGO, as_nobody, make_tree
 
 from sorter.errors import InboxGoneError
+from sorter.files import FOLDER, HISTORY
 from sorter.files.photo import Identity, Photo, open_file
 from sorter.inbox.scan import Inbox
 from sorter.inbox.selection import Selection
@@ -229,7 +230,7 @@ def test_an_excluded_folder_is_not_even_listed(open_to_all: Path) -> None:
         selection = Selection(exclude=["locked/"])
         box = Inbox(open_to_all, recursive=True, excluded=frozenset(), settle_seconds=2.0, selection=selection)
         assert names(box) == set()
-        assert box.unlisted == []
+        assert box.unlisted == {}
 
     as_nobody(scanned)
     (open_to_all / "locked").chmod(0o755)
@@ -287,7 +288,19 @@ def test_a_subfolder_that_cannot_be_listed_is_named(open_to_all: Path) -> None:
     def scanned() -> None:
         box = inbox(open_to_all, recursive=True)
         assert names(box) == {"open/b.jpg"}
-        assert box.unlisted == ["locked"]
+        assert list(box.unlisted) == ["locked"]
 
     as_nobody(scanned)
     (open_to_all / "locked").chmod(0o755)
+
+
+def test_a_subfolder_that_is_sorted_by_itself_is_left_alone_and_said_so(tmp_path: Path) -> None:
+    names = ("a/dogs/x.jpg", "a/new.jpg", f"a/{FOLDER}/{HISTORY}", "b/y.jpg", f"b/{FOLDER}/lock")
+    make_tree(tmp_path, dict.fromkeys((*names, "own/dogs/z.jpg", "own/w.jpg", f"own/{FOLDER}/{HISTORY}"), b"x"))
+    box = inbox(tmp_path, recursive=True, excluded=frozenset({f"{tmp_path.resolve()}/own/dogs"}))
+    later = LONG_AGO + 10
+    assert {photo.name for photo in box.scan(later)} == {"b/y.jpg", "own/w.jpg"}
+    assert list(box.unlisted) == ["a"]
+    assert box.look("a/new.jpg", later) is None
+    (tmp_path / "a" / FOLDER / HISTORY).unlink()
+    assert {photo.name for photo in box.scan(later)} == {"a/dogs/x.jpg", "a/new.jpg", "b/y.jpg", "own/w.jpg"}

@@ -281,7 +281,7 @@ def test_a_link_whose_original_is_gone_or_another_is_never_removed(library: Libr
     make_tree(library.inbox, {"replaced.jpg": bytes(len(plain(RED, 2)))})
     expected = {
         "gone.jpg": "the photo itself is gone, so this may be the only copy",
-        "replaced.jpg": "the photo itself is another one now, so this may be the only copy",
+        "replaced.jpg": "the original has changed since, so this may be the only copy",
         "there.jpg": "",
     }
     assert library.undo(dry_run=True) == expected

@@ -403,6 +403,10 @@ COMBINATIONS = (
     (["--inbox", "fifo"], "not a folder"),
     (["--model", "fifo"], "there is no model"),
     (["--output", "a" * 300], "cannot access"),
+    (["--state-dir", "in/notes.txt"], "not a folder"),
+    (["--state-dir", "fifo/state"], "not a folder"),
+    (["--sidecar-suffixes", ".JPG"], "such files are photos"),
+    (["--exclude", "../x"], "matches nothing"),
 )
 
 

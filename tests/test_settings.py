@@ -138,6 +138,20 @@ def test_a_pattern_that_cannot_be_one_is_refused_by_name(tmp_path: Path) -> None
     assert refusal(config=path).startswith(f"temporary_names in {path}: ")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("include", ""),
+        ("exclude", "../x"),
+        ("ignored_folders", "a/b"),
+        ("temporary_names", " "),
+        ("sidecar_suffixes", "/x"),
+    ],
+)
+def test_a_pattern_or_name_that_matches_nothing_is_refused(name: str, value: str) -> None:
+    assert f"'{value}'" in refusal(**{name: [value]})
+
+
 IMPOSSIBLE = {
     "batch_size": "many",
     "min_confidence": "1.5",

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import Running, make_tree, photo, plain, read_tree
 
-from sorter.files import FOLDER
-from sorter.history.store import NAME
+from sorter.files import FOLDER, HISTORY
 from sorter.service.shutdown import Shutdown
 
 Start = Callable[..., Running]
@@ -58,7 +57,7 @@ class Terminal:
 
 
 def finished_runs(output: Path) -> int:
-    with contextlib.closing(sqlite3.connect(output / FOLDER / NAME)) as connection:
+    with contextlib.closing(sqlite3.connect(output / FOLDER / HISTORY)) as connection:
         (count,) = connection.execute("SELECT count(*) FROM runs WHERE finished IS NOT NULL").fetchone()
     return int(count)
 

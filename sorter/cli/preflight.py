@@ -13,12 +13,12 @@ from sorter import extras
 from sorter.classifier import manifest as manifests
 from sorter.classifier.manifest import Coverage, Manifest
 from sorter.errors import ConfigurationError, NotNowError
-from sorter.files import FAILED, UNSURE
+from sorter.files import FAILED, HISTORY, UNSURE
 from sorter.files.state import state_folder
 from sorter.history.reader import HistoryReader
-from sorter.history.store import NAME
 from sorter.inbox.scan import Inbox
 from sorter.inbox.selection import Selection
+from sorter.inbox.sidecars import PHOTO_EXTENSIONS
 from sorter.service import hook
 from sorter.settings import Settings
 
@@ -52,6 +52,10 @@ def check(settings: Settings) -> tuple[Settings, Manifest, list[str] | None]:
     if settings.link and (folder := sorted_again(settings)) is not None:
         raise ConfigurationError(
             f"photos in {folder}/ are sorted again by moving them, which --link does not do: drop --link"
+        )
+    if photos := {suffix.lower() for suffix in settings.sidecar_suffixes}.intersection(PHOTO_EXTENSIONS):
+        raise ConfigurationError(
+            f"--sidecar-suffixes {min(photos)}: such files are photos; name endings of other files"
         )
     model = manifests.read(settings.model)
     settings = decided(settings, model)
@@ -92,7 +96,7 @@ def excluded(settings: Settings, manifest: Manifest) -> frozenset[str]:
     """Paths that are never scanned for photos, absolute and without symbolic links."""
     output = os.path.realpath(settings.output_folder)
     folders = {*destinations(manifest)}
-    if settings.recursive and (state_folder(Path(output), settings.state_dir) / NAME).is_file():
+    if settings.recursive and (state_folder(Path(output), settings.state_dir) / HISTORY).is_file():
         reader = HistoryReader(Path(output), settings.state_dir)
         folders |= reader.folders()  # of models that were used before
         reader.close()
@@ -225,21 +229,21 @@ def _check_folders(settings: Settings, manifest: Manifest) -> None:
         if target.exists() and not target.is_dir():
             raise ConfigurationError(f"{target} exists and is not a folder: move it away, or use another --output")
         if not settings.dry_run:
-            _check_writable(target)
+            _check_writable(target, "--output")
+    if settings.state_dir is not None and not settings.dry_run:
+        _check_writable(settings.state_dir, "--state-dir")
 
 
-def _check_writable(target: Path) -> None:
+def _check_writable(target: Path, flag: str) -> None:
     nearest = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
     if not nearest.is_dir():
-        raise ConfigurationError(f"{nearest} is not a folder, so {target} cannot be created: use another --output")
+        raise ConfigurationError(f"{nearest} is not a folder, so {target} cannot be created: use another {flag}")
     if not os.access(nearest, os.W_OK | os.X_OK):
         if _is_read_only(nearest):
             raise ConfigurationError(
-                f"{nearest} is on a read-only file system: make that writable, or use another --output"
+                f"{nearest} is on a read-only file system: make that writable, or use another {flag}"
             )
-        raise ConfigurationError(
-            f"this user may not write to {nearest}: change its permissions, or use another --output"
-        )
+        raise ConfigurationError(f"this user may not write to {nearest}: change its permissions, or use another {flag}")
 
 
 def _is_read_only(folder: Path) -> bool:

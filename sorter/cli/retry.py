@@ -23,7 +23,9 @@ def retry(settings: Settings, *, folder: str, as_json: bool) -> ExitCode:
     output = settings.output_folder
     inbox = output / folder
     if not inbox.is_dir():
-        raise ConfigurationError(f"there is no folder {inbox}: no photo went there, or name the --output of that run")
+        raise ConfigurationError(
+            f"there is no folder {inbox}: no photo went there; if you sorted with --output, pass it here too"
+        )
     # Whoever asks for a retry after undoing one means these photos too.
     again = {"inbox": inbox, "output": output, "once": True, "recursive": True, "include_undone": True}
     return run.run(settings.model_copy(update=again), as_json=as_json)

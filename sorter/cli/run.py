@@ -22,12 +22,12 @@ from sorter.classifier.manifest import Manifest
 from sorter.cli import console, preflight
 from sorter.decisions import Outcome
 from sorter.errors import ConfigurationError, ExitCode, ModelError, NotNowError, StorageError
-from sorter.files import file_systems, inodes, lock
+from sorter.files import HISTORY, file_systems, inodes, lock
 from sorter.files.atomic import make_folder
 from sorter.files.lock import Lock
 from sorter.files.state import state_folder
 from sorter.history.reader import HistoryReader
-from sorter.history.store import NAME, History, Run
+from sorter.history.store import History, Run
 from sorter.inbox.scan import Inbox
 from sorter.moving.mover import Mover
 from sorter.moving.recovery import recover
@@ -262,7 +262,7 @@ def _open_reader(
     output: Path, state_dir: Path | None, stack: ExitStack, *, beside_writer: bool
 ) -> HistoryReader | None:
     """The history for looking up earlier moves; a dry run may find none."""
-    if not (state_folder(output, state_dir) / NAME).is_file():
+    if not (state_folder(output, state_dir) / HISTORY).is_file():
         return None
     reader = HistoryReader(output, state_dir, beside_writer=beside_writer)
     stack.callback(reader.close)

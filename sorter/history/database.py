@@ -33,8 +33,8 @@ class ReadOnlyDatabase:
         try:
             if not path.is_file():
                 raise ConfigurationError(
-                    f"there is no history {path}, so nothing was sorted there: pass the --output, and the "
-                    "--state-dir if there was one, of the sorting"
+                    f"there is no history {path}, so nothing was sorted there: if you sorted with --output or "
+                    "--state-dir, pass them here too"
                 )
             self._open()
         except (sqlite3.DatabaseError, OSError) as error:

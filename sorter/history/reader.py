@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sorter.errors import ConfigurationError
-from sorter.files import FAILED, UNSURE
+from sorter.files import FAILED, HISTORY, UNSURE
 from sorter.files.photo import Photo, file_of
 from sorter.files.state import state_folder
 from sorter.history.database import ReadOnlyDatabase
-from sorter.history.store import NAME, SIDECAR
+from sorter.history.store import SIDECAR
 
 _ENTRY = """
     SELECT m.id, m.run, m.done, m.root, m.source, m.target, m.folder, m.name, m.size, m.mtime_ns, m.kind, m.label,
@@ -109,7 +109,7 @@ class HistoryReader:
     def __init__(self, output: Path, state_dir: Path | None = None, *, beside_writer: bool = False) -> None:
         self._output = Path(os.path.realpath(output))
         self._real_roots: dict[tuple[int, int] | None, bytes] = {}  # by device and inode
-        self._database = ReadOnlyDatabase(state_folder(self._output, state_dir) / NAME, beside_writer=beside_writer)
+        self._database = ReadOnlyDatabase(state_folder(self._output, state_dir) / HISTORY, beside_writer=beside_writer)
 
     def close(self) -> None:
         """Close the file; idempotent."""

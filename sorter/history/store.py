@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from sorter.errors import ConfigurationError, SorterError, StorageError
-from sorter.files import file_systems
+from sorter.files import HISTORY, file_systems
 from sorter.files.photo import Identity, file_of
 from sorter.files.state import state_folder
 from sorter.history import schema
 
-NAME = "history.sqlite3"
 SIDECAR: Final = "sidecar"
 """The kind of a move that follows a photo's."""
 
@@ -114,7 +113,7 @@ class History:
     """
 
     def __init__(self, output: Path, state_dir: Path | None = None) -> None:
-        self.path = state_folder(output, state_dir) / NAME
+        self.path = state_folder(output, state_dir) / HISTORY
         self._file: tuple[int, int] | None = None  # device and inode of the open file
         self._run: Run | None = None
         try:
@@ -138,7 +137,7 @@ class History:
 
     def _check_files(self) -> None:
         """Refuse links, through which SQLite would write to another place."""
-        for name in (NAME, f"{NAME}-wal", f"{NAME}-shm", f"{NAME}-journal"):
+        for name in (HISTORY, f"{HISTORY}-wal", f"{HISTORY}-shm", f"{HISTORY}-journal"):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 status = os.lstat(self.path.with_name(name))
                 if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:

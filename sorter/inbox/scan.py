@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sorter.errors import InboxGoneError
+from sorter.files import FOLDER, HISTORY
 from sorter.files.photo import Identity, Photo, file_of, open_folder, opened_folder
 from sorter.inbox.selection import Selection
 
@@ -47,11 +48,13 @@ class Inbox:
         self.selection = selection or Selection()
         self._real_root = os.path.realpath(root)
         self._excluded = excluded
+        self._anothers: set[str] = set()  # subfolders that other runs sort into
+        self._own_outputs = frozenset(os.path.dirname(folder) for folder in excluded)
         self._excluded_files: frozenset[tuple[int, int]] = frozenset()  # the same by device and inode
         status = root.stat()
         self._folder = (status.st_dev, status.st_ino)
-        self.unlisted: list[str] = []
-        """Subfolders that the last scan could not list."""
+        self.unlisted: dict[str, str] = {}
+        """Subfolders that the last scan did not list, and why."""
         self._changing: dict[str, tuple[Identity, float]] = {}  # name -> what it was, and when that was first seen
 
     @property
@@ -85,9 +88,9 @@ class Inbox:
         """List the inbox, one entry at a time, and yield the settled files.
 
         Raises:
-            InboxGoneError: the inbox cannot be listed. Subfolders that cannot are in `unlisted` afterwards.
+            InboxGoneError: the inbox cannot be listed. Subfolders that are not are in `unlisted` afterwards.
         """
-        self.unlisted = []
+        self.unlisted, self._anothers = {}, set()
         self._excluded_files = frozenset(filter(None, map(file_of, self._excluded)))
         folders = [""]
         while folders:
@@ -101,6 +104,10 @@ class Inbox:
                 raise _gone(self.root, error) from error
             try:
                 if folder and file_of(descriptor) in self._excluded_files:  # reached by another path, such as a mount
+                    continue
+                if folder and self._is_anothers(folder, descriptor):
+                    self._anothers.add(folder)
+                    self.unlisted[folder] = "this folder is sorted by itself: run sorter with it as the --inbox"
                     continue
                 # By descriptor, not path: a swapped link cannot redirect the listing out of the inbox.
                 with os.scandir(descriptor) as entries:
@@ -120,11 +127,25 @@ class Inbox:
 
     def _note_unlisted(self, folder: str, error: OSError) -> None:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):  # gone, or replaced, since it was listed
-            self.unlisted.append(folder)
+            self.unlisted[folder] = "this folder cannot be listed"
+
+    def _is_anothers(self, folder: str, descriptor: int) -> bool:
+        """Whether an open subfolder is the output of other runs: sorting it here too would part it from its history."""
+        if os.path.join(self._real_root, folder) in self._own_outputs:
+            return False
+        try:
+            os.stat(f"{FOLDER}/{HISTORY}", dir_fd=descriptor, follow_symlinks=False)
+        except OSError:
+            return False
+        return True
 
     def enters(self, folder: str) -> bool:
         """Whether photos are taken from a subfolder."""
-        return self.selection.enters(folder) and os.path.join(self._real_root, folder) not in self._excluded
+        return (
+            self.selection.enters(folder)
+            and folder not in self._anothers
+            and os.path.join(self._real_root, folder) not in self._excluded
+        )
 
     def _look(self, name: str, entry: "os.DirEntry[str]", now: float) -> Photo | None:
         if not self.selection.takes(name) or not entry.is_file(follow_symlinks=False):

@@ -18,7 +18,12 @@ from sorter.names import SIDECAR_SUFFIXES
 LATE_SECONDS = 86_400.0
 """A sidecar that arrives so long after its photo still follows it: phones send the film of a Live Photo last."""
 
-_PHOTOS = (".jpg", ".heic", ".jpeg", *sorted((formats.EXTENSIONS | raw.EXTENSIONS) - {".jpg", ".heic", ".jpeg"}))
+PHOTO_EXTENSIONS = (
+    ".jpg",
+    ".heic",
+    ".jpeg",
+    *sorted((formats.EXTENSIONS | raw.EXTENSIONS) - {".jpg", ".heic", ".jpeg"}),
+)
 # Google's motion photos: the film of `PXL_1.MP.jpg` is `PXL_1.MP`, that of its edited copy `PXL_1.MP~2`.
 _GOOGLE_FILM = re.compile(r"\.(?:mp|mv)(?:~\d+)?$", re.IGNORECASE)
 # Google Takeout cuts what stands before `.json` to 46 characters, and puts a counter last: `a(1).jpg` has
@@ -74,7 +79,11 @@ class SidecarNames:
         """The names that a sidecar's photo may have, as programs and cameras write them; the best ones first."""
         for owner, is_name in self.owners(sidecar):
             if not is_name:
-                yield [owner + spelled for ending in _PHOTOS for spelled in (ending, ending.upper(), ending.title())]
+                yield [
+                    owner + spelled
+                    for ending in PHOTO_EXTENSIONS
+                    for spelled in (ending, ending.upper(), ending.title())
+                ]
             elif is_photo(owner):
                 yield [owner]
 
@@ -104,7 +113,7 @@ class SidecarNames:
 
 def is_photo(name: str) -> bool:
     """Whether a name has a photo's extension."""
-    return os.path.splitext(name)[1].lower() in _PHOTOS
+    return os.path.splitext(name)[1].lower() in PHOTO_EXTENSIONS
 
 
 class FolderListing:

@@ -22,7 +22,7 @@ from sorter.history.store import SIDECAR
 _NO_LINKS = (*UNSUPPORTED, errno.EPERM, errno.EMLINK)
 
 _GONE = "the photo itself is gone, so this may be the only copy"
-_ANOTHER = "the photo itself is another one now, so this may be the only copy"
+_ANOTHER = "the original has changed since, so this may be the only copy"
 
 
 Place = tuple[int, str]

@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 
 from sorter.errors import StorageError
-from sorter.files import FOLDER, inodes
+from sorter.files import FOLDER, HISTORY, inodes
 from sorter.files.atomic import (
     UNSUPPORTED,
     ChangedError,
@@ -46,7 +46,6 @@ from sorter.files.atomic import (
 from sorter.files.lease import Lease
 from sorter.files.lock import SORTING
 from sorter.files.photo import Identity, Photo, open_file, opened_folder
-from sorter.history.store import NAME
 from sorter.inbox.sidecars import FolderListing, SidecarNames, exists
 from sorter.moving import copies, linker
 from sorter.moving.copies import Copies
@@ -254,7 +253,7 @@ class Mover:
             folder = status.st_dev, status.st_ino
             # A disk that was unmounted leaves an empty folder: nothing belongs there. One that comes back has the
             # history or the lock, and perhaps another number.
-            was_sorted_into = any((self.output / FOLDER / name).is_file() for name in (NAME, SORTING))
+            was_sorted_into = any((self.output / FOLDER / name).is_file() for name in (HISTORY, SORTING))
             known = self._folder in (None, folder) or comes_with_inbox or was_sorted_into
             if not known:
                 raise OSError(errno.ENODEV, "it is no longer the folder that it was at the start")

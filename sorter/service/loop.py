@@ -169,8 +169,8 @@ class Service:
             self._feed(self._inbox.scan(time.time()))
         finally:
             self._pipeline.backlog = False
-        for folder in self._inbox.unlisted:
-            self._accounting.leave_name(self._inbox.root, folder, "this folder cannot be listed")
+        for folder, reason in self._inbox.unlisted.items():
+            self._accounting.leave_name(self._inbox.root, folder, reason)
 
     def _rescan(self) -> None:
         self._accounting.begin_rescan()
