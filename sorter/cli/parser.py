@@ -61,6 +61,13 @@ class Parser(argparse.ArgumentParser):
         self.commands: dict[str, Parser] = {}
         self.summary = ""
 
+    def parse_known_args(self, *given: Any, **options: Any) -> Any:
+        """As argparse's, but a command refuses what it does not know itself, and so names its own help."""
+        known, unknown = super().parse_known_args(*given, **options)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
+
     def error(self, message: str) -> NoReturn:
         """Print a usage error as one line, and exit."""
         self.exit(ExitCode.USAGE, f"{self.prog}: {message}; see {self.prog} --help\n")

@@ -11,7 +11,7 @@ import fcntl
 import os
 import stat
 import time
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 from sorter.errors import ConfigurationError, NotNowError, StorageError
@@ -155,7 +155,7 @@ def _try_lock(descriptor: int, path: Path) -> bool:
                 "local disk with --state-dir"
             ) from None
         raise
-    now = datetime.now(UTC).isoformat(" ", "seconds")
+    now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
     with contextlib.suppress(OSError):  # a full disk
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename} since {now}\n".encode(), 0)
