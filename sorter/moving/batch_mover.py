@@ -51,6 +51,7 @@ class BatchMover:
     ) -> None:
         self._mover, self._history, self._run = mover, history, run
         self._patient, self._stopping, self._flat = patient, stopping, flat
+        self._storage_failed = False  # since the last copy that was made ahead
         self.blocked: str | None = None
         """Why nothing can be moved at present, while that is so."""
         self.deadline = Deadline()
@@ -93,10 +94,11 @@ class BatchMover:
             # First, because the history must not be created in the empty mount point of an output that is away.
             self._patiently(lambda: self._mover.check_output(plans[0].photo.root))
             self._patiently(lambda: history.intend(moves))
-            for plan in plans:
-                self._patiently(partial(self._mover.copy_ahead, plan), own_seconds=_seconds(plan))
-            for decision, plan in zip(batch, plans, strict=True):
+            self._copy_ahead(plans)
+            for number, (decision, plan) in enumerate(zip(batch, plans, strict=True), 1):
                 outcomes.append(self._move_one(decision, plan))
+                if self._storage_failed:  # then there was no space for the copies of the others either
+                    self._copy_ahead(plans[number:])
         finally:
             for plan in plans:
                 self._mover.withdraw_copy(plan)
@@ -115,6 +117,11 @@ class BatchMover:
                 # Moved is moved, even if it could not be recorded: then its intent is left, and recovery records it.
                 for outcome in outcomes:
                     tell(outcome)
+
+    def _copy_ahead(self, plans: list[Plan]) -> None:
+        self._storage_failed = False
+        for plan in plans:
+            self._patiently(partial(self._mover.copy_ahead, plan), own_seconds=_seconds(plan))
 
     def _settle(self, history: History, inbox: Path, done: list[Move], withdrawn: list[Move]) -> None:
         self._mover.check_output(inbox)
@@ -153,7 +160,7 @@ class BatchMover:
             except StorageError as error:
                 if not self._patient:
                     raise
-                self.blocked = str(error)
+                self.blocked, self._storage_failed = str(error), True
                 if self._stopping.wait(delay_seconds):
                     raise GivenUpError(str(error)) from error
                 delay_seconds = min(_LONGEST_DELAY_SECONDS, 2 * delay_seconds)
