@@ -134,7 +134,7 @@ def _described(options: Options, dataset: Dataset) -> Manifest:
                 "data": f"{options.source.data.resolve().name}, {split.describe(dataset)}",
                 "weights": Path(options.weights).name,
                 "recipe": options.recipe.name,
-                "seed": options.source.seed,
+                "seed": options.seed,
             },
             files={},
         )

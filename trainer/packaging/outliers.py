@@ -19,6 +19,7 @@ from sorter.classifier.manifest import Input, LowResolutionPass, Manifest, Neith
 from sorter.classifier.openvino_graph import at_lower_resolution, layer_output
 from sorter.classifier.outliers import Layer, LearnedDetector, MahalanobisDetector, OutlierDetector, directions
 from trainer.data.layouts import Sample
+from trainer.data.others import HELD_OUT_SHARE
 from trainer.fitting import features
 from trainer.fitting.features import Floats
 from trainer.packaging import metrics
@@ -73,9 +74,8 @@ def fit(
         run = _answers_of(model, "features", described, reporter)
         return learned(run(training, "features of the classes"), run(others, "features of other photos"))
     if others:
-        reporter.say(
-            f"{len(others)} photos of other things are too few to learn from: give at least {MIN_OTHERS * 5 // 4}"
-        )
+        needed = math.ceil(MIN_OTHERS / (1 - HELD_OUT_SHARE))
+        reporter.say(f"{len(others)} photos of other things are too few to learn from: give at least {needed}")
     if not described.head_hidden:
         return None
     step = max(1, len(training) // TRAINING_PHOTOS)

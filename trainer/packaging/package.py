@@ -143,8 +143,7 @@ def _measured(
     calibration = dataset.calibration
     with tempfile.TemporaryDirectory() as scratch:
         draft = manifest_module.write(Path(scratch), draft, files, card="")
-        calibrated = _answers(Path(scratch), draft, calibration, "measuring", reporter)
-        tables = _error_rates(Path(scratch), draft, calibration, reporter)
+        tables, calibrated = _error_rates(Path(scratch), draft, calibration, reporter)
         # The test part is used once, here, after everything has been chosen.
         tested = _answers(Path(scratch), draft, dataset.test, "testing", reporter)
     evaluations = (
@@ -156,8 +155,8 @@ def _measured(
 
 def _error_rates(
     folder: Path, draft: Manifest, calibration: tuple[Sample, ...], reporter: Reporter
-) -> tuple[ErrorRates, ...]:
-    """A table of error rates for each way of running the model.
+) -> tuple[tuple[ErrorRates, ...], Floats]:
+    """A table of error rates for each way of running the model, and what it answers the way it runs by default.
 
     Args:
         folder: of the model.
@@ -165,7 +164,7 @@ def _error_rates(
         calibration: the photos.
         reporter: shows progress.
     """
-    labels, tables = labels_of(calibration), []
+    labels, tables, answers = labels_of(calibration), [], []
     for catch_neither in (False, True) if draft.neither is not None else (False,):
         for name in _ENGINES:
             passes = draft.cascade if name == "openvino" else ()
@@ -174,9 +173,10 @@ def _error_rates(
                 _answers(folder, draft, calibration, title, reporter, lowest, name, catch_neither=catch_neither)
                 for lowest in cascade.levels(passes)
             ]
+            answers.append(by_level[0])
             rates = metrics.risk_coverage(partial(_at, by_level, passes), labels)
             tables.append(ErrorRates(engine=name, catch_neither=catch_neither, rates=rates))
-    return tuple(tables)
+    return tuple(tables), answers[0]
 
 
 def _at(by_level: list[Floats], passes: Sequence[LowResolutionPass], threshold: float) -> Floats:
