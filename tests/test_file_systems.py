@@ -22,6 +22,7 @@ WITHOUT_DATABASES = ("rclone", "fusefat")
 """Where SQLite does not work, or not always; the history has to be on another disk."""
 QUICK = ("mergerfs",)
 PHOTOS = 60
+_TAKEN = 1_700_000_000  # when every second photo was last modified
 _UPLOAD_SECONDS = 7  # rclone uploads what it has cached after 5 s; until then the times of a file change
 
 
@@ -41,7 +42,10 @@ def _contents(folder: Path) -> dict[str, str]:
 
 def _fill(inbox: Path, start: int, count: int) -> None:
     for number in range(start, start + count):
-        (inbox / f"IMG_{number:04}.jpg").write_bytes(photo(number))
+        path = inbox / f"IMG_{number:04}.jpg"
+        path.write_bytes(photo(number))
+        if number % 2:
+            os.utime(path, (_TAKEN, _TAKEN))
 
 
 def _hidden(folder: Path) -> list[str]:
@@ -93,6 +97,7 @@ def _scenario(name: str, disk: Path, local: Path, start: Callable[..., Running],
     undone = _sorter("undo", "--last", *folders)
     assert undone.returncode == 0, undone.stderr
     assert _contents(inbox) == before
+    assert {(inbox / f"IMG_{number:04}.jpg").stat().st_mtime for number in range(1, PHOTOS, 2)} == {_TAKEN}
 
     # Killed in the middle, and carried on.
     kills = (20,) if name in QUICK else (3, 20, 40)
