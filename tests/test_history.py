@@ -195,22 +195,33 @@ def test_the_next_version_of_the_schema_keeps_what_is_there(output: Path, monkey
     assert rows(output, "SELECT stars FROM moves") == [(None,)]
 
 
+OLD_COLUMNS = "token, run, root, source, folder, name, device, inode, size, mtime_ns, kind, label, confidence, done"
+
+
+def old_history(output: Path, monkeypatch: pytest.MonkeyPatch, version: int, *moves: Move) -> None:
+    """Make a history of an older version, in which moves are done."""
+    with monkeypatch.context() as patch, contextlib.closing(sqlite3.connect(output / FOLDER / HISTORY)) as connection:
+        patch.setattr(schema, "_MIGRATIONS", schema._MIGRATIONS[:version])
+        patch.setattr(schema, "NEWEST", version)
+        connection.execute("PRAGMA journal_mode = WAL")
+        schema.upgrade(connection, output / FOLDER / HISTORY)
+        connection.execute("INSERT INTO runs (id, started, version, model) VALUES ('r1', 1.0, '1.0', 'model')")
+        marks = ", ".join(f":{column}" for column in OLD_COLUMNS.split(", "))
+        for done in moves:
+            row = {**store._row(done), "done": 2.0}
+            connection.execute(f"INSERT INTO moves ({OLD_COLUMNS}) VALUES ({marks})", row)
+        connection.commit()
+    assert rows(output, "PRAGMA user_version") == [(version,)]
+
+
 @pytest.fixture
 def version_3(output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An output whose history is from before sidecars were called that: one photo, and its sidecar."""
-    with monkeypatch.context() as patch:
-        patch.setattr(schema, "_MIGRATIONS", schema._MIGRATIONS[:3])
-        patch.setattr(schema, "NEWEST", 3)
-        patch.setattr(store, "_INSERT", store._INSERT.replace(", linked", "").replace(", :linked", ""))
-        history = History(output)
-        history.begin(RUN)
-        moves = [move(1, name="a.jpg"), move(2, name="a.xmp", source="a.xmp", kind="companion", follows="a.jpg")]
-        history.intend(moves[:1])
-        history.settle(moves[:1], [])
-        history.intend(moves[1:])
-        history.settle(moves[1:], [])
-        history.close()
-    assert rows(output, "PRAGMA user_version") == [(3,)]
+    photo, companion = move(1, name="a.jpg"), move(2, name="a.xmp", source="a.xmp", kind="companion")
+    old_history(output, monkeypatch, 3, photo, companion)
+    with contextlib.closing(sqlite3.connect(output / FOLDER / HISTORY)) as connection:
+        connection.execute("UPDATE moves SET follows = 1 WHERE id = 2")
+        connection.commit()
     return output
 
 
