@@ -26,6 +26,7 @@ _ENTRY = """
 
 # Only a sorter's moves have no target: those of an undo and corrections have one.
 _UNDOABLE = " AND m.target IS NULL AND NOT EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id)"
+_PRESENT = f"{_UNDOABLE} AND m.kind <> '{SIDECAR}'"
 _PAGE_ROWS = 1000
 _LARGEST_ID = (1 << 63) - 1
 # Of photos in `unsure/` and `failed/`: it was sorted again since, out of that folder.
@@ -211,9 +212,45 @@ class HistoryReader:
             order: columns.
             limit: at most so many; all if it is negative.
         """
-        query = f"{_ENTRY}{_UNDOABLE} AND m.kind <> '{SIDECAR}'{condition} AND NOT {_SORTED_AGAIN}"
+        query = f"{_ENTRY}{_PRESENT}{condition} AND NOT {_SORTED_AGAIN}"
         found = self._database.rows(f"{query} ORDER BY {order} LIMIT ?", (*values, *self._folders_sorted_again, limit))
         return [self._entry(row) for row in found]
+
+    def count_photos(self, condition: str, values: Sequence[object], *, most: int) -> int:
+        """How many photos `photos` would return, counted up to `most`."""
+        some = (
+            f"SELECT 1 FROM moves m WHERE m.done IS NOT NULL{_PRESENT}{condition} "  # noqa: S608
+            f"AND NOT {_SORTED_AGAIN} LIMIT ?"
+        )
+        values = (*values, *self._folders_sorted_again, most)
+        return int(self._database.rows(f"SELECT count(*) FROM ({some})", values)[0][0])
+
+    def photo_folders(self) -> set[str]:
+        """The folders that photos are in, or were in until they were restored."""
+        # One step in the index for each folder, however many photos it has.
+        query = (
+            "WITH RECURSIVE f (folder) AS (SELECT min(now_folder) FROM moves m WHERE {0} UNION ALL "
+            "SELECT (SELECT min(now_folder) FROM moves m WHERE {0} AND now_folder > f.folder) FROM f "
+            "WHERE f.folder IS NOT NULL) SELECT folder FROM f WHERE folder IS NOT NULL"
+        ).format(f"m.target IS NULL AND m.kind <> '{SIDECAR}'")
+        return {folder for (folder,) in self._database.rows(query, ())}
+
+    def verdicts(self, photos: Sequence[int]) -> dict[int, str | None]:
+        """The last label that a person gave each of these photos, None for none of the classes, by the photo's ID."""
+        found: dict[int, str | None] = {}
+        for start in range(0, len(photos), _PAGE_ROWS):
+            some = photos[start : start + _PAGE_ROWS]
+            marks = ", ".join("?" * len(some))
+            found |= self._database.rows(f"SELECT move, label FROM verdicts WHERE move IN ({marks}) ORDER BY id", some)  # noqa: S608
+        return found
+
+    def sorting_runs(self, limit: int) -> list[tuple[str, float]]:
+        """The last runs that sorted photos, the newest first: their IDs, and when they started."""
+        query = (
+            "SELECT id, started FROM runs r WHERE kind = 'run' AND EXISTS (SELECT 1 FROM moves WHERE run = r.id) "
+            "ORDER BY started DESC LIMIT ?"
+        )
+        return [(run, started) for run, started in self._database.rows(query, (limit,))]
 
     def last_sorted(self, root: Path, names: Sequence[str], since: float) -> Entry | None:
         """The last photo with one of these names that was sorted, if it still is where it went.

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import jinja2
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -29,6 +29,7 @@ from sorter.review.spot_check import SpotCheck
 
 MAX_BODY_BYTES = 1_000_000
 MAX_VERDICTS = 500
+_T = TypeVar("_T")
 _STATIC = {"review.js": "text/javascript", "review.css": "text/css", "icon.svg": "image/svg+xml"}
 
 
@@ -76,6 +77,7 @@ def build(review: Review, token: str, port: int) -> ASGIApp:
         Route("/api/views", routes.views),
         Route("/api/deck", routes.deck),
         Route("/api/failed", routes.failed),
+        Route("/api/card/{photo:int}", routes.card),
         Route("/api/check", routes.check),
         Route("/api/decide", routes.decide, methods=["POST"]),
         Route("/api/take-back", routes.take_back, methods=["POST"]),
@@ -104,9 +106,12 @@ class _Routes:
         self._static = {name: (folder / "static" / name).read_bytes() for name in _STATIC}
         template = (folder / "templates" / "page.html").read_text(encoding="utf-8")
         environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-        labels = [{"label": label, "folder": review.folders[label], "key": key} for label, key in review.keys.items()]
+        labels = [
+            {"label": label, "folder": folder, "key": review.keys.get(label, "")}
+            for label, folder in review.folders.items()
+        ]
         self._page = environment.from_string(template).render(
-            title=review.title, labels=labels, check=0 if review.check is None else review.check.wanted
+            title=review.title, labels=labels, check=0 if review.check is None else review.check.drawn
         )
 
     def page(self, _request: Request) -> Response:
@@ -123,7 +128,7 @@ class _Routes:
     def views(self, _request: Request) -> Response:
         """What can be looked at: the folders, and the last runs."""
         deck = self._review.deck
-        runs = [{"id": run.id, "started": run.started, "photos": run.photos} for run in deck.runs()]
+        runs = [{"id": run, "started": started} for run, started in deck.runs()]
         return JSONResponse({"folders": deck.folders(), "runs": runs})
 
     def deck(self, request: Request) -> Response:
@@ -148,6 +153,13 @@ class _Routes:
         except ValueError:
             raise HTTPException(400, "there is no such page: reload the page") from None
         return JSONResponse({"photos": [{"name": shown(c.place), "why": c.why} for c in cards], "after": following})
+
+    def card(self, request: Request) -> Response:
+        """One card, for a photo that has changed since the page got it."""
+        card = self._card(request.path_params["photo"])
+        if card is None:
+            raise HTTPException(404, "the photo is gone")
+        return JSONResponse(_shown(card) if self._review.check is None else _hidden(card))
 
     def photo(self, request: Request) -> Response:
         """The picture of a photo, in the version that the page has the card of."""
@@ -209,7 +221,7 @@ class _Routes:
         return self._review.deck.card(photo) if photo < 1 << 63 else None
 
 
-async def _read[T](request: Request, kind: TypeAdapter[T]) -> T:
+async def _read(request: Request, kind: TypeAdapter[_T]) -> _T:
     """The body of a request, checked."""
     body = bytearray()
     async for chunk in request.stream():

@@ -10,14 +10,14 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date, datetime, time, timedelta
 from pathlib import Path
 
 from sorter.files import FAILED, UNSURE
 from sorter.files.photo import Identity, Photo, opened_folder
-from sorter.history.reader import Entry, HistoryReader, RunEntry
+from sorter.history.reader import Entry, HistoryReader
 
 PAGE = 100
 MOST_COUNTED = 10_000
@@ -30,6 +30,13 @@ _TO_SORT = " AND m.kind IN ('sorted', 'unsure')"
 
 Key = Sequence[float]
 """Where a page ends: the values by which its view is ordered."""
+# What follows a key, in which order; the key before the first photo; and that of a photo.
+_Order = tuple[str, str, Key, Callable[[Entry], Key]]
+_NEWEST: _Order = ("(m.done, m.id) < (?, ?)", "m.done DESC, m.id DESC", (1e300, 0), lambda e: (e.done, e.id))
+_ORDERS: dict[str, _Order] = {
+    "folder": ("(m.confidence, m.id) > (?, ?)", "m.confidence, m.id", (-1, 0), lambda e: (e.confidence or 0, e.id)),
+    "run": ("m.id > ?", "m.id", (0,), lambda e: (e.id,)),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +85,13 @@ class Deck:
     def folders(self) -> list[str]:
         """The folders that have photos to look at, `unsure` first."""
         with self._lock:
-            found = self._reader.current_folders()
+            found = self._reader.photo_folders()
         return sorted(found - {FAILED}, key=lambda folder: (folder != UNSURE, folder))
 
-    def runs(self) -> list[RunEntry]:
-        """The last runs that sorted photos, the newest first."""
+    def runs(self) -> list[tuple[str, float]]:
+        """The last runs that sorted photos, the newest first: their IDs, and when they started."""
         with self._lock:
-            return self._reader.runs(_RUNS)
+            return self._reader.sorting_runs(_RUNS)
 
     def page(self, view: str, after: str | None = None) -> tuple[list[Card], str | None]:
         """The next photos to look at.
@@ -101,7 +108,16 @@ class Deck:
             ValueError: there is no such view, or no page could end there.
         """
         read, key = self._view(view), None if after is None else _key(after)
-        return self._filled(lambda following: read(following), key)
+        cards: list[Card] = []
+        for _ in range(_MOST_PAGES):
+            found = read(key)
+            cards += filter(None, (self._look(entry) for entry, _ in found))
+            if len(found) < PAGE:
+                return cards, None
+            key = found[-1][1]
+            if len(cards) >= PAGE:
+                break
+        return cards, json.dumps(key)
 
     def left(self, view: str) -> int:
         """How many photos a view has, up to `MOST_COUNTED`, files that are gone included.
@@ -130,47 +146,31 @@ class Deck:
         return self._look(found[0]) if found else None
 
     def sample(self, number: int) -> list[Entry]:
-        """Sorted photos at random, decided or not."""
+        """Sorted photos at random, decided or not, whose files are there."""
         with self._lock:
-            return self._reader.photos(" AND m.kind = 'sorted'", order="random()", limit=number)
+            found = self._reader.photos(" AND m.kind = 'sorted'", order="random()", limit=2 * number)
+        return [entry for entry in found if self._look(entry) is not None][:number]
 
-    def _filled(
-        self, read: "Callable[[Key | None], list[tuple[Entry, Key]]]", key: Key | None
-    ) -> tuple[list[Card], str | None]:
-        """A page of photos whose files are there."""
-        cards: list[Card] = []
-        for _ in range(_MOST_PAGES):
-            found = read(key)
-            cards += filter(None, (self._look(entry) for entry, _ in found))
-            if len(found) < PAGE:
-                return cards, None
-            key = found[-1][1]
-            if len(cards) >= PAGE:
-                break
-        return cards, json.dumps(key)
+    def verdicts(self, photos: Sequence[int]) -> dict[int, str | None]:
+        """The labels that a person gave photos, None for neither; photos without a verdict are missing."""
+        with self._lock:
+            return self._reader.verdicts(photos)
 
     def _view(self, view: str) -> "Callable[[Key | None], list[tuple[Entry, Key]]]":
+        """What reads the photos of a view that follow a key, each with its own."""
         condition, values = self._condition(view)
         if view == "least-sure":
             return self._least_sure
-        if view.startswith("folder:"):
-            return lambda key: [
-                (entry, (entry.confidence or 0.0, entry.id))
-                for entry in self._entries(
-                    f"{condition} AND (m.confidence, m.id) > (?, ?)", [*values, *(key or (-1, 0))], "m.confidence, m.id"
-                )
-            ]
-        if view.startswith("run:"):
-            return lambda key: [
-                (entry, (entry.id,))
-                for entry in self._entries(f"{condition} AND m.id > ?", [*values, *(key or (0,))], "m.id")
-            ]
-        return lambda key: [
-            (entry, (entry.done, entry.id))
-            for entry in self._entries(
-                f"{condition} AND (m.done, m.id) < (?, ?)", [*values, *(key or (1e300, 0))], "m.done DESC, m.id DESC"
-            )
-        ]
+        kind = view.partition(":")[0]
+        bound, order, first, key_of = _ORDERS.get(kind, _NEWEST)
+
+        def read(key: Key | None) -> list[tuple[Entry, Key]]:
+            if key is not None and len(key) != len(first):
+                raise ValueError(view)
+            found = self._entries(f"{condition} AND {bound}", [*values, *(key or first)], order)
+            return [(entry, key_of(entry)) for entry in found]
+
+        return read
 
     def _condition(self, view: str) -> tuple[str, list[object]]:
         """What a view shows, on the rows `m` of `moves`, and its values."""
@@ -183,9 +183,14 @@ class Deck:
         if kind == "run" and name:
             return f"{to_look_at} AND m.run = ?", [name]
         if kind == "day":
-            day = date.fromisoformat(name)
-            start, end = (datetime.combine(d, time()).timestamp() for d in (day, day + timedelta(1)))
-            return f"{to_look_at} AND m.done >= ? AND m.done < ?", [start, end]
+            day = datetime.combine(date.fromisoformat(name), time())
+            try:
+                return f"{to_look_at} AND m.done >= ? AND m.done < ?", [
+                    day.timestamp(),
+                    (day + timedelta(1)).timestamp(),
+                ]
+            except OverflowError:
+                pass
         raise ValueError(view)
 
     def _least_sure(self, key: Key | None) -> list[tuple[Entry, Key]]:
@@ -231,6 +236,6 @@ def _card(entry: Entry, file: Photo | None) -> Card:
 
 def _key(text: str) -> list[float]:
     key = json.loads(text)
-    if not isinstance(key, list) or not all(isinstance(part, (int, float)) for part in key):
+    if not isinstance(key, list) or not all(isinstance(part, (int, float)) and abs(part) < 1 << 63 for part in key):
         raise ValueError(text)
     return key
