@@ -19,7 +19,8 @@ from sorter.history.store import SIDECAR
 _ENTRY = """
     SELECT m.id, m.run, m.done, m.root, m.source, m.target, m.now_folder, m.now_name, m.size, m.mtime_ns, m.kind,
         m.label, m.confidence, m.reason, m.detail, m.follows, m.linked, r.model,
-        EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL), m.corrected_by
+        EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL),
+        (m.now_folder, m.now_name) <> (m.folder, m.name)
     FROM moves m JOIN runs r ON r.id = m.run
     WHERE m.done IS NOT NULL
 """
@@ -54,7 +55,7 @@ class Entry:
         follows: the `id` of its photo, for a sidecar.
         linked: whether the file stayed at `source`, with a link or a copy at `destination`.
         undone: whether it was restored since.
-        corrected: whether a person moved it to another folder since.
+        corrected: whether a person has put it into another place than it was sorted to.
     """
 
     id: int
@@ -77,6 +78,19 @@ class Entry:
     model: str
     undone: bool
     corrected: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GivenVerdict:
+    """The newest verdict on a photo.
+
+    Attributes:
+        id: of its row.
+        came_from: the path inside the output from where it moved the photo; None if it moved nothing.
+    """
+
+    id: int
+    came_from: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,32 +239,32 @@ class HistoryReader:
         values = (*values, *self._folders_sorted_again, most)
         return int(self._database.rows(f"SELECT count(*) FROM ({some})", values)[0][0])
 
-    def photo_folders(self) -> set[str]:
-        """The folders that photos are in, or were in until they were restored."""
-        # One step in the index for each folder, however many photos it has.
-        query = (
-            "WITH RECURSIVE f (folder) AS (SELECT min(now_folder) FROM moves m WHERE {0} UNION ALL "
-            "SELECT (SELECT min(now_folder) FROM moves m WHERE {0} AND now_folder > f.folder) FROM f "
-            "WHERE f.folder IS NOT NULL) SELECT folder FROM f WHERE folder IS NOT NULL"
-        ).format(f"m.target IS NULL AND m.kind <> '{SIDECAR}'")
-        return {folder for (folder,) in self._database.rows(query, ())}
+    def photo(self, id_: int) -> Entry | None:
+        """The photo with this sorting move, if it is in the output."""
+        return next(iter(self.photos(" AND m.id = ?", (id_,))), None)
 
-    def verdicts(self, photos: Sequence[int]) -> dict[int, str | None]:
-        """The last label that a person gave each of these photos, None for none of the classes, by the photo's ID."""
-        found: dict[int, str | None] = {}
-        for start in range(0, len(photos), _PAGE_ROWS):
-            some = photos[start : start + _PAGE_ROWS]
-            marks = ", ".join("?" * len(some))
-            found |= self._database.rows(f"SELECT move, label FROM verdicts WHERE move IN ({marks}) ORDER BY id", some)  # noqa: S608
-        return found
+    def sidecars(self, photo: Entry) -> list[Entry]:
+        """The sidecars that followed a photo and were not restored."""
+        query = f"{_ENTRY}{_UNDOABLE} AND m.kind = '{SIDECAR}' AND m.follows = ? ORDER BY m.id"
+        return [self._entry(row) for row in self._database.rows(query, (photo.id,))]
 
-    def sorting_runs(self, limit: int) -> list[tuple[str, float]]:
-        """The last runs that sorted photos, the newest first: their IDs, and when they started."""
+    def sidecar_at(self, place: str) -> Entry | None:
+        """The sidecar that was moved to a path inside the output, last if there were several."""
+        folder, _, name = place.partition("/")
+        query = f"{_ENTRY}{_UNDOABLE} AND m.kind = '{SIDECAR}' AND m.now_name = ? AND CAST(m.now_folder AS BLOB) = ?"
+        values = (os.fsencode(name), os.fsencode(folder))
+        rows = self._database.rows(f"{query} ORDER BY m.placed_by DESC LIMIT 1", values)
+        return next(map(self._entry, rows), None)
+
+    def newest_verdict(self, photo: Entry) -> GivenVerdict | None:
+        """The newest verdict on a photo that was not taken back."""
         query = (
-            "SELECT id, started FROM runs r WHERE kind = 'run' AND EXISTS (SELECT 1 FROM moves WHERE run = r.id) "
-            "ORDER BY started DESC LIMIT ?"
+            "SELECT v.id, c.source FROM verdicts v LEFT JOIN moves c ON c.id = v.correction "
+            "WHERE v.move = ? ORDER BY v.id DESC LIMIT 1"
         )
-        return [(run, started) for run, started in self._database.rows(query, (limit,))]
+        for id_, source in self._database.rows(query, (photo.id,)):
+            return GivenVerdict(id_, None if source is None else os.fsdecode(source))
+        return None
 
     def last_sorted(self, root: Path, names: Sequence[str], since: float) -> Entry | None:
         """The last photo with one of these names that was sorted, if it still is where it went.
@@ -349,7 +363,7 @@ class HistoryReader:
 
     def _entry(self, row: Sequence[Any]) -> Entry:
         id_, run, done, root, source, target, folder, name, size, mtime_ns, *why = row
-        kind, label, confidence, reason, detail, follows, linked, model, undone, corrected_by = why
+        kind, label, confidence, reason, detail, follows, linked, model, undone, corrected = why
         root, source, name = (os.fsdecode(part) for part in (root, source, name))
         there = str(self._output) if target is None else os.fsdecode(target)
         return Entry(
@@ -372,7 +386,7 @@ class HistoryReader:
             linked=bool(linked),
             model=model,
             undone=bool(undone),
-            corrected=corrected_by is not None,
+            corrected=bool(corrected),
         )
 
 

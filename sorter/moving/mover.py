@@ -31,6 +31,7 @@ from sorter.files.atomic import (
     UNSUPPORTED,
     ChangedError,
     StayedError,
+    TakenError,
     check_removable,
     give_back,
     make_folder,
@@ -224,7 +225,7 @@ class Mover:
             assert isinstance(error, StayedError | StorageError)
             return error
         if error.errno == errno.EEXIST:
-            return ChangedError("its name in the output was taken meanwhile")
+            return TakenError("its name in the output was taken meanwhile")
         place = self.output / folder
         # A subfolder that refuses concerns the photos from one folder only.
         output_refuses = (

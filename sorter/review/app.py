@@ -210,7 +210,7 @@ class _Routes:
         answers = []
         for outcome in outcomes:
             card = self._card(outcome.photo)
-            answer: dict[str, Any] = {"photo": outcome.photo, "error": outcome.error, "changed": outcome.is_changed}
+            answer: dict[str, Any] = {"photo": outcome.photo, "error": shown(outcome.error), "changed": outcome.is_changed}
             if card is not None:
                 hidden = self._review.check is not None and bool(outcome.error)
                 answer["card"] = _hidden(card) if hidden else _shown(card)

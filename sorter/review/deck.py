@@ -16,8 +16,9 @@ from datetime import date, datetime, time, timedelta
 from pathlib import Path
 
 from sorter.files import FAILED, UNSURE
-from sorter.files.photo import Identity, Photo, opened_folder
-from sorter.history.reader import Entry, HistoryReader
+from sorter.files.photo import COARSE_NS, Identity, Photo, opened_folder
+from sorter.history.reader import Entry
+from sorter.history.review_reader import ReviewReader
 
 PAGE = 100
 MOST_COUNTED = 10_000
@@ -75,7 +76,7 @@ class Deck:
 
     def __init__(self, output: Path, state_dir: Path | None = None) -> None:
         self._output = Path(os.path.realpath(output))
-        self._reader = HistoryReader(output, state_dir, beside_writer=True)
+        self._reader = ReviewReader(output, state_dir, beside_writer=True)
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -211,7 +212,7 @@ class Deck:
             return self._reader.photos(condition, values, order=order, limit=PAGE)
 
     def _look(self, entry: Entry) -> Card | None:
-        """An entry with its file as it is now; None if there is none."""
+        """An entry with its file; None if that is gone, or has changed since it was sorted."""
         folder, base = os.path.split(entry.place)
         try:
             with opened_folder(self._output, folder) as descriptor:
@@ -219,6 +220,9 @@ class Deck:
         except OSError:
             return None
         if not stat.S_ISREG(status.st_mode):
+            return None
+        # Nobody sorted this version: it is its owner's, and no verdict on it would be taken.
+        if status.st_size != entry.size or abs(status.st_mtime_ns - entry.mtime_ns) > COARSE_NS:
             return None
         return _card(entry, Photo(self._output, entry.place, Identity.of(status), entry.done))
 
