@@ -47,10 +47,11 @@ def review(settings: Settings, *, port: int | None, check: int | None) -> ExitCo
 
     output, model = settings.output_folder, manifest.read(settings.model)
     folders = {one.label: one.folder for one in model.classes}
+    sidecars = SidecarNames(settings.sidecar_suffixes)
     limits = Limits(settings.max_megapixels, settings.max_jpeg_megapixels)
     with (
         closing(server.listen(port)) as listener,
-        closing(Corrections(output, model.classes, settings.state_dir, SidecarNames(settings.sidecar_suffixes))) as corrections,
+        closing(Corrections(output, model.classes, settings.state_dir, sidecars)) as corrections,
         closing(Deck(output, settings.state_dir)) as deck,
         closing(Pictures(limits, int(settings.max_megabytes * 1e6), settings.decode_timeout_seconds)) as pictures,
     ):

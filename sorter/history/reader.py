@@ -237,7 +237,7 @@ class HistoryReader:
             f"AND NOT {_SORTED_AGAIN} LIMIT ?"
         )
         values = (*values, *self._folders_sorted_again, most)
-        return int(self._database.rows(f"SELECT count(*) FROM ({some})", values)[0][0])
+        return int(self._database.rows(f"SELECT count(*) FROM ({some})", values)[0][0])  # noqa: S608
 
     def photo(self, id_: int) -> Entry | None:
         """The photo with this sorting move, if it is in the output."""

@@ -17,11 +17,12 @@ class ReviewReader(HistoryReader):
     def photo_folders(self) -> set[str]:
         """The folders that photos are in, or were in until they were restored."""
         # One step in the index for each folder, however many photos it has.
+        sorted_photos = f"moves m WHERE m.target IS NULL AND m.kind <> '{SIDECAR}'"
         query = (
-            "WITH RECURSIVE f (folder) AS (SELECT min(now_folder) FROM moves m WHERE {0} UNION ALL "
-            "SELECT (SELECT min(now_folder) FROM moves m WHERE {0} AND now_folder > f.folder) FROM f "
+            f"WITH RECURSIVE f (folder) AS (SELECT min(now_folder) FROM {sorted_photos} UNION ALL "  # noqa: S608
+            f"SELECT (SELECT min(now_folder) FROM {sorted_photos} AND now_folder > f.folder) FROM f "
             "WHERE f.folder IS NOT NULL) SELECT folder FROM f WHERE folder IS NOT NULL"
-        ).format(f"m.target IS NULL AND m.kind <> '{SIDECAR}'")
+        )
         return {folder for (folder,) in self._database.rows(query, ())}
 
     def verdicts(self, photos: Sequence[int]) -> dict[int, str | None]:

@@ -1,7 +1,7 @@
 """The page's routes: what it asks for, and what it sends.
 
-In: requests that passed the `Guard`. Out: the page, cards of photos, their pictures, and corrections. No path ever comes
-in: a photo is named by its row in the history. Everything waits in threads, and corrections wait for each other.
+In: requests that passed the `Guard`. Out: the page, cards of photos, their pictures, and corrections. No path ever
+comes in: a photo is named by its row in the history. Everything waits in threads, and corrections wait for each other.
 """
 
 import threading
@@ -210,7 +210,7 @@ class _Routes:
         answers = []
         for outcome in outcomes:
             card = self._card(outcome.photo)
-            answer: dict[str, Any] = {"photo": outcome.photo, "error": shown(outcome.error), "changed": outcome.is_changed}
+            answer: dict[str, Any] = {"photo": outcome.photo, "error": shown(outcome.error)}
             if card is not None:
                 hidden = self._review.check is not None and bool(outcome.error)
                 answer["card"] = _hidden(card) if hidden else _shown(card)

@@ -108,7 +108,8 @@ class Deck:
         Raises:
             ValueError: there is no such view, or no page could end there.
         """
-        read, key = self._view(view), None if after is None else _key(after)
+        read = self._view(view)
+        key: Key | None = None if after is None else _key(after)
         cards: list[Card] = []
         for _ in range(_MOST_PAGES):
             found = read(key)

@@ -1,8 +1,8 @@
 """Who may talk to the page: everything that is checked before a request reaches it.
 
-In: requests from whatever reaches this machine's loopback: the page, other pages in the same browser, other programs and
-users. Out: the requests of the page alone, and the headers that keep its answers to itself. There is no cookie: cookies
-are not separated by port, so every other server on this machine would get it.
+In: requests from whatever reaches this machine's loopback: the page, other pages in the same browser, other programs
+and users. Out: the requests of the page alone, and the headers that keep its answers to itself. There is no cookie:
+cookies are not separated by port, so every other server on this machine would get it.
 """
 
 import hmac

@@ -6,6 +6,7 @@ In: the application. Out: one address, which has a secret in it that is new at e
 import html
 import os
 import secrets
+import signal
 import socket
 import sys
 import tempfile
@@ -63,7 +64,12 @@ def listen(port: int | None) -> socket.socket:
 
 
 def serve(app: ASGIApp, listener: socket.socket) -> None:
-    """Answer requests until SIGINT or SIGTERM."""
+    """Answer requests until SIGINT, SIGTERM or, unless it is ignored, SIGHUP."""
+    # uvicorn raises the signal again that ended it: here as an exception, so that everything is closed.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     config = uvicorn.Config(
         app,
         access_log=False,  # the token is in the path
@@ -76,7 +82,7 @@ def serve(app: ASGIApp, listener: socket.socket) -> None:
         timeout_graceful_shutdown=_GOODBYE_SECONDS,
         ws="none",
     )
-    with suppress(KeyboardInterrupt):  # raised again at the end
+    with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
 
 

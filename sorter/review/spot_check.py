@@ -56,6 +56,6 @@ class SpotCheck:
         low, high = wilson(right, len(judged))
         claimed = sum(entry.confidence or 0.0 for entry in judged) / len(judged)
         return (
-            f"{right} of {len(judged)} photos drawn at random are right: {right / len(judged):.1%}, with a 95 % interval "
-            f"from {low:.1%} to {high:.1%}. The model claims {claimed:.1%}."
+            f"{right} of {len(judged)} photos drawn at random are right: {right / len(judged):.1%} "
+            f"(95 % interval {low:.1%} to {high:.1%}). The model claims {claimed:.1%}."
         )

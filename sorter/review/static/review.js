@@ -158,7 +158,7 @@ async function advance() {
 
 // --- words ---
 
-const percent = (share) => `${(Math.floor(share * 1000) / 10).toFixed(1)} %`;
+const percent = (share) => `${(Math.floor(share * 1000) / 10).toFixed(1)}\u00a0%`;
 const told = (label) => (label === null ? neither : label);
 const neither = labels.length === 2 ? "neither" : "none of these";
 const model = (photo) => (photo.label ? `${photo.label}, ${percent(photo.confidence)}` : "");
@@ -275,7 +275,7 @@ function tile(photo) {
   image.loading = "lazy";
   image.alt = "";
   image.src = address(photo, THUMBNAIL);
-  words.textContent = check ? photo.name : model(photo);
+  words.textContent = check ? photo.name : `${photo.folder === "unsure" ? "unsure: " : ""}${model(photo)}`;
   element.append(image, words);
   element.role = "option";
   element.ariaLabel = `${photo.name}. ${describe(photo)}`;
@@ -332,6 +332,8 @@ const columns = () => getComputedStyle($("grid")).gridTemplateColumns.split(" ")
 
 function turnGrid() {
   many = !many;
+  selected.clear();
+  say("");
   document.body.classList.remove("full");
   document.activeElement?.blur();
   show();
@@ -357,8 +359,8 @@ function leave() {
 // --- keys and buttons, from one table ---
 
 const table = [
-  ...labels.map(({ label, key }) => ({ keys: key ? [key] : [], name: label, help: `It is ${label}`, run: () => decide(label), where: "actions" })),
-  { keys: ["u"], name: neither, help: "It is none of the model's classes: to unsure/", run: () => decide(null), where: "actions" },
+  ...labels.map(({ label, key }) => ({ keys: key ? [key] : [], name: label, help: `It is: ${label}`, run: () => decide(label), where: "actions" })),
+  { keys: ["u"], name: neither, help: "It is none of the model's classes, and goes to unsure/", run: () => decide(null), where: "actions" },
   { keys: ["Enter", " "], name: "confirm", help: "The model is right", run: () => decide(), where: check ? "" : "actions" },
   { keys: ["Backspace", "Ctrl+z"], name: "take back", help: "Take the last decision back", run: takeBack, where: "actions" },
   { keys: ["ArrowLeft", "k"], name: "back", help: "The photo before, without a decision", run: () => go(-1), where: "actions", repeats: true },
