@@ -52,18 +52,32 @@ function send(path, body, step) {
 
 async function work() {
   while (jobs.length) {
-    const job = jobs[0];
+    const job = merged();
+    let outcomes = [];
     try {
-      const { outcomes } = await api(job.path, job.body);
-      const failed = outcomes.filter((outcome) => !settle(outcome, job));
-      if (!failed.length) announce(job, outcomes);
+      ({ outcomes } = await api(job.path, job.body));
     } catch (error) {
       job.step.forEach((one) => revert(one, job.path));
       notice(error.message);
-      show();
     }
     jobs.shift();
+    const failed = outcomes.filter((outcome) => !settle(outcome, job));
+    if (outcomes.length > failed.length) announce(job, outcomes.length);
+    show();
   }
+}
+
+// Decisions that waited for the same answer go together; one on a photo that is among them already does not.
+function merged() {
+  const [job] = jobs;
+  const isNew = ({ photo }) => !job.step.some((one) => one.photo === photo);
+  while (job.path === "decide" && jobs[1]?.path === "decide" && job.body.length + jobs[1].body.length <= MOST) {
+    if (!jobs[1].step.every(isNew)) break;
+    const [next] = jobs.splice(1, 1);
+    job.body.push(...next.body);
+    job.step.push(...next.step);
+  }
+  return job;
 }
 
 function settle(outcome, job) {
@@ -71,11 +85,17 @@ function settle(outcome, job) {
   if (outcome.card) Object.assign(one.photo, outcome.card);
   if (!outcome.error) return true;
   revert(one, job.path);
-  if (!outcome.card) photos = photos.filter((photo) => photo !== one.photo);
-  else if (photos.includes(one.photo)) at = photos.indexOf(one.photo);
   notice(`${one.photo.name}: ${outcome.error}`);
   tiles.delete(one.photo.id);
-  show();
+  // It comes again after the one in front, so that no key meant for that one hits it; if it is gone, it does not.
+  const front = photos[at];
+  photos = photos.filter((photo) => photo !== one.photo || photo === front);
+  at = front ? photos.indexOf(front) : photos.length;
+  if (outcome.card && one.photo !== front) photos.splice(front ? at + 1 : at, 0, one.photo);
+  else if (!outcome.card) {
+    photos = photos.filter((photo) => photo !== one.photo);
+    left -= 1;
+  }
   return false;
 }
 
@@ -162,7 +182,13 @@ const percent = (share) => `${(Math.floor(share * 1000) / 10).toFixed(1)}\u00a0%
 const told = (label) => (label === null ? neither : label);
 const neither = labels.length === 2 ? "neither" : "none of these";
 const model = (photo) => (photo.label ? `${photo.label}, ${percent(photo.confidence)}` : "");
-const leftText = () => (left >= 10000 ? "more than 10,000 left" : `${left.toLocaleString("en")} left`);
+
+// What is on its way counts as left: it is not recorded yet.
+function leftText() {
+  const waiting = jobs.flatMap((job) => job.step.map(({ before }) => (before !== undefined ? 0 : job.path === "decide" ? 1 : -1)));
+  const count = waiting.reduce((sum, one) => sum + one, left);
+  return left >= 10000 ? "more than 10,000 left" : `${count.toLocaleString("en")} left`;
+}
 
 function describe(photo) {
   const said = given.get(photo.id);
@@ -184,12 +210,12 @@ function notice(text) {
   $("notice").hidden = !text;
 }
 
-function announce(job, outcomes) {
+function announce(job, count) {
   const { photo, said } = job.step[0];
-  let what = `${outcomes.length} photos are decided`;
-  if (job.path === "take-back") what = outcomes.length === 1 ? `${photo.name}: taken back` : `${outcomes.length} photos: taken back`;
-  else if (outcomes.length === 1 && check) what = `${photo.name}: you say ${told(said)}, the model said ${model(photo)}`;
-  else if (outcomes.length === 1) what = `${photo.name} is in ${photo.folder}/ now`;
+  let what = `${count} photos are decided`;
+  if (job.path === "take-back") what = count === 1 ? `${photo.name}: taken back` : `${count} photos: taken back`;
+  else if (count === 1 && check) what = `${photo.name}: you say ${told(said)}, the model said ${model(photo)}`;
+  else if (count === 1) what = `${photo.name} is in ${photo.folder}/ now`;
   say(`${what}, ${leftText()}.`);
 }
 
@@ -245,6 +271,7 @@ function showOne(photo) {
   const image = picture(photo);
   image.alt = `${photo.name}. ${describe(photo)}`;
   if ($("picture").firstChild !== image) $("picture").replaceChildren(image);
+  $("name").title = photo.name;
   $("name").textContent = check ? photo.name : `${photo.folder}/${photo.name}`;
   $("said").textContent = describe(photo);
   $("sure").hidden = photo.confidence === undefined || photo.confidence === null || given.has(photo.id);
@@ -258,13 +285,11 @@ function showOne(photo) {
 async function showEnd(isMore) {
   $("end").hidden = Boolean(isMore);
   if (isMore) return;
-  if (after !== null) $("end").textContent = "Loading…";
+  if (jobs.length) $("end").textContent = "Saving…";
+  else if (after !== null) $("end").textContent = "Loading…";
   else if (!photos.length) $("end").textContent = "There is nothing to look at here.";
   else if (!check) $("end").textContent = "That was the last one: everything here is decided.";
-  else {
-    while (jobs.length) await new Promise((resolve) => setTimeout(resolve, 50));
-    $("end").textContent = (await api("check")).sentence;
-  }
+  else $("end").textContent = await api("check").then(({ sentence }) => sentence, (error) => error.message);
 }
 
 function tile(photo) {
