@@ -34,6 +34,7 @@ from sorter.service.loop import Service
 from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
+BROWN = (128, 124, 60)  # a cat at 62 %
 How = Literal["corrected", "confirmed", "checked"]
 
 
@@ -477,16 +478,44 @@ def test_a_sidecar_that_arrives_later_follows_to_where_its_photo_is_now(library:
     assert read_tree(library.inbox) == {"a.jpg": plain(RED), "a.xmp": b"late"}
 
 
-def test_a_photo_that_is_corrected_and_sorted_again_counts_once_and_goes_back_step_by_step(library: Library) -> None:
+def test_a_retry_leaves_alone_what_a_person_called_neither(library: Library) -> None:
+    make_tree(library.inbox, {"a.jpg": plain(BROWN), "b.jpg": plain(BROWN, 1), "c.jpg": plain(BROWN, 2)})
+    library.sort(min_confidence=0.9)
+    library.decide(library.verdict("a.jpg", None, "confirmed"), library.verdict("c.jpg", "cat"))
+    library.correct("c.jpg", None)
+    counters, logs = library.sort(library.output / "unsure", include_undone=True)
+    assert set(read_tree(library.output)) == {"unsure/a.jpg", "cats/b.jpg", "unsure/c.jpg"}
+    assert counters.kept == {"unsure": 2}
+    assert [log["reason"] for log in logs if log["event"] == "photo.kept"] == ["a person sees none of the classes"] * 2
+
+
+def test_a_photo_that_is_sorted_again_and_corrected_counts_once_and_goes_back_step_by_step(library: Library) -> None:
+    make_tree(library.inbox, {"a.jpg": plain(BROWN)})
+    library.sort(min_confidence=0.9)
+    library.sort(library.output / "unsure")
+    assert set(read_tree(library.output)) == {"cats/a.jpg"}
+    first = library.entry("a.jpg")
+    with library.reader() as reader:
+        (again,) = reader.photos()
+    version = Version(first.size, first.mtime_ns)
+    outcomes = library.decide(*(Verdict(photo, version, "dog", "corrected") for photo in (first.id, again.id)))
+    assert [outcome.is_changed for outcome in outcomes] == [True, False]
+    assert library.counts() == Counts({"dogs": 1}, 0)
+    for _ in range(2):
+        library.undo("--last")
+    assert read_tree(library.inbox) == {"a.jpg": plain(BROWN)}
+
+
+def test_a_photo_called_neither_that_changed_since_is_sorted_again_and_counts_once(library: Library) -> None:
     make_tree(library.inbox, {"a.jpg": plain(RED)})
-    library.sort()
-    assert library.correct("a.jpg", None) == "unsure/a.jpg"
+    library.take_as("dog", "a.jpg")
+    library.correct("a.jpg", None)
+    os.utime(library.output / "unsure/a.jpg", (LONG_AGO + 9, LONG_AGO + 9))
     library.sort(library.output / "unsure")
     assert set(read_tree(library.output)) == {"cats/a.jpg"}
     assert library.counts() == Counts({"cats": 1}, 0)
-    for _ in range(2):
-        library.undo("--last")
-    assert read_tree(library.inbox) == {"a.jpg": plain(RED)}
+    library.undo("--last")
+    assert library.counts() == Counts({"unsure": 1}, 0)
 
 
 def test_a_corrected_photo_is_not_sorted_again(tmp_path: Path, manifest: Manifest) -> None:
