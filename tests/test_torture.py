@@ -18,7 +18,7 @@ from conftest import Running, hashes, make_tree, photo, read_tree
 sys.path.insert(0, str(Path(__file__).parent / "torture"))
 import sweep
 
-MODES: tuple[sweep.Mode, ...] = ("move", "reserve", "link", "unlink")
+MODES: tuple[sweep.Mode, ...] = ("move", "reserve", "link", "unlink", "correct", "revert")
 FAULTS = ("signal=SIGKILL", *(f"error={error}" for error in sweep.ERRORS))
 # The others share most of their steps with moves, so of the errors one will do.
 SWEEPS = [("move", fault) for fault in FAULTS] + [(m, f) for m in MODES[1:] for f in ("signal=SIGKILL", "error=EIO")]
@@ -117,6 +117,8 @@ def test_no_kill_and_no_error_at_any_call_loses_anything(
         "reserve": " without renames or links that are safe",
         "link": " with --link",
         "unlink": " in the undo of --link",
+        "correct": " in corrections",
+        "revert": " where corrections are taken back",
     }[mode]
     proved(
         f"{fault.partition('=')[2]} at {'each' if every == 1 else len(attacks)} of {len(points)} calls that change a "

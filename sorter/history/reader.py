@@ -341,6 +341,24 @@ class HistoryReader:
             return False
         return [(photo.identity.size, str(photo.identity.mtime_ns))] == rows
 
+    def is_neither(self, photo: Photo) -> bool:
+        """Whether a person said of a photo in `unsure/`, in this version, that it shows none of the classes.
+
+        False if the history cannot be read at present.
+        """
+        if self._real(photo.root) != self._folders_sorted_again[0]:
+            return False
+        query = (
+            "SELECT v.label FROM moves m JOIN verdicts v ON v.move = m.id WHERE m.now_folder = ? AND m.now_name = ? "  # noqa: S608
+            f"AND m.size = ? AND m.mtime_ns = ? {_UNDOABLE} ORDER BY v.id DESC LIMIT 1"
+        )
+        identity = photo.identity
+        try:
+            values = (UNSURE, os.fsencode(photo.name), identity.size, str(identity.mtime_ns))
+            return self._database.rows(query, values) == [(None,)]
+        except ConfigurationError:
+            return False
+
     def last_link(self, file: Photo) -> Entry | None:
         """The last link that was made to a file of this name, in whatever version, unless it was undone.
 
