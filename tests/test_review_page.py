@@ -1,4 +1,4 @@
-"""The page of `sorter review` in a real Chromium: keys, buttons, many at once, and what it does when all is not well."""
+"""The page of `sorter review` in a real Chromium: keys, buttons, many at once, and what it says when things fail."""
 
 import os
 import time
