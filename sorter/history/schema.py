@@ -88,7 +88,7 @@ _MIGRATIONS = (
     CREATE INDEX moves_place ON moves (now_name, now_folder);
     -- photos of a run, of a day, and of a folder with the least sure first
     CREATE INDEX moves_run ON moves (run);
-    CREATE INDEX moves_done ON moves (done);
+    CREATE INDEX moves_done ON moves (done) WHERE done IS NOT NULL;
     CREATE INDEX moves_by_confidence ON moves (now_folder, confidence, id) WHERE target IS NULL AND kind <> 'sidecar';
     CREATE TABLE verdicts (
         id INTEGER PRIMARY KEY,
