@@ -182,6 +182,8 @@ class Corrector:
         base = os.path.basename(entry.place)
         for sidecar, recorded in self._beside(entry, leaving):
             name = self._sidecars.renamed(os.path.basename(sidecar.name), base, plan.name)
+            if sidecar.name == f"{folder}/{name}":  # a crash had left it there
+                continue
             its_plan = self._mover.plan(sidecar, folder, name)
             corrects = None if recorded is None else recorded.id
             yield _Step(number, its_plan, self._intent(correction, its_plan, SIDECAR, corrects))
