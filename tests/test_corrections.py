@@ -22,6 +22,7 @@ from sorter.decisions import Decision
 from sorter.decoding.decoded import Decoded
 from sorter.errors import ConfigurationError, ExitCode, NotNowError
 from sorter.files import FOLDER, HISTORY
+from sorter.files.atomic import StayedError
 from sorter.files.lock import UNDOING, Lock
 from sorter.history.reader import Counts, Entry, HistoryReader
 from sorter.history.store import History, Run
@@ -337,6 +338,26 @@ def test_a_sidecar_whose_name_is_taken_stays_and_is_said(
     assert "a.xmp cannot follow its photo" in outcome.error
     assert not outcome.is_changed
     assert (sorted_library.output / "cats/a.xmp").read_bytes() == b"about a"
+
+
+@pytest.mark.parametrize("label", [None, "cat"])
+def test_a_sidecar_that_was_left_behind_follows_at_the_next_correction(
+    sorted_library: Library, monkeypatch: pytest.MonkeyPatch, label: str | None
+) -> None:
+    move = Mover.move
+
+    def without_sidecars(mover: Mover, plan: Any) -> None:
+        if plan.name.endswith(".xmp"):
+            raise StayedError("may not be moved")
+        move(mover, plan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Mover, "move", without_sidecars)
+        (outcome,) = sorted_library.decide(sorted_library.verdict("a.jpg", "dog"))
+    assert outcome.error == f"{sorted_library.output}/cats/a.xmp may not be moved"
+    folder = os.path.dirname(sorted_library.correct("a.jpg", label))
+    assert set(read_tree(sorted_library.output)) == {f"{folder}/a.jpg", f"{folder}/a.xmp", "dogs/b.jpg"}
+    assert sorted_library.rows("SELECT count(*) FROM moves WHERE done IS NULL") == [(0,)]
 
 
 def test_a_correction_taken_back_leaves_everything_as_it_was(sorted_library: Library) -> None:

@@ -171,16 +171,18 @@ class Corrector:
     def _steps(self, number: int, correction: Correction, leaving: set[str]) -> Iterator[_Step]:
         """The moves of a photo and of its sidecars."""
         entry = correction.entry
-        inner = os.path.dirname(entry.place.partition("/")[2])
+        inner, base = os.path.split(entry.place.partition("/")[2])
         folder = f"{correction.folder}/{inner}".rstrip("/")
         photo = Photo(self._output, entry.place, correction.identity, 0.0)
-        # Its former name suits it also beside a sidecar that it shared with another photo.
-        is_free = not os.path.lexists(self._output / folder / correction.former_name)
-        plan = self._mover.plan(photo, folder, correction.former_name if is_free else "")
+        sidecars = list(self._beside(entry, leaving))
+        # A crash may have left one behind, in the folder to which the photo now returns.
+        coming = [(sidecar, recorded) for sidecar, recorded in sidecars if os.path.dirname(sidecar.name) != folder]
+        # Beside a sidecar a name counts as taken, but this photo had it there before.
+        wanted = correction.former_name or (base if coming != sidecars else "")
+        plan = self._mover.plan(photo, folder, "" if os.path.lexists(self._output / folder / wanted) else wanted)
         kind = "corrected" if correction.takes_back is None else "reverted"
         yield _Step(number, plan, self._intent(correction, plan, kind, entry.id))
-        base = os.path.basename(entry.place)
-        for sidecar, recorded in self._beside(entry, leaving):
+        for sidecar, recorded in coming:
             name = self._sidecars.renamed(os.path.basename(sidecar.name), base, plan.name)
             its_plan = self._mover.plan(sidecar, folder, name)
             corrects = None if recorded is None else recorded.id
