@@ -18,6 +18,8 @@ from PIL import ExifTags, Image
 from reviewing import CAT, DOG, UNSURE, Client, Sorted, ids, reviewing, rows, sort_as
 
 from sorter.cli.main import main
+from sorter.files import lock
+from sorter.files.lock import Lock
 
 for module in ("starlette", "uvicorn", "jinja2"):
     pytest.importorskip(module, reason="needs the extra review")
@@ -286,6 +288,21 @@ def test_what_is_decided_is_moved_recorded_and_never_shown_again(tmp_path: Path)
     assert rows(output, "SELECT label, how FROM verdicts ORDER BY id") == [("dog", "corrected"), ("cat", "corrected")]
 
 
+def test_while_an_undo_moves_photos_nothing_is_decided_and_that_is_said(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    sort_as(output, {"a.jpg": (photo(1), CAT)})
+    with reviewing(output) as client:
+        verdict = client.verdict(ids(output)["a.jpg"], "dog")
+        undoing = Lock(output, lock.UNDOING)
+        undoing.take()
+        refused = client.ask("api/decide", [verdict])
+        undoing.release()
+        assert refused.status == 503
+        assert "undo" in refused.json["error"]
+        assert set(read_tree(output)) == {"cats/a.jpg"}
+        assert client.ask("api/decide", [verdict]).status == 200
+
+
 def test_what_failed_is_listed_with_its_reason(client: Client) -> None:
     assert client.ask("api/failed").json == {
         "photos": [{"name": "failed/broken.jpg", "why": "truncated"}],
@@ -313,7 +330,7 @@ def test_a_check_hides_what_the_model_says_and_ends_with_an_interval(tmp_path: P
         assert client.deck() == []
         said = client.ask("api/check").json["sentence"]
         assert said == (
-            "9 of 10 photos drawn at random are right: 90.0% (95 % interval 59.6% to 98.2%). The model claims 90.0%."
+            "9 of 10 photos drawn at random are right: 90.0% (95% interval 59.6% to 98.2%). The model claims 90.0%."
         )
     assert rows(output, "SELECT DISTINCT how FROM verdicts") == [("checked",)]
 

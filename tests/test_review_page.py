@@ -31,7 +31,8 @@ def page(browser: Browser) -> Iterator[Browser]:
     """The browser; the page may have complained of nothing."""
     browser.complaints.clear()
     yield browser
-    assert browser.complaints == []
+    # A page that is still open when its review ends may miss it.
+    assert [complaint for complaint in browser.complaints if "ERR_CONNECTION" not in complaint] == []
 
 
 def name(page: Browser) -> str:
@@ -245,7 +246,8 @@ def test_a_check_shows_no_label_before_the_key(page: Browser, tmp_path: Path) ->
     with reviewing(output, "--check", "5") as client:
         opened(page, client)
         for left in (4, 3, 2, 1, 0):
-            assert page.evaluate("document.querySelector('#one').innerText.trim()").endswith(".jpg")
+            assert page.evaluate("document.querySelector('#said').textContent") == "What is it?"
+            assert name(page).count("/") == 0
             assert page.evaluate("document.querySelector('#picture img').alt").endswith(".jpg. ")
             assert page.evaluate("document.querySelector('#sure').hidden")
             page.press("Enter")  # there is nothing to confirm
@@ -274,7 +276,6 @@ def test_it_fits_a_narrow_window_in_every_view(page: Browser, tmp_path: Path) ->
         page.press("?")
         page.resize(320, 640)
         assert page.evaluate("document.querySelector('#picture img').getBoundingClientRect().height") > 150
-    page.resize(1280, 800)
 
 
 @pytest.mark.long

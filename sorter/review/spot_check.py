@@ -57,5 +57,5 @@ class SpotCheck:
         claimed = sum(entry.confidence or 0.0 for entry in judged) / len(judged)
         return (
             f"{right} of {len(judged)} photos drawn at random are right: {right / len(judged):.1%} "
-            f"(95 % interval {low:.1%} to {high:.1%}). The model claims {claimed:.1%}."
+            f"(95% interval {low:.1%} to {high:.1%}). The model claims {claimed:.1%}."
         )

@@ -178,7 +178,7 @@ async function advance() {
 
 // --- words ---
 
-const percent = (share) => `${(Math.floor(share * 1000) / 10).toFixed(1)}\u00a0%`;
+const percent = (share) => `${(Math.floor(share * 1000) / 10).toFixed(1)}%`;
 const told = (label) => (label === null ? neither : label);
 const neither = labels.length === 2 ? "neither" : "none of these";
 const model = (photo) => (photo.label ? `${photo.label}, ${percent(photo.confidence)}` : "");
@@ -273,7 +273,7 @@ function showOne(photo) {
   if ($("picture").firstChild !== image) $("picture").replaceChildren(image);
   $("name").title = photo.name;
   $("name").textContent = check ? photo.name : `${photo.folder}/${photo.name}`;
-  $("said").textContent = describe(photo);
+  $("said").textContent = describe(photo) || "What is it?";
   $("sure").hidden = photo.confidence === undefined || photo.confidence === null || given.has(photo.id);
   $("sure").value = photo.confidence ?? 0;
   $("one").classList.toggle("decided", given.has(photo.id));
@@ -299,6 +299,7 @@ function tile(photo) {
   const words = document.createElement("span");
   image.loading = "lazy";
   image.alt = "";
+  image.onerror = () => image.replaceWith(Object.assign(document.createElement("em"), { textContent: "cannot be shown" }));
   image.src = address(photo, THUMBNAIL);
   words.textContent = check ? photo.name : `${photo.folder === "unsure" ? "unsure: " : ""}${model(photo)}`;
   element.append(image, words);
@@ -439,6 +440,7 @@ function onKey(event) {
 // --- views ---
 
 async function open() {
+  $("day").value ||= new Date().toLocaleDateString("sv"); // as ISO 8601 has it
   view = $("view").value === "day" ? `day:${$("day").value}` : $("view").value;
   $("day").hidden = $("view").value !== "day";
   photos = [];
@@ -447,7 +449,6 @@ async function open() {
   selected.clear();
   tiles.clear();
   notice("");
-  if (view === "day:") return show();
   try {
     if (view === "failed") await loadFailed(true);
     else await load();
@@ -487,8 +488,12 @@ async function start() {
   await open();
 }
 
-$("keys").checked = localStorage.getItem("keys") !== "off";
-$("keys").onchange = () => localStorage.setItem("keys", $("keys").checked ? "on" : "off");
+try {
+  $("keys").checked = localStorage.getItem("keys") !== "off";
+  $("keys").onchange = () => localStorage.setItem("keys", $("keys").checked ? "on" : "off");
+} catch {
+  // This browser remembers nothing.
+}
 $("view").onchange = $("day").onchange = () => {
   $("view").blur();
   open();
