@@ -3,9 +3,11 @@
 
 const labels = JSON.parse(document.body.dataset.labels); // [{label, folder, key}]
 const check = Number(document.body.dataset.check); // photos of a spot check, 0 in a plain review
-const AHEAD = 8, BEHIND = 2; // pictures that are fetched before they are asked for
+const AHEAD = 8; // pictures that are fetched before they are asked for
+const BEHIND = 2; // and kept afterwards
 const MOST = 500; // decisions in one request
-const LARGE = 1600, THUMBNAIL = 320;
+const LARGE = 1600; // long sides of pictures, pixels
+const THUMBNAIL = 320;
 const $ = (id) => document.getElementById(id);
 
 let view = "least-sure";
@@ -36,7 +38,7 @@ async function api(path, body) {
 
 async function load() {
   const asked = view;
-  loading ??= api(`deck?view=${encodeURIComponent(view)}${after === null ? "" : `&after=${encodeURIComponent(after)}`}`);
+  loading ??= api(`deck?${new URLSearchParams({ view, ...(after !== null && { after }) })}`);
   const page = await loading.finally(() => (loading = null));
   if (asked !== view) return;
   const known = new Set(photos.map((photo) => photo.id));
@@ -99,9 +101,10 @@ function settle(outcome, job) {
   return false;
 }
 
-function revert({ photo, before, said }, path) {
-  if (path === "take-back") return mark(photo, said);
-  mark(photo, before);
+function revert(one, path) {
+  const { photo, before, said } = one;
+  mark(photo, path === "take-back" ? said : before);
+  if (path === "take-back") return steps.push([one]);
   const index = steps.findIndex((step) => step.some((one) => one.photo === photo));
   if (index >= 0) steps[index] = steps[index].filter((one) => one.photo !== photo);
 }
@@ -133,7 +136,8 @@ function decide(label) {
     verdicts.push({ photo: photo.id, version: photo.version, label: said, how });
     step.push({ photo, before, said });
   }
-  if (!step.length) return say(check ? "In a check the labels are hidden: say what it is." : "There is nothing to confirm.");
+  if (!step.length)
+    return say(check ? "In a check the labels are hidden: say what it is." : "There is nothing to confirm.");
   notice("");
   step.forEach(({ photo, said }) => mark(photo, said));
   steps.push(step);
@@ -152,26 +156,21 @@ function takeBack() {
   at = photos.indexOf(step[0].photo);
   for (let i = 0; i < step.length; i += MOST) {
     const some = step.slice(i, i + MOST);
-    send("take-back", some.map(({ photo }) => photo.id), some);
+    send(
+      "take-back",
+      some.map(({ photo }) => photo.id),
+      some,
+    );
   }
   show();
 }
 
-async function advance() {
+function advance() {
   const next = photos.findIndex((photo, i) => i > at && !given.has(photo.id));
   if (next >= 0) at = next;
-  else if (after !== null) {
-    at = photos.length;
-    show();
-    try {
-      await load();
-    } catch (error) {
-      return notice(error.message);
-    }
-    return at < photos.length && !given.has(photos[at].id) ? show() : advance();
-  } else {
+  else {
     const first = photos.findIndex((photo) => !given.has(photo.id));
-    at = first < 0 ? photos.length : first;
+    at = first < 0 || after !== null ? photos.length : first;
   }
   show();
 }
@@ -185,7 +184,9 @@ const model = (photo) => (photo.label ? `${photo.label}, ${percent(photo.confide
 
 // What is on its way counts as left: it is not recorded yet.
 function leftText() {
-  const waiting = jobs.flatMap((job) => job.step.map(({ before }) => (before !== undefined ? 0 : job.path === "decide" ? 1 : -1)));
+  const waiting = jobs.flatMap((job) =>
+    job.step.map(({ before }) => (before !== undefined ? 0 : job.path === "decide" ? 1 : -1)),
+  );
   const count = waiting.reduce((sum, one) => sum + one, left);
   return left >= 10000 ? "more than 10,000 left" : `${count.toLocaleString("en")} left`;
 }
@@ -241,9 +242,7 @@ async function explain(photo, image, url) {
   pictures.delete(url);
   if (response?.status === 409) Object.assign(photo, await api(`card/${photo.id}`).catch(() => ({})));
   if (response?.status === 409 && address(photo, LARGE) !== url) return show();
-  const text = document.createElement("p");
-  text.textContent = `${photo.name} cannot be shown: ${error}.`;
-  image.replaceWith(text);
+  image.replaceWith(made("p", { textContent: `${photo.name}: ${error}.` }));
 }
 
 function prefetch() {
@@ -265,6 +264,7 @@ function show() {
   if (many && !isFailed) showGrid();
   else if (photo && !isFailed) showOne(photo);
   showEnd(isFailed || (many ? left > 0 || after !== null : photo));
+  if (after !== null && photos.length - at < 20 && !loading && !isFailed) loadMore();
 }
 
 function showOne(photo) {
@@ -277,9 +277,9 @@ function showOne(photo) {
   $("sure").hidden = photo.confidence === undefined || photo.confidence === null || given.has(photo.id);
   $("sure").value = photo.confidence ?? 0;
   $("one").classList.toggle("decided", given.has(photo.id));
-  if (!document.activeElement?.closest("button, select, input, figure")) $("one").firstElementChild.focus({ preventScroll: true });
+  if (!document.activeElement?.closest("button, select, input, figure"))
+    $("one").firstElementChild.focus({ preventScroll: true });
   prefetch();
-  if (after !== null && photos.length - at < 20 && !loading) load().then(() => ($("left").textContent = leftText()), () => {});
 }
 
 async function showEnd(isMore) {
@@ -289,7 +289,11 @@ async function showEnd(isMore) {
   else if (after !== null) $("end").textContent = "Loading…";
   else if (!photos.length) $("end").textContent = "There is nothing to look at here.";
   else if (!check) $("end").textContent = "That was the last one: everything here is decided.";
-  else $("end").textContent = await api("check").then(({ sentence }) => sentence, (error) => error.message);
+  else
+    $("end").textContent = await api("check").then(
+      ({ sentence }) => sentence,
+      (error) => error.message,
+    );
 }
 
 function tile(photo) {
@@ -299,7 +303,7 @@ function tile(photo) {
   const words = document.createElement("span");
   image.loading = "lazy";
   image.alt = "";
-  image.onerror = () => image.replaceWith(Object.assign(document.createElement("em"), { textContent: "cannot be shown" }));
+  image.onerror = () => image.replaceWith(made("em", { textContent: "cannot be shown" }));
   image.src = address(photo, THUMBNAIL);
   words.textContent = check ? photo.name : `${photo.folder === "unsure" ? "unsure: " : ""}${model(photo)}`;
   element.append(image, words);
@@ -319,13 +323,14 @@ function showGrid() {
     element.tabIndex = photo === photos[at] ? 0 : -1;
     return element;
   });
-  if (shown.length !== $("grid").childElementCount || shown.some((one, i) => one !== $("grid").children[i])) $("grid").replaceChildren(...shown);
+  if (shown.length !== $("grid").childElementCount || shown.some((one, i) => one !== $("grid").children[i]))
+    $("grid").replaceChildren(...shown);
   if (!document.activeElement?.closest("button, select, input")) tiles.get(photos[at]?.id)?.focus();
 }
 
 function select(photo, isRange) {
   const index = photos.indexOf(photo);
-  const range = isRange ? photos.slice(Math.min(anchor, index), Math.max(anchor, index) + 1) : [photo];
+  const range = photos.slice(Math.min(anchor, index), Math.max(anchor, index) + 1);
   if (isRange) range.filter((one) => !given.has(one.id)).forEach((one) => selected.add(one.id));
   else if (!selected.delete(photo.id)) selected.add(photo.id);
   if (!isRange) anchor = index;
@@ -345,7 +350,8 @@ function go(by) {
   if (many) {
     const step = Math.sign(by);
     for (index = at; by; by -= step) {
-      do index += step; while (photos[index] && given.has(photos[index].id));
+      do index += step;
+      while (photos[index] && given.has(photos[index].id));
     }
     if (!photos[index]) return;
   }
@@ -384,43 +390,66 @@ function leave() {
 
 // --- keys and buttons, from one table ---
 
-const table = [
-  ...labels.map(({ label, key }) => ({ keys: key ? [key] : [], name: label, help: `It is: ${label}`, run: () => decide(label), where: "actions" })),
-  { keys: ["u"], name: neither, help: "It is none of the model's classes, and goes to unsure/", run: () => decide(null), where: "actions" },
-  { keys: ["Enter", " "], name: "confirm", help: "The model is right", run: () => decide(), where: check ? "" : "actions" },
-  { keys: ["Backspace", "Ctrl+z"], name: "take back", help: "Take the last decision back", run: takeBack, where: "actions" },
-  { keys: ["ArrowLeft", "k"], name: "back", help: "The photo before, without a decision", run: () => go(-1), where: "actions", repeats: true },
-  { keys: ["ArrowRight", "j"], name: "next", help: "The next photo, without a decision", run: () => go(1), where: "actions", repeats: true },
-  { keys: ["ArrowUp"], name: "up", help: "In the grid: the photo above", run: () => go(-columns()), inGrid: true, repeats: true },
-  { keys: ["ArrowDown"], name: "down", help: "In the grid: the photo below", run: () => go(columns()), inGrid: true, repeats: true },
-  { keys: ["x"], name: "select", help: "In the grid: select; Shift+click selects up to a photo", run: () => select(photos[at]), where: "actions", inGrid: true },
-  { keys: ["Ctrl+a"], name: "select all", help: "In the grid: select all that are loaded", run: selectAll, where: "actions", inGrid: true },
-  { keys: ["g"], name: "grid", help: "Many photos at once, and back to one", run: turnGrid, where: "tools" },
-  { keys: ["f"], name: "full size", help: "The photo alone, and back", run: turnFull, where: "tools" },
-  { keys: ["Escape"], name: "leave", help: "Leave the full size, or the selection", run: leave },
-  { keys: ["?"], name: "help", help: "This table", run: turnHelp, where: "tools" },
-];
-const NAMES = { " ": "Space", ArrowLeft: "←", ArrowRight: "→", ArrowUp: "↑", ArrowDown: "↓", Backspace: "⌫", "Ctrl+z": "Ctrl+Z", "Ctrl+a": "Ctrl+A" };
-const ARIA = { " ": "Space", "Ctrl+z": "Control+Z", "Ctrl+a": "Control+A" };
+const entry = (where, more) => (keys, name, help, run) => ({ keys, name, help, run, where, ...more });
+const action = entry("actions");
+const walk = entry("actions", { repeats: true });
+const inGrid = entry("actions", { inGrid: true });
+const arrow = entry("", { inGrid: true, repeats: true });
+const tool = entry("tools");
 
-for (const entry of table) {
-  const row = $("help").querySelector("table").insertRow();
-  row.insertCell().append(...entry.keys.flatMap((key) => [Object.assign(document.createElement("kbd"), { textContent: NAMES[key] ?? key }), " "]));
-  row.insertCell().textContent = entry.help;
-  if (!entry.where) continue;
-  const button = document.createElement("button");
-  button.type = "button";
-  button.append(entry.name, " ");
-  if (entry.keys.length) {
-    button.append(Object.assign(document.createElement("kbd"), { textContent: NAMES[entry.keys[0]] ?? entry.keys[0], ariaHidden: "true" }));
-    button.setAttribute("aria-keyshortcuts", entry.keys.map((key) => ARIA[key] ?? key).join(" "));
+const table = [
+  ...labels.map(({ label, key }) => action(key ? [key] : [], label, `It is: ${label}`, () => decide(label))),
+  action(["u"], neither, "It is none of the model's classes, and goes to unsure/", () => decide(null)),
+  entry(check ? "" : "actions")(["Enter", " "], "confirm", "The model is right", () => decide()),
+  action(["Backspace", "Ctrl+z"], "take back", "Take the last decision back", takeBack),
+  walk(["ArrowLeft", "k"], "back", "The photo before, without a decision", () => go(-1)),
+  walk(["ArrowRight", "j"], "next", "The next photo, without a decision", () => go(1)),
+  arrow(["ArrowUp"], "up", "In the grid: the photo above", () => go(-columns())),
+  arrow(["ArrowDown"], "down", "In the grid: the photo below", () => go(columns())),
+  inGrid(["x"], "select", "In the grid: select; Shift+click selects up to a photo", () => select(photos[at])),
+  inGrid(["Ctrl+a"], "select all", "In the grid: select all that are loaded", selectAll),
+  tool(["g"], "grid", "Many photos at once, and back to one", turnGrid),
+  tool(["f"], "full size", "The photo alone, and back", turnFull),
+  entry("")(["Escape"], "leave", "Leave the full size, or the selection", leave),
+  tool(["?"], "help", "This table", turnHelp),
+];
+const SHOWN = {
+  " ": "Space",
+  ArrowLeft: "←",
+  ArrowRight: "→",
+  ArrowUp: "↑",
+  ArrowDown: "↓",
+  Backspace: "⌫",
+  "Ctrl+z": "Ctrl+Z",
+  "Ctrl+a": "Ctrl+A",
+};
+const TOLD = { " ": "Space", "Ctrl+z": "Control+Z", "Ctrl+a": "Control+A" }; // to screen readers
+
+function made(tag, properties) {
+  return Object.assign(document.createElement(tag), properties);
+}
+
+function button({ keys, name, run, where, inGrid }) {
+  const element = made("button", { type: "button" });
+  element.append(name, " ");
+  if (keys.length) {
+    element.append(made("kbd", { textContent: SHOWN[keys[0]] ?? keys[0], ariaHidden: "true" }));
+    element.setAttribute("aria-keyshortcuts", keys.map((key) => TOLD[key] ?? key).join(" "));
   }
-  button.classList.toggle("in-grid", Boolean(entry.inGrid));
-  button.onclick = (event) => {
-    if (event.detail) button.blur(); // Enter after a click means the next photo, not the button again
-    entry.run(event);
+  element.classList.toggle("in-grid", Boolean(inGrid));
+  element.onclick = (event) => {
+    if (event.detail) element.blur(); // Enter after a click means the next photo, not the button again
+    run(event);
   };
-  $(entry.where).append(button);
+  $(where).append(element);
+}
+
+for (const one of table) {
+  const row = $("help").querySelector("table").insertRow();
+  const keys = one.keys.flatMap((key) => [made("kbd", { textContent: SHOWN[key] ?? key }), " "]);
+  row.insertCell().append(...keys);
+  row.insertCell().textContent = one.help;
+  if (one.where) button(one);
 }
 
 function onKey(event) {
@@ -461,7 +490,7 @@ async function open() {
 async function loadFailed(isFirst) {
   const page = await api(`failed${isFirst ? "" : `?after=${encodeURIComponent(after)}`}`);
   after = page.after;
-  const lines = page.photos.map(({ name, why }) => Object.assign(document.createElement("li"), { textContent: `${name} (${why})` }));
+  const lines = page.photos.map(({ name, why }) => made("li", { textContent: `${name} (${why})` }));
   const list = $("failed").firstElementChild;
   list.replaceChildren(...(isFirst ? [] : list.children), ...lines);
 }
@@ -499,7 +528,9 @@ $("view").onchange = $("day").onchange = () => {
   open();
 };
 $("more").onclick = loadMore;
-new IntersectionObserver(([entry]) => entry.isIntersecting && many && !loading && loadMore(), { rootMargin: "600px" }).observe($("more"));
+new IntersectionObserver(([entry]) => entry.isIntersecting && many && !loading && loadMore(), {
+  rootMargin: "600px",
+}).observe($("more"));
 document.addEventListener("keydown", onKey);
 addEventListener("beforeunload", (event) => jobs.length && event.preventDefault());
 start().catch((error) => notice(error.message));
