@@ -20,10 +20,11 @@ from sorter.classifier.manifest import Manifest
 from sorter.cli import preflight
 from sorter.decisions import Decision
 from sorter.decoding.decoded import Decoded
-from sorter.errors import ConfigurationError, ExitCode, NotNowError
+from sorter.errors import ConfigurationError, ExitCode, NotNowError, StorageError
 from sorter.files import FOLDER, HISTORY
 from sorter.files.atomic import StayedError
 from sorter.files.lock import UNDOING, Lock
+from sorter.files.state import state_folder
 from sorter.history.reader import Counts, Entry, HistoryReader
 from sorter.history.store import History, Run
 from sorter.inbox.scan import Inbox
@@ -214,6 +215,44 @@ def test_a_confirmation_of_another_folder_than_the_photos_is_refused(sorted_libr
     assert outcome.is_changed
     assert sorted_library.rows("SELECT count(*) FROM verdicts") == [(0,)]
     assert (sorted_library.output / "cats/a.jpg").is_file()
+
+
+def test_a_class_of_another_model_is_confirmed_in_the_folder_that_it_had_there(library: Library) -> None:
+    make_tree(library.inbox, {"a.jpg": plain(RED)})
+    library.take_as("bird", "a.jpg")
+    assert library.decide(library.verdict("a.jpg", "bird", "confirmed"))[0].error == ""
+    assert library.correct("a.jpg", "bird") == "birds/a.jpg"
+    assert library.correct("a.jpg", "dog") == "dogs/a.jpg"
+    (outcome,) = library.decide(library.verdict("a.jpg", "bird"))
+    assert "no class of the model" in outcome.error
+    assert library.rows("SELECT label, label_was FROM verdicts") == [
+        ("bird", "bird"),
+        ("bird", "bird"),
+        ("dog", "bird"),
+    ]
+
+
+def test_a_history_on_another_disk_is_used_with_its_lock(tmp_path: Path, sorted_library: Library) -> None:
+    state = state_folder(sorted_library.output, tmp_path / "state")
+    state.parent.mkdir()
+    (sorted_library.output / FOLDER).rename(state)
+    version = Version(len(plain(RED)), (sorted_library.output / "cats/a.jpg").stat().st_mtime_ns)
+    with contextlib.closing(
+        Corrections(sorted_library.output, sorted_library.manifest.classes, tmp_path / "state")
+    ) as corrections:
+        (outcome,) = corrections.decide([Verdict(2, version, "dog", "corrected")])
+    assert outcome == Outcome(2, str(sorted_library.output / "dogs/a.jpg"))
+    assert (state / UNDOING).is_file()
+    assert not (sorted_library.output / FOLDER).exists()
+
+
+def test_an_output_that_is_gone_is_said_and_not_created(sorted_library: Library) -> None:
+    verdict = sorted_library.verdict("a.jpg", "dog")
+    with sorted_library.review() as review:
+        sorted_library.output.rename(sorted_library.inbox / "away")
+        with pytest.raises(StorageError, match="is not there: mount or recreate it"):
+            review.decide([verdict])
+    assert not sorted_library.output.exists()
 
 
 def test_a_taken_name_gets_a_number_and_so_does_the_sidecar(sorted_library: Library) -> None:
