@@ -566,6 +566,22 @@ def test_a_photo_that_is_sorted_again_and_corrected_counts_once_and_goes_back_st
     assert read_tree(library.inbox) == {"a.jpg": plain(BROWN)}
 
 
+def test_a_photo_corrected_into_a_place_that_another_had_before_is_there(library: Library) -> None:
+    make_tree(library.inbox, {"a.jpg": plain(RED)})
+    library.take_as("cat", "a.jpg")
+    first = library.entry("a.jpg")
+    make_tree(library.inbox, {"a.jpg": plain(BROWN)})
+    library.sort(min_confidence=0.9)
+    library.sort(library.output / "unsure")
+    assert set(read_tree(library.output)) == {"cats/a.jpg", "cats/a-1.jpg"}
+    version = Version(first.size, first.mtime_ns)
+    (outcome,) = library.decide(Verdict(first.id, version, None, "corrected"))
+    assert outcome.path == str(library.output / "unsure/a.jpg")
+    assert library.counts() == Counts({"cats": 1, "unsure": 1}, 0)
+    with library.reader() as reader:
+        assert {entry.place for entry in reader.photos()} == set(read_tree(library.output))
+
+
 def test_a_photo_called_neither_that_changed_since_is_sorted_again_and_counts_once(library: Library) -> None:
     make_tree(library.inbox, {"a.jpg": plain(RED)})
     library.take_as("dog", "a.jpg")
@@ -606,6 +622,16 @@ def test_corrections_wait_for_an_undo_and_then_say_who_has_the_lock(
             sorted_library.decide(sorted_library.verdict("a.jpg", None))
     finally:
         held.release()
+
+
+def test_an_undo_waits_for_a_correction(sorted_library: Library) -> None:
+    held = Lock(sorted_library.output, UNDOING)
+    held.take()
+    timer = threading.Timer(1.0, held.release)
+    timer.start()
+    sorted_library.undo("--last")
+    timer.join()
+    assert set(read_tree(sorted_library.inbox)) == {"a.jpg", "a.xmp"}
 
 
 def test_an_open_review_does_not_block_an_undo(sorted_library: Library) -> None:
