@@ -20,10 +20,11 @@ from sorter.classifier.manifest import Manifest
 from sorter.cli import preflight
 from sorter.decisions import Decision
 from sorter.decoding.decoded import Decoded
-from sorter.errors import ConfigurationError, ExitCode, NotNowError
+from sorter.errors import ConfigurationError, ExitCode, NotNowError, StorageError
 from sorter.files import FOLDER, HISTORY
 from sorter.files.atomic import StayedError
 from sorter.files.lock import UNDOING, Lock
+from sorter.files.state import state_folder
 from sorter.history.reader import Counts, Entry, HistoryReader
 from sorter.history.store import History, Run
 from sorter.inbox.scan import Inbox
@@ -214,6 +215,44 @@ def test_a_confirmation_of_another_folder_than_the_photos_is_refused(sorted_libr
     assert outcome.is_changed
     assert sorted_library.rows("SELECT count(*) FROM verdicts") == [(0,)]
     assert (sorted_library.output / "cats/a.jpg").is_file()
+
+
+def test_a_class_of_another_model_is_confirmed_in_the_folder_that_it_had_there(library: Library) -> None:
+    make_tree(library.inbox, {"a.jpg": plain(RED)})
+    library.take_as("bird", "a.jpg")
+    assert library.decide(library.verdict("a.jpg", "bird", "confirmed"))[0].error == ""
+    assert library.correct("a.jpg", "bird") == "birds/a.jpg"
+    assert library.correct("a.jpg", "dog") == "dogs/a.jpg"
+    (outcome,) = library.decide(library.verdict("a.jpg", "bird"))
+    assert "no class of the model" in outcome.error
+    assert library.rows("SELECT label, label_was FROM verdicts") == [
+        ("bird", "bird"),
+        ("bird", "bird"),
+        ("dog", "bird"),
+    ]
+
+
+def test_a_history_on_another_disk_is_used_with_its_lock(tmp_path: Path, sorted_library: Library) -> None:
+    state = state_folder(sorted_library.output, tmp_path / "state")
+    state.parent.mkdir()
+    (sorted_library.output / FOLDER).rename(state)
+    version = Version(len(plain(RED)), (sorted_library.output / "cats/a.jpg").stat().st_mtime_ns)
+    with contextlib.closing(
+        Corrections(sorted_library.output, sorted_library.manifest.classes, tmp_path / "state")
+    ) as corrections:
+        (outcome,) = corrections.decide([Verdict(2, version, "dog", "corrected")])
+    assert outcome == Outcome(2, str(sorted_library.output / "dogs/a.jpg"))
+    assert (state / UNDOING).is_file()
+    assert not (sorted_library.output / FOLDER).exists()
+
+
+def test_an_output_that_is_gone_is_said_and_not_created(sorted_library: Library) -> None:
+    verdict = sorted_library.verdict("a.jpg", "dog")
+    with sorted_library.review() as review:
+        sorted_library.output.rename(sorted_library.inbox / "away")
+        with pytest.raises(StorageError, match="is not there: mount or recreate it"):
+            review.decide([verdict])
+    assert not sorted_library.output.exists()
 
 
 def test_a_taken_name_gets_a_number_and_so_does_the_sidecar(sorted_library: Library) -> None:
@@ -527,6 +566,22 @@ def test_a_photo_that_is_sorted_again_and_corrected_counts_once_and_goes_back_st
     assert read_tree(library.inbox) == {"a.jpg": plain(BROWN)}
 
 
+def test_a_photo_corrected_into_a_place_that_another_had_before_is_there(library: Library) -> None:
+    make_tree(library.inbox, {"a.jpg": plain(RED)})
+    library.take_as("cat", "a.jpg")
+    first = library.entry("a.jpg")
+    make_tree(library.inbox, {"a.jpg": plain(BROWN)})
+    library.sort(min_confidence=0.9)
+    library.sort(library.output / "unsure")
+    assert set(read_tree(library.output)) == {"cats/a.jpg", "cats/a-1.jpg"}
+    version = Version(first.size, first.mtime_ns)
+    (outcome,) = library.decide(Verdict(first.id, version, None, "corrected"))
+    assert outcome.path == str(library.output / "unsure/a.jpg")
+    assert library.counts() == Counts({"cats": 1, "unsure": 1}, 0)
+    with library.reader() as reader:
+        assert {entry.place for entry in reader.photos()} == set(read_tree(library.output))
+
+
 def test_a_photo_called_neither_that_changed_since_is_sorted_again_and_counts_once(library: Library) -> None:
     make_tree(library.inbox, {"a.jpg": plain(RED)})
     library.take_as("dog", "a.jpg")
@@ -567,6 +622,16 @@ def test_corrections_wait_for_an_undo_and_then_say_who_has_the_lock(
             sorted_library.decide(sorted_library.verdict("a.jpg", None))
     finally:
         held.release()
+
+
+def test_an_undo_waits_for_a_correction(sorted_library: Library) -> None:
+    held = Lock(sorted_library.output, UNDOING)
+    held.take()
+    timer = threading.Timer(1.0, held.release)
+    timer.start()
+    sorted_library.undo("--last")
+    timer.join()
+    assert set(read_tree(sorted_library.inbox)) == {"a.jpg", "a.xmp"}
 
 
 def test_an_open_review_does_not_block_an_undo(sorted_library: Library) -> None:

@@ -97,6 +97,14 @@ def test_a_start_of_the_sorter_clears_up_under_the_lock_of_undo_and_not_under_it
     assert is_true(killed)
 
 
+def test_an_output_that_was_renamed_after_the_kill_is_cleared_up_as_well(killed: Library) -> None:
+    arrived = (killed.output / "dogs/a.jpg").exists()
+    killed.output = killed.output.rename(killed.output.with_name("renamed"))
+    killed.decide()
+    assert is_true(killed)
+    assert (killed.output / "dogs/a.jpg").exists() == arrived
+
+
 def test_two_reviews_of_the_same_photos_lose_none(library: Library) -> None:
     names = [f"{n}.jpg" for n in range(10)]
     make_tree(library.inbox, {name: plain(RED, n) for n, name in enumerate(names)})

@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import sorter
 from sorter.classifier.manifest import Class
+from sorter.errors import StorageError
 from sorter.files import FAILED, UNSURE, lock
 from sorter.files.lock import Lock
 from sorter.files.photo import COARSE_NS, Identity, Photo, open_file
@@ -199,6 +200,8 @@ class Corrections:
         """
         held = Lock(self._output, lock.UNDOING, self._state_dir)
         held.take(patience_seconds=_PATIENCE_SECONDS)
+        if not held.is_held:
+            raise StorageError(f"{self._output} is not there: mount or recreate it")
         try:
             recover(self._history, self._output, sorting=False)
             moves = self._history.unfinished()
@@ -228,6 +231,8 @@ class Corrections:
 
     def _folder(self, entry: Entry, verdict: Verdict) -> str:
         """The folder where a photo belongs."""
+        if entry.kind == "sorted" and not entry.corrected and verdict.label == entry.label:
+            return _top(entry)  # of another model, perhaps, which had another folder for this class
         folder = self._folders.get(verdict.label)
         if folder is None:
             raise _RefusedError(
