@@ -1,5 +1,6 @@
-"""A person's verdicts on sorted photos: recorded, carried out by moving photos inside the output, and taken back.
+"""A person looks at sorted photos on a page, and corrects them: verdicts are recorded, carried out and taken back.
 
-In: verdicts. Out: where each photo is now, and a history that says so. Imports `moving`, `history`, `inbox` (sidecars),
-`classifier` (the classes of the model) and `files`.
+In: the history of an output, and what a browser on this machine sends. Out: pictures; where each photo is now, and a
+history that says so. Imports `moving`, `history`, `inbox` (sidecars), `classifier` (the classes of the model),
+`decoding` and `files`. The page needs the extra `review`; `corrections.py` does not.
 """
