@@ -110,16 +110,17 @@ class Mover:
             name = next(filter(partial(self._is_free, folder), self._names(os.path.basename(photo.name), folder)))
         self._promised.add((folder, name))
         if self._sidecars.is_sidecar(name):
-            self._listing(folder).add(name)
+            self.listing(folder).add(name)
         return Plan(photo, folder, name, new_token(), "link" if self._link_only else "move")
 
     def _is_free(self, folder: str, name: str) -> bool:
         # Beside somebody else's sidecar it would be taken for that one's photo.
         if (folder, name) in self._promised:
             return False
-        return not exists(os.path.join(self.output, folder, name)) and not self._listing(folder).sidecars(name)
+        return not exists(os.path.join(self.output, folder, name)) and not self.listing(folder).sidecars(name)
 
-    def _listing(self, folder: str) -> FolderListing:
+    def listing(self, folder: str) -> FolderListing:
+        """The sidecars in a folder of the output, and the photos beside them."""
         if folder not in self._listings and len(self._listings) >= _MAX_LISTINGS:
             del self._listings[next(iter(self._listings))]
         return self._listings.setdefault(folder, FolderListing(self.output, folder, self._sidecars))
