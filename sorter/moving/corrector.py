@@ -118,7 +118,7 @@ class Corrector:
     def _batch(self, corrections: Sequence[Correction], others: Sequence[Judgement] = ()) -> list[Corrected]:
         leaving: set[str] = set()  # the places of the photos before
         steps: list[_Step] = []
-        for number, correction in enumerate(corrections):
+        for number, correction in sorted(enumerate(corrections), key=lambda item: item[1].folder):
             steps += self._steps(number, correction, leaving)
             leaving.add(correction.entry.place)
         tokens = {step.photo: step.plan.token for step in reversed(steps)}  # of the photos, which are first
@@ -131,8 +131,14 @@ class Corrector:
         done: list[Move] = []
         try:
             self._history.intend([step.move for step in steps], [*others, *judgements])
+            arrived: set[str] = set()  # the folders that photos came into since the last sync
             try:
                 for step in steps:
+                    if os.path.dirname(step.plan.photo.name) in arrived:
+                        # One sync cannot do for both: a photo must be durable in its new folder before its old one is.
+                        self._mover.settle()
+                        arrived.clear()
+                    arrived.add(step.plan.folder)
                     correction, before = corrections[step.photo], results.get(step.photo)
                     if before is None:
                         results[step.photo] = self._move_photo(correction, step, done)

@@ -95,7 +95,7 @@ class Mover:
         self._listings: dict[str, FolderListing] = {}  # of the output's folders
         self.lock = threading.Lock()
         """Held while one photo moves: whoever holds it can end the process with nothing half moved."""
-        self._touched: set[tuple[Path, str]] = set()
+        self._touched: dict[tuple[Path, str], bool] = {}  # folders to sync; True if a photo has arrived there
         self._next_number: dict[tuple[str, str], int] = {}
         self._linked: set[tuple[int, int]] = set()  # device and inode of moved files that have other names too
         self._unresolved: set[str] = set()  # tokens of the plans of which nobody could tell how far they came
@@ -163,7 +163,8 @@ class Mover:
                     raise self._told(error, plan.folder) from error
             finally:
                 self._copies.forget(plan)
-            self._touched |= {(plan.photo.root, source_folder), (self.output, plan.folder)}
+            self._touched.setdefault((plan.photo.root, source_folder), False)
+            self._touched[self.output, plan.folder] = True
 
     def copy_ahead(self, plan: Plan) -> None:
         """Copy a photo that must be seen unchanged again after that, before `move` removes the original.
@@ -299,7 +300,7 @@ class Mover:
         Raises:
             StorageError: the disk refused.
         """
-        for root, folder in sorted(self._touched, key=lambda place: place[0] != self.output):
+        for root, folder in sorted(self._touched, key=lambda place: not self._touched[place]):
             try:
                 with opened_folder(root, folder) as descriptor:
                     sync_folder(descriptor)
@@ -310,7 +311,7 @@ class Mover:
                     raise StorageError(
                         f"{root / folder} cannot be synced ({error.strerror}): check its disk"
                     ) from error
-            self._touched.discard((root, folder))
+            del self._touched[root, folder]
 
     def _place(self, plan: Plan, source: int, target: int, base: str) -> None:
         """Put the file under its planned name, or raise FileExistsError."""
