@@ -163,7 +163,6 @@ def test_what_is_durable_comes_in_the_right_order(parents: tuple[Path, Path]) ->
 
 @pytest.mark.parametrize("mode", ["correct", "revert"])
 def test_what_is_durable_of_a_correction_comes_in_the_right_order(tmp_path: Path, mode: sweep.Mode) -> None:
-    """Also where one batch moves photos from cats to dogs and others from dogs to cats."""
     if shutil.which("strace") is None or subprocess.run(["strace", "true"], capture_output=True).returncode != 0:
         pytest.skip("needs strace, and the right to use it")
     place = sweep.Place(tmp_path, tmp_path, mode)
