@@ -22,7 +22,7 @@ from sorter.decisions import Decision
 from sorter.decoding.decoded import Decoded
 from sorter.errors import ConfigurationError, ExitCode, NotNowError, StorageError
 from sorter.files import FOLDER, HISTORY
-from sorter.files.atomic import StayedError
+from sorter.files.atomic import StayedError, sync_folder
 from sorter.files.lock import UNDOING, Lock
 from sorter.files.state import state_folder
 from sorter.history.reader import Counts, Entry, HistoryReader
@@ -69,14 +69,14 @@ class Library:
         with contextlib.closing(History(self.output)) as history:
             run = Run(uuid4().hex[:12], "0", "model")
             history.begin(run)
-            mover = BatchMover(Mover(self.output), history, run=run.id, patient=False, stopping=threading.Event())
+            batch_mover = BatchMover(Mover(self.output), history, run=run.id, patient=False, stopping=threading.Event())
             for name in names:
                 decoded, folder = Decoded(found[name], "pixels"), f"{label}s"
                 if name.endswith(".xmp"):
                     decision = Decision(decoded, "sidecar", folder, name=name, follows=name.replace(".xmp", ".jpg"))
                 else:
                     decision = Decision(decoded, "sorted", folder, label, 0.75)
-                mover.move([decision], lambda _: None)
+                batch_mover.move([decision], lambda _: None)
             history.finish(run)
 
     @contextlib.contextmanager
@@ -172,15 +172,39 @@ def test_a_correction_is_durable_before_it_moves_and_belongs_to_its_output(
 ) -> None:
     move, found = Mover.move, []
 
-    def looked_at(mover: Mover, plan: Any) -> None:
+    def looked_at(self: Mover, plan: Any) -> None:
         found.append(sorted_library.rows("SELECT target, folder FROM moves WHERE done IS NULL ORDER BY id"))
         found.append(sorted_library.rows("SELECT label FROM verdicts"))
-        move(mover, plan)
+        move(self, plan)
 
     monkeypatch.setattr(Mover, "move", looked_at)
     sorted_library.correct("a.jpg", "dog")
     target = os.fsencode(sorted_library.output)
     assert found[:2] == [[(target, "dogs"), (target, "dogs")], [("dog",)]]
+
+
+def test_each_photo_of_a_batch_is_durable_in_its_new_folder_before_its_old_one_is_synced(
+    sorted_library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, ...]] = []
+    move = Mover.move
+
+    def noted_move(self: Mover, plan: Any) -> None:
+        move(self, plan)
+        events.append(("move", os.path.dirname(plan.photo.name), plan.folder))
+
+    def noted_sync(descriptor: int) -> None:
+        sync_folder(descriptor)
+        events.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+
+    monkeypatch.setattr(Mover, "move", noted_move)
+    monkeypatch.setattr("sorter.moving.mover.sync_folder", noted_sync)
+    both = sorted_library.verdict("a.jpg", "dog"), sorted_library.verdict("b.jpg", "cat")
+    assert [outcome.error for outcome in sorted_library.decide(*both)] == ["", ""]
+    moves = [(number, event) for number, event in enumerate(events) if event[0] == "move"]
+    assert len(moves) == 3
+    for number, (_, old, new) in moves:
+        assert events.index(("sync", new), number) < events.index(("sync", old), number)
 
 
 def test_what_is_neither_goes_to_unsure(sorted_library: Library) -> None:
@@ -367,8 +391,8 @@ def test_a_sidecar_whose_name_is_taken_stays_and_is_said(
 ) -> None:
     move = Mover.move
 
-    def taken(mover: Mover, plan: Any) -> None:
-        move(mover, plan)
+    def taken(self: Mover, plan: Any) -> None:
+        move(self, plan)
         (sorted_library.output / "dogs/a.xmp").write_bytes(b"somebody else's")
 
     monkeypatch.setattr(Mover, "move", taken)
@@ -385,10 +409,10 @@ def test_a_sidecar_that_was_left_behind_follows_at_the_next_correction(
 ) -> None:
     move = Mover.move
 
-    def without_sidecars(mover: Mover, plan: Any) -> None:
+    def without_sidecars(self: Mover, plan: Any) -> None:
         if plan.name.endswith(".xmp"):
             raise StayedError("may not be moved")
-        move(mover, plan)
+        move(self, plan)
 
     with monkeypatch.context() as patch:
         patch.setattr(Mover, "move", without_sidecars)

@@ -14,6 +14,7 @@ import pytest
 from conftest import GREEN, RED, Running, hashes, make_tree, plain, read_tree, small_manifest
 from test_corrections import Library
 
+from sorter.history.corrections_reader import CorrectionsReader
 from sorter.history.reader import Counts, HistoryReader
 from sorter.history.store import History
 from sorter.moving.recovery import Recovered, recover
@@ -67,7 +68,7 @@ def library(tmp_path: Path) -> Library:
 
 def is_true(library: Library) -> bool:
     """Whether the photo and the sidecar are where the history says, and its verdict as well."""
-    with library.reader() as reader:
+    with contextlib.closing(CorrectionsReader(library.output)) as reader:
         places = {reader.photos()[0].place} | {entry.place for entry in reader.sidecars(reader.photos()[0])}
     ((unfinished,),) = library.rows("SELECT count(*) FROM moves WHERE done IS NULL")
     verdicts = library.rows("SELECT label FROM verdicts")

@@ -58,7 +58,7 @@ def undo(
 
     Raises:
         ConfigurationError: there is no history, or nothing in it matches.
-        NotNowError: another undo is running.
+        NotNowError: another undo is running, or a long batch of corrections.
         StorageError: the history or a folder cannot be written.
     """
     output, stopping = settings.output_folder, threading.Event()

@@ -81,19 +81,6 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class GivenVerdict:
-    """The newest verdict on a photo.
-
-    Attributes:
-        id: of its row.
-        came_from: the path inside the output from where it moved the photo; None if it moved nothing.
-    """
-
-    id: int
-    came_from: str | None
-
-
-@dataclass(frozen=True, slots=True)
 class Counts:
     """How many photos were moved.
 
@@ -243,28 +230,9 @@ class HistoryReader:
         """The photo with this sorting move, if it is in the output."""
         return next(iter(self.photos(" AND m.id = ?", (id_,))), None)
 
-    def sidecars(self, photo: Entry) -> list[Entry]:
-        """The sidecars that followed a photo and were not restored."""
-        query = f"{_ENTRY}{_UNDOABLE} AND m.kind = '{SIDECAR}' AND m.follows = ? ORDER BY m.id"
-        return [self._entry(row) for row in self._database.rows(query, (photo.id,))]
-
-    def sidecar_at(self, place: str) -> Entry | None:
-        """The sidecar that was moved to a path inside the output, last if there were several."""
-        folder, _, name = place.partition("/")
-        query = f"{_ENTRY}{_UNDOABLE} AND m.kind = '{SIDECAR}' AND m.now_name = ? AND CAST(m.now_folder AS BLOB) = ?"
-        values = (os.fsencode(name), os.fsencode(folder))
-        rows = self._database.rows(f"{query} ORDER BY m.placed_by DESC LIMIT 1", values)
-        return next(map(self._entry, rows), None)
-
-    def newest_verdict(self, photo: Entry) -> GivenVerdict | None:
-        """The newest verdict on a photo that was not taken back."""
-        query = (
-            "SELECT v.id, c.source FROM verdicts v LEFT JOIN moves c ON c.id = v.correction "
-            "WHERE v.move = ? ORDER BY v.id DESC LIMIT 1"
-        )
-        for id_, source in self._database.rows(query, (photo.id,)):
-            return GivenVerdict(id_, None if source is None else os.fsdecode(source))
-        return None
+    def _in_output(self, condition: str, values: Sequence[object]) -> list[Entry]:
+        """The photos and sidecars that were sorted and not restored."""
+        return [self._entry(row) for row in self._database.rows(f"{_ENTRY}{_UNDOABLE}{condition}", values)]
 
     def last_sorted(self, root: Path, names: Sequence[str], since: float) -> Entry | None:
         """The last photo with one of these names that was sorted, if it still is where it went.

@@ -15,14 +15,14 @@ from sorter.errors import StorageError
 from sorter.files import inodes
 from sorter.files.atomic import ChangedError, StayedError, TakenError
 from sorter.files.photo import Identity, Photo
-from sorter.history.reader import Entry, HistoryReader
+from sorter.history.corrections_reader import CorrectionsReader
+from sorter.history.reader import Entry
 from sorter.history.store import SIDECAR, History, Judgement, Move, Run
-from sorter.inbox.sidecars import FolderListing, SidecarNames
+from sorter.inbox.sidecars import SidecarNames
 from sorter.moving.mover import Mover
 from sorter.moving.recovery import Plan
 
 _TRIES = 3  # a sorter beside it may take one name after the other
-_MAX_LISTINGS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +91,13 @@ class Corrector:
         sidecars: says which files belong to a photo.
     """
 
-    def __init__(self, output: Path, history: History, reader: HistoryReader, run: Run, sidecars: SidecarNames) -> None:
+    def __init__(
+        self, output: Path, history: History, reader: CorrectionsReader, run: Run, sidecars: SidecarNames
+    ) -> None:
         self._output = Path(os.path.realpath(output))
         self._history, self._reader, self._run, self._sidecars = history, reader, run, sidecars
         inodes.look((self._output,))
         self._mover = Mover(self._output, sidecars)
-        self._listings: dict[str, FolderListing] = {}
 
     def correct(self, corrections: Sequence[Correction], others: Sequence[Judgement] = ()) -> list[Corrected]:
         """Move photos, each at most once, and record verdicts: theirs, and others that move nothing.
@@ -117,7 +118,7 @@ class Corrector:
     def _batch(self, corrections: Sequence[Correction], others: Sequence[Judgement] = ()) -> list[Corrected]:
         leaving: set[str] = set()  # the places of the photos before
         steps: list[_Step] = []
-        for number, correction in enumerate(corrections):
+        for number, correction in sorted(enumerate(corrections), key=lambda item: item[1].folder):
             steps += self._steps(number, correction, leaving)
             leaving.add(correction.entry.place)
         tokens = {step.photo: step.plan.token for step in reversed(steps)}  # of the photos, which are first
@@ -130,8 +131,14 @@ class Corrector:
         done: list[Move] = []
         try:
             self._history.intend([step.move for step in steps], [*others, *judgements])
+            arrived: set[str] = set()  # the folders that photos came into since the last sync
             try:
                 for step in steps:
+                    if os.path.dirname(step.plan.photo.name) in arrived:
+                        # One sync cannot do for both: a photo must be durable in its new folder before its old one is.
+                        self._mover.settle()
+                        arrived.clear()
+                    arrived.add(step.plan.folder)
                     correction, before = corrections[step.photo], results.get(step.photo)
                     if before is None:
                         results[step.photo] = self._move_photo(correction, step, done)
@@ -195,12 +202,12 @@ class Corrector:
         """
         recorded = {sidecar.place: sidecar for sidecar in self._reader.sidecars(photo)}
         folder, base = os.path.split(photo.place)
-        listing = self._listing(folder)
+        listing = self._mover.listing(folder)
         places = dict.fromkeys(recorded)
         for name in listing.sidecars(base):
             place = os.path.join(folder, name)
-            others = [other for other in listing.photos(name) if os.path.join(folder, other) not in leaving]
-            if place in recorded or not any(self._fits(name, other, base) for other in others):
+            others = [o for o in listing.photos(name) if o != base and os.path.join(folder, o) not in leaving]
+            if place in recorded or not any(self._sidecars.fits_as_well(name, other, base) for other in others):
                 places[place] = None
         for place in places:
             try:
@@ -212,16 +219,6 @@ class Corrector:
                     Photo(self._output, place, Identity.of(status), 0.0),
                     recorded.get(place) or self._reader.sidecar_at(place),
                 )
-
-    def _fits(self, sidecar: str, other: str, photo: str) -> bool:
-        """Whether a sidecar's name fits another photo at least as well as it fits this one."""
-        ranks = self._sidecars.rank(sidecar, other), self._sidecars.rank(sidecar, photo)
-        return other != photo and ranks[0] is not None and ranks[1] is not None and ranks[0] <= ranks[1]
-
-    def _listing(self, folder: str) -> FolderListing:
-        if folder not in self._listings and len(self._listings) >= _MAX_LISTINGS:
-            del self._listings[next(iter(self._listings))]
-        return self._listings.setdefault(folder, FolderListing(self._output, folder, self._sidecars))
 
     def _intent(self, correction: Correction, plan: Plan, kind: str, corrects: int | None) -> Move:
         return Move(

@@ -22,6 +22,7 @@ from sorter.errors import StorageError
 from sorter.files import FAILED, UNSURE, lock
 from sorter.files.lock import Lock
 from sorter.files.photo import COARSE_NS, Identity, Photo, open_file
+from sorter.history.corrections_reader import CorrectionsReader
 from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import History, Judgement, Run
 from sorter.inbox.sidecars import SidecarNames
@@ -107,7 +108,7 @@ class Corrections:
             HistoryReader(self._output, state_dir).close()
             self._history = History(self._output, state_dir)
             stack.callback(self._history.close)
-            self._reader = HistoryReader(self._output, state_dir, beside_writer=True)
+            self._reader = CorrectionsReader(self._output, state_dir, beside_writer=True)
             stack.callback(self._reader.close)
             self._corrector = Corrector(
                 self._output, self._history, self._reader, self._run, sidecars or SidecarNames()
