@@ -9,10 +9,9 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from conftest import make_tree, photo
+from conftest import Running, make_tree, photo
 from reviewing import CAT, DOG, LONG_AGO_NS, UNSURE, Client, Sorted, ids, reviewing, sort_as
 
-from sorter.cli.main import main
 from sorter.history.store import History
 from sorter.review import keys
 from sorter.review.deck import PAGE, Deck, shown
@@ -83,18 +82,18 @@ def _record(history: History, photo: int) -> None:
     )
 
 
-def test_what_is_gone_restored_or_sorted_again_is_not_shown(tmp_path: Path) -> None:
+def test_what_is_gone_restored_or_sorted_again_is_not_shown(tmp_path: Path, start: Callable[..., Running]) -> None:
     inbox = make_tree(tmp_path / "in", {f"{n}.jpg": photo(n) for n in range(6)})
     output = tmp_path / "out"
-    folders = ["--inbox", str(inbox), "--output", str(output), "--log-format", "console"]
-    assert main(["run", "--once", "--min-confidence", "1", *folders]) == 0  # all are unsure
+    folders = ["--inbox", inbox, "--output", output]
+    assert start("run", "--once", "--min-confidence", "1", *folders).finish()[0] == 0  # all are unsure
     with closing(Deck(output)) as deck:
         assert len(names(deck, "least-sure")) == 6
-    assert main(["retry", "unsure", *folders]) == 0
+    assert start("retry", "unsure", *folders).finish()[0] == 0
     with closing(Deck(output)) as deck:
         assert [name for name in names(deck, "least-sure") if name.startswith("unsure/")] == []
         places = names(deck, "least-sure")
-    assert main(["undo", str(output / places[0]), "--inbox", str(inbox), "--output", str(output)]) == 0
+    assert start("undo", output / places[0], *folders).finish()[0] == 0
     (output / places[1]).unlink()
     (output / places[2]).write_bytes(b"another")
     with closing(Deck(output)) as deck:
