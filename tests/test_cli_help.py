@@ -93,6 +93,9 @@ def test_a_usage_error_is_one_line_and_exits_with_2(capsys: Capture) -> None:
         "bench --count -1",
         "bench --count many",
         f"bench --runs {'9' * 5000}",
+        "review --port 80",
+        "review --port 65536",
+        "review --check 0",
         "completion tcsh",
     ):
         with pytest.raises(SystemExit) as caught:

@@ -20,7 +20,7 @@ from sorter.files import FOLDER, HISTORY, file_systems
 from sorter.files.photo import Identity
 from sorter.history import schema, store
 from sorter.history.reader import HistoryReader
-from sorter.history.store import History, Move, Run
+from sorter.history.store import History, Judgement, Move, Run
 from sorter.settings import Settings
 
 RUN = Run("r1", "1.0", "model")
@@ -195,22 +195,33 @@ def test_the_next_version_of_the_schema_keeps_what_is_there(output: Path, monkey
     assert rows(output, "SELECT stars FROM moves") == [(None,)]
 
 
+OLD_COLUMNS = "token, run, root, source, folder, name, device, inode, size, mtime_ns, kind, label, confidence, done"
+
+
+def old_history(output: Path, monkeypatch: pytest.MonkeyPatch, version: int, *moves: Move) -> None:
+    """Make a history of an older version, in which moves are done."""
+    with monkeypatch.context() as patch, contextlib.closing(sqlite3.connect(output / FOLDER / HISTORY)) as connection:
+        patch.setattr(schema, "_MIGRATIONS", schema._MIGRATIONS[:version])
+        patch.setattr(schema, "NEWEST", version)
+        connection.execute("PRAGMA journal_mode = WAL")
+        schema.upgrade(connection, output / FOLDER / HISTORY)
+        connection.execute("INSERT INTO runs (id, started, version, model) VALUES ('r1', 1.0, '1.0', 'model')")
+        marks = ", ".join(f":{column}" for column in OLD_COLUMNS.split(", "))
+        for done in moves:
+            row = {**store._row(done), "done": 2.0}
+            connection.execute(f"INSERT INTO moves ({OLD_COLUMNS}) VALUES ({marks})", row)
+        connection.commit()
+    assert rows(output, "PRAGMA user_version") == [(version,)]
+
+
 @pytest.fixture
 def version_3(output: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An output whose history is from before sidecars were called that: one photo, and its sidecar."""
-    with monkeypatch.context() as patch:
-        patch.setattr(schema, "_MIGRATIONS", schema._MIGRATIONS[:3])
-        patch.setattr(schema, "NEWEST", 3)
-        patch.setattr(store, "_INSERT", store._INSERT.replace(", linked", "").replace(", :linked", ""))
-        history = History(output)
-        history.begin(RUN)
-        moves = [move(1, name="a.jpg"), move(2, name="a.xmp", source="a.xmp", kind="companion", follows="a.jpg")]
-        history.intend(moves[:1])
-        history.settle(moves[:1], [])
-        history.intend(moves[1:])
-        history.settle(moves[1:], [])
-        history.close()
-    assert rows(output, "PRAGMA user_version") == [(3,)]
+    photo, companion = move(1, name="a.jpg"), move(2, name="a.xmp", source="a.xmp", kind="companion")
+    old_history(output, monkeypatch, 3, photo, companion)
+    with contextlib.closing(sqlite3.connect(output / FOLDER / HISTORY)) as connection:
+        connection.execute("UPDATE moves SET follows = 1 WHERE id = 2")
+        connection.commit()
     return output
 
 
@@ -283,6 +294,82 @@ def test_a_reader_takes_companions_for_sidecars_also_where_an_old_history_came_b
     (version_3 / FOLDER / "new").rename(version_3 / FOLDER / HISTORY)
     assert [entry.kind for entry in reader.entries()] == ["sorted", "sidecar"]
     reader.close()
+
+
+def test_a_photo_of_version_5_is_where_it_was_sorted_and_can_be_corrected(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old_history(output, monkeypatch, 5, move(1, name="a.jpg"))
+    with contextlib.closing(HistoryReader(output)) as reader:  # of a copy
+        assert [entry.place for entry in reader.photos()] == ["cats/a.jpg"]
+    history = History(output)
+    history.begin(RUN)
+    corrected = move(2, name="a.jpg", source="cats/a.jpg", folder="dogs", target=output, corrects=1)
+    history.intend([corrected])
+    assert rows(output, "SELECT now_folder FROM moves WHERE id = 1") == [("cats",)]
+    history.settle([corrected], [])
+    history.close()
+    query = "SELECT folder, CAST(now_folder || '/' || now_name AS TEXT), placed_by FROM moves ORDER BY id"
+    assert rows(output, query) == [("cats", "dogs/a.jpg", 2), ("dogs", "dogs/a.jpg", 2)]
+    with contextlib.closing(HistoryReader(output)) as reader:
+        assert [(entry.place, entry.corrected) for entry in reader.photos()] == [("dogs/a.jpg", True)]
+
+
+def test_a_verdict_goes_with_the_move_that_is_withdrawn_and_stays_with_the_one_that_is_done(output: Path) -> None:
+    history = History(output)
+    history.begin(RUN)
+    history.intend([move(1), move(2)])
+    history.settle([move(1), move(2)], [])
+    corrections = [move(n + 2, folder="dogs", target=output, corrects=n) for n in (1, 2)]
+    digest = bytes(32)
+    judgements = [Judgement(n, "dog", "corrected", digest, "cat", 0.75, "model", move(n + 2).token) for n in (1, 2)]
+    history.intend(corrections, judgements)
+    assert history.unfinished() == corrections
+    history.settle(corrections[:1], corrections[1:])
+    assert rows(output, "SELECT move, label, confidence, correction FROM verdicts") == [(1, "dog", 0.75, 3)]
+    taking_back = [move(n, folder="cats", target=output, corrects=1, takes_back=1) for n in (5, 6)]
+    history.intend(taking_back[:1])
+    history.settle([], taking_back[:1])
+    assert rows(output, "SELECT move, reversal FROM verdicts") == [(1, None)]
+    history.intend(taking_back[1:])
+    history.settle(taking_back[1:], [])
+    assert rows(output, "SELECT count(*) FROM verdicts") == [(0,)]
+    assert rows(output, "SELECT now_folder FROM moves WHERE id = 1") == [("cats",)]
+
+
+@pytest.mark.long
+def test_a_page_of_a_million_photos_comes_in_50_ms(output: Path) -> None:
+    History(output).close()
+    connection = sqlite3.connect(output / FOLDER / HISTORY)
+    connection.execute("INSERT INTO runs (id, started, version, model) VALUES ('r1', 1.0, '1.0', 'model')")
+    values = {**store._row(move(0)), "done": 1.0}
+    insert = f"INSERT INTO moves ({', '.join(values)}) VALUES ({', '.join(f':{key}' for key in values)})"
+    connection.executemany(
+        insert,
+        (
+            {**values, "token": f"{n:016x}", "folder": ("cats", "dogs", "unsure")[n % 3], "name": b"%d.jpg" % n}
+            | {"source": b"%d.jpg" % n, "confidence": n * 7919 % 1_000_003 / 1_000_003}
+            | {"kind": "sidecar" if n % 10 == 0 else "sorted"}
+            for n in range(1_000_000)
+        ),
+    )
+    connection.commit()
+    connection.close()
+    reader, seconds, found = HistoryReader(output), [], 0
+    for folder in ("cats", "unsure"):
+        after = (0.0, 0)
+        for _ in range(20):
+            began = time.perf_counter()
+            condition = " AND m.now_folder = ? AND (m.confidence, m.id) > (?, ?)"
+            page = reader.photos(condition, (folder, *after), order="m.confidence, m.id", limit=100)
+            seconds.append(time.perf_counter() - began)
+            keys = [(entry.confidence or 0.0, entry.id) for entry in page]
+            assert keys == sorted(keys)
+            assert keys[0] > after
+            after, found = keys[-1], found + len(page)
+    reader.close()
+    assert found == 4000
+    assert sorted(seconds)[-2] < 0.05
 
 
 def test_dates_that_need_more_than_64_bits_come_back(output: Path) -> None:

@@ -132,6 +132,17 @@ def test_a_center_crop_discards_what_exceeds_its_size(tmp_path: Path) -> None:
     assert (full.getpixel((0, 0)), inner.getpixel((0, 0))) == ((255, 0, 0), (255, 255, 255))
 
 
+def test_a_picture_that_is_to_fit_keeps_its_proportions_and_is_never_enlarged(tmp_path: Path) -> None:
+    for size, wanted in (((400, 100), (64, 16)), ((100, 400), (16, 64)), ((63, 20), (63, 20)), ((6000, 1), (64, 1))):
+        for kind in ("JPEG", "PNG"):
+            content = encoded(smooth(1, size), kind)
+            assert decoded(tmp_path, content, Preprocessing(64, "fit")).size == wanted, (size, kind)
+    expected = smooth(2, (1200, 400)).resize((120, 40), Image.Resampling.BOX)
+    assert (
+        difference(decoded(tmp_path, encoded(smooth(2, (1200, 400)), "PNG"), Preprocessing(120, "fit")), expected) < 2
+    )
+
+
 def test_a_picture_smaller_than_wanted_is_enlarged(tmp_path: Path) -> None:
     for crop in (Preprocessing(32, "squash"), Preprocessing(32, "center", 36)):
         picture = decoded(tmp_path, encoded(plain(size=(1, 3)), "PNG"), crop)

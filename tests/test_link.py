@@ -25,6 +25,7 @@ from conftest import (
     pipeline_to,
     plain,
     read_tree,
+    small_manifest,
 )
 from mounts import mounted
 from structlog.testing import capture_logs
@@ -39,6 +40,7 @@ from sorter.inbox.scan import Inbox
 from sorter.moving import linker
 from sorter.moving.mover import Mover
 from sorter.moving.undo import Undo, Undone, planned_undo
+from sorter.review.corrections import Corrections, Outcome, Verdict, Version
 from sorter.service.counters import Counters
 from sorter.service.loop import Service
 from sorter.service.shutdown import Shutdown
@@ -464,3 +466,25 @@ def test_a_photo_that_is_edited_in_place_keeps_its_one_hard_link(tmp_path: Path)
         with (inbox / "a.jpg").open("ab") as file:
             file.write(b"a rating")
     assert len([path for folder in ("cats", "dogs") for path in (inbox / folder).glob("*")]) == 1
+
+
+def test_a_corrected_link_moves_and_its_photo_stays_and_undo_still_removes_it(library: Library) -> None:
+    make_tree(library.inbox, {**PHOTOS, "a.xmp": b"edits"})
+    before = {path: os.stat(path).st_mtime_ns for path in library.inbox.rglob("*")}
+    library.sort()
+    (entry,) = (entry for entry in library.entries() if entry.name == "a.jpg")
+    corrections = Corrections(library.output, small_manifest().classes)
+    verdict = Verdict(entry.id, Version(entry.size, os.stat(entry.destination).st_mtime_ns), "dog", "corrected")
+    assert corrections.decide([verdict]) == [Outcome(entry.id, str(library.output / "dogs/a.jpg"))]
+    corrections.close()
+    moved = {"dogs/a.jpg": PHOTOS["a.jpg"], "dogs/a.xmp": b"edits", "dogs/b.jpg": PHOTOS["b.jpg"]}
+    assert read_tree(library.output) == moved
+    counters, _ = library.sort()
+    assert (counters.photos, counters.linked_before, read_tree(library.output)) == (0, 2, moved)
+    make_tree(library.inbox, {"a.jpg.xmp": b"late"})
+    library.sort()
+    assert (library.output / "dogs/a.jpg.xmp").read_bytes() == b"late"
+    assert set(library.undo(dry_run=True).values()) == set(library.undo().values()) == {""}
+    assert read_tree(library.output) == {}
+    assert read_tree(library.inbox) == {**PHOTOS, "a.xmp": b"edits", "a.jpg.xmp": b"late"}
+    assert {path: os.stat(path).st_mtime_ns for path in before} == before

@@ -18,7 +18,7 @@ from conftest import Running, hashes, make_tree, photo, read_tree
 sys.path.insert(0, str(Path(__file__).parent / "torture"))
 import sweep
 
-MODES: tuple[sweep.Mode, ...] = ("move", "reserve", "link", "unlink")
+MODES: tuple[sweep.Mode, ...] = ("move", "reserve", "link", "unlink", "correct", "revert")
 FAULTS = ("signal=SIGKILL", *(f"error={error}" for error in sweep.ERRORS))
 # The others share most of their steps with moves, so of the errors one will do.
 SWEEPS = [("move", fault) for fault in FAULTS] + [(m, f) for m in MODES[1:] for f in ("signal=SIGKILL", "error=EIO")]
@@ -117,6 +117,8 @@ def test_no_kill_and_no_error_at_any_call_loses_anything(
         "reserve": " without renames or links that are safe",
         "link": " with --link",
         "unlink": " in the undo of --link",
+        "correct": " in corrections",
+        "revert": " where corrections are taken back",
     }[mode]
     proved(
         f"{fault.partition('=')[2]} at {'each' if every == 1 else len(attacks)} of {len(points)} calls that change a "
@@ -157,3 +159,26 @@ def test_what_is_durable_comes_in_the_right_order(parents: tuple[Path, Path]) ->
         assert made < find(rf"^fsync\(.*{parent}>", made) < moved < len(calls), (
             "a new folder is, before its first photo"
         )
+
+
+@pytest.mark.parametrize("mode", ["correct", "revert"])
+def test_what_is_durable_of_a_correction_comes_in_the_right_order(tmp_path: Path, mode: sweep.Mode) -> None:
+    if shutil.which("strace") is None or subprocess.run(["strace", "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs strace, and the right to use it")
+    place = sweep.Place(tmp_path, tmp_path, mode)
+    try:
+        calls = [re.sub(r"^\d+ +", "", point.line) for point in place.points()]
+    finally:
+        place.remove()
+
+    def find(pattern: str, start: int) -> int:
+        return next((i for i in range(start, len(calls)) if re.search(pattern, calls[i])), len(calls))
+
+    folders = r'^renameat2\(\d+<([^>]*/out/[^>]*)>, ".*", \d+<([^>]*/out/[^>]*)>'
+    moved = [(number, match) for number, call in enumerate(calls) if (match := re.match(folders, call))]
+    assert len(moved) == len(sweep.PHOTOS) + 1, "and the sidecar"
+    for number, match in moved:
+        old, new = (find(rf"^fsync\(\d+<{re.escape(folder)}>\)", number) for folder in match.groups())
+        intent = max(i for i in range(number) if re.search(r"^pwrite64\(.*-wal>", calls[i]))
+        assert intent < find(r"^f(data)?sync\(.*-wal>", intent) < number, "the intent is on the disk before"
+        assert number < new < old < find(r"^pwrite64\(.*-wal>", number), "and both folders are, before it is done"

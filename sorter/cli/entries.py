@@ -36,6 +36,7 @@ def to_json(entry: Entry) -> dict[str, Any]:
         "model": entry.model or None,
         "undone": entry.undone,
         "linked": entry.linked,
+        "corrected": entry.corrected,
     }
 
 
@@ -45,6 +46,10 @@ def why(entry: Entry) -> str:
         return f"{entry.reason}: {entry.detail}" if entry.detail else entry.reason
     if entry.kind == "undone":
         return "link removed" if entry.linked else "restored"
+    if entry.kind == "corrected":
+        return f"a person sees {entry.label or 'none of the classes'}"
+    if entry.kind == "reverted":
+        return "correction taken back"
     if entry.kind == SIDECAR:
         return f"{'linked' if entry.linked else 'moved'} with its photo"
     if entry.detail is not None:

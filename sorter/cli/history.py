@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sorter.cli import entries, options
@@ -44,7 +44,8 @@ def show(settings: Settings, *, limit: int, since: float | None, run: str | None
 
 def _row(settings: Settings, entry: Entry) -> Sequence[str]:
     inbox, output = settings.inbox, settings.output_folder
-    came_from, went_to = (output, inbox) if entry.kind == "undone" else (inbox, output)
+    came_from = output if entry.root == os.path.realpath(output) else inbox
+    went_to = inbox if entry.kind == "undone" else output
     folder, base = os.path.split(_relative(entry.destination, went_to))
     new_name = "" if base == os.path.basename(entry.source) else base
     return (
@@ -53,8 +54,16 @@ def _row(settings: Settings, entry: Entry) -> Sequence[str]:
         entries.printable(_relative(entry.source, came_from)),
         entries.arrow(),
         entries.printable(os.path.join(folder or ".", new_name)),
-        ", ".join(filter(None, (entries.why(entry), _linked(entry), "undone" if entry.undone else ""))),
+        ", ".join(filter(None, (entries.why(entry), _linked(entry), *_since(entry)))),
     )
+
+
+def _since(entry: Entry) -> Iterator[str]:
+    """What was done with a photo after it was sorted."""
+    if entry.corrected:
+        yield "corrected"
+    if entry.undone:
+        yield "undone"
 
 
 def _linked(entry: Entry) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import structlog
 
 from sorter import logs, settings
-from sorter.cli import bench, check, console, history, retry, run, shell_help, status, undo
+from sorter.cli import bench, check, console, history, retry, review, run, shell_help, status, undo
 from sorter.cli.parser import EVERY_GROUP, FOLDERS, Command, Parser, build
 from sorter.errors import ExitCode, SorterError
 from sorter.settings import Settings
@@ -67,6 +67,13 @@ COMMANDS = {
         groups=FOLDERS,
         usage="--last|--run ID|--since WHEN|PATH...",
         add_options=undo.add_options,
+    ),
+    "review": Command(
+        "look at sorted photos in the browser, and correct them",
+        review.review,
+        groups=(*FOLDERS, "Model"),
+        usage=_FOLDER_FLAGS,
+        add_options=review.add_options,
     ),
     "bench": Command(
         "measure how fast this machine sorts, on copies of photos",

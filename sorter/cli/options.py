@@ -19,6 +19,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """A port that any user may open."""
+    if not text.isdecimal() or not 1024 <= int(text[:20]) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a port from 1024 to 65535")
+    return int(text)
+
+
 def point_in_time(text: str) -> float:
     """A date, a time, or an age, as seconds since the epoch."""
     if age := re.fullmatch(r"(\d{1,6})([smhdw])", text):

@@ -22,6 +22,8 @@ from sorter.moving.undo import Undo, Undone, planned_undo
 from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
+_PATIENCE_SECONDS = 2.0  # a review holds the lock for a moment
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `sorter undo`."""
@@ -56,7 +58,7 @@ def undo(
 
     Raises:
         ConfigurationError: there is no history, or nothing in it matches.
-        NotNowError: another undo is running.
+        NotNowError: another undo is running, or a long batch of corrections.
         StorageError: the history or a folder cannot be written.
     """
     output, stopping = settings.output_folder, threading.Event()
@@ -101,7 +103,7 @@ def _open(output: Path, state_dir: Path | None, stopping: threading.Event, stack
     """Lock the output against other undos and recover from a crash, so that what it left can be restored too."""
     undoing, sorting = Lock(output, lock.UNDOING, state_dir), Lock(output, state_dir=state_dir)
     stack.callback(undoing.release)
-    undoing.take()
+    undoing.take(patience_seconds=_PATIENCE_SECONDS)
     history = History(output, state_dir)
     stack.callback(history.close)
     with_sorting = any(move.target is None for move in history.unfinished())

@@ -20,6 +20,7 @@ class Decoded:
             settled file).
         row: the row of `Decoders.pixels`; the consumer returns it with `Decoders.release`.
         detail: for a person; why the verdict is not `pixels`.
+        size: width and height of the picture in the row, pixels.
         milliseconds: time in the decoder.
     """
 
@@ -28,4 +29,5 @@ class Decoded:
     row: int = -1
     reason: Reason | None = None
     detail: str = ""
+    size: tuple[int, int] = (0, 0)
     milliseconds: float = 0.0

@@ -174,7 +174,7 @@ class Decoders:
                 detail = f"{status.st_size / 1e6:.0f} MB; the limit is {self._max_bytes / 1e6:g} MB"
                 return Decoded(photo, "failed", reason=Reason.TOO_LARGE, detail=detail)
             with self._readable_at_once(descriptor, status) as source:
-                kind, seconds, text = worker.decode(source, row, is_raw, self._timeout_seconds)
+                kind, seconds, size, text = worker.decode(source, row, is_raw, self._timeout_seconds)
         except OSError as error:
             return Decoded(photo, "left", detail=f"cannot be read now: {error.strerror}")
         except PhotoError as error:
@@ -182,7 +182,7 @@ class Decoders:
         finally:
             os.close(descriptor)
         if kind == OK:
-            return Decoded(photo, "pixels", row=row, milliseconds=seconds * 1000)
+            return Decoded(photo, "pixels", row=row, size=size, milliseconds=seconds * 1000)
         if kind == UNREADABLE:
             return Decoded(photo, "left", detail=f"cannot be read now: {text}")
         reason, _, detail = text.partition(" ")
@@ -273,7 +273,9 @@ class _Worker:
         code = self._process.returncode
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
-    def decode(self, descriptor: int, row: int, is_raw: bool, timeout_seconds: float) -> tuple[int, float, str]:
+    def decode(
+        self, descriptor: int, row: int, is_raw: bool, timeout_seconds: float
+    ) -> tuple[int, float, tuple[int, int], str]:
         """Have one open file decoded into a row.
 
         Raises:
@@ -282,8 +284,8 @@ class _Worker:
         self._socket.settimeout(timeout_seconds)
         try:
             socket.send_fds(self._socket, [REQUEST.pack(row, is_raw)], [descriptor])
-            kind, seconds, length = REPLY.unpack(_receive(self._socket, REPLY.size))
-            return kind, seconds, _receive(self._socket, length).decode("utf-8", "replace")
+            kind, seconds, width, height, length = REPLY.unpack(_receive(self._socket, REPLY.size))
+            return kind, seconds, (width, height), _receive(self._socket, length).decode("utf-8", "replace")
         except TimeoutError:
             raise PhotoError(Reason.DECODER_TIMEOUT, f"not decoded after {timeout_seconds:g} s") from None
         except (EOFError, ConnectionError):

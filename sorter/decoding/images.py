@@ -52,17 +52,18 @@ warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How a photo becomes the network's input.
+    """How a photo becomes the network's input, or a picture for a person.
 
     Attributes:
         size: the side S of the network's square input, pixels.
         crop: `squash` scales both sides to S; `center` scales the short side to `resize` and cuts S x S out of the
-            middle; `none` keeps the full picture with a short side of at most `resize`, for training to cut from.
+            middle; `none` keeps the full picture with a short side of at most `resize`, for training to cut from;
+            `fit` keeps the full picture with a long side of at most S, to be looked at.
         resize: the short side before or without a crop, pixels.
     """
 
     size: int
-    crop: Literal["squash", "center", "none"] = "squash"
+    crop: Literal["squash", "center", "none", "fit"] = "squash"
     resize: int = 0
 
 
@@ -84,7 +85,7 @@ def decode(descriptor: int, preprocessing: Preprocessing, limits: Limits) -> Ima
         limits: what is refused.
 
     Returns:
-        An RGB picture of `preprocessing.size` squared, unless `preprocessing.crop` is `none`.
+        An RGB picture of `preprocessing.size` squared, unless `preprocessing.crop` is `none` or `fit`.
 
     Raises:
         PhotoError: the file cannot be read as a photo.
@@ -203,7 +204,7 @@ def _from_tiles(image: Image.Image, file: _Tracked, preprocessing: Preprocessing
 
 
 def _short_side(preprocessing: Preprocessing) -> int:
-    return preprocessing.size if preprocessing.crop == "squash" else preprocessing.resize
+    return preprocessing.size if preprocessing.crop in ("squash", "fit") else preprocessing.resize
 
 
 def _check_scans(file: io.BufferedIOBase) -> None:
@@ -220,13 +221,15 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int |
     short = _short_side(preprocessing)
     if image.format in ("JPEG", "MPO"):
         # libjpeg scales while it decodes, to the smallest of 1/8, 1/4, 1/2 that still covers the target.
-        image.draft(None, (short, short))
+        image.draft(None, _fitting(image.size, short) if preprocessing.crop == "fit" else (short, short))
     image.load()
     if orientation is None:
         orientation = _orientation(image)  # after loading: Pillow rotates TIFFs itself and resets it
     width, height = image.size
     if preprocessing.crop == "squash":
         size = (short, short)
+    elif preprocessing.crop == "fit":
+        size = _fitting(image.size, short)
     else:
         scale = short / min(width, height)
         if preprocessing.crop == "none":
@@ -247,6 +250,12 @@ def _shrink(image: Image.Image, preprocessing: Preprocessing, orientation: int |
     small = small.convert("RGB")
     # Rotated last: a small square costs nothing to rotate, twelve megapixels do.
     return small.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else small
+
+
+def _fitting(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Width and height reduced, if need be, so that neither is larger than `side`."""
+    scale = min(1.0, side / max(size))
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def _orientation(image: Image.Image) -> int:

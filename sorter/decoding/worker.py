@@ -21,7 +21,7 @@ WORKER_MEMORY_BYTES = 970_000_000
 """What a worker may allocate; a photo that needs more fails as out-of-memory. Together with mapped libraries a worker
 stays under 1 GB. A picture of 100 megapixels needs 400 MB, a progressive JPEG of 250 megapixels 750 MB."""
 REQUEST = struct.Struct("<I?")  # row, whether it is a camera's raw file
-REPLY = struct.Struct("<BfI")  # kind, seconds, bytes of text that follow
+REPLY = struct.Struct("<BfIII")  # kind, seconds, width and height of the picture, bytes of text that follow
 OK, FAILED, UNREADABLE = range(3)
 READY = b"\1"
 
@@ -50,8 +50,8 @@ def main(arguments: list[str]) -> None:
     warnings.simplefilter("ignore", UserWarning)  # Pillow warns about odd metadata
     connection = socket.socket(fileno=int(arguments[0]))
     memory = int(arguments[1])
-    crop: Literal["squash", "center"] = "center" if arguments[3] == "center" else "squash"
-    preprocessing = Preprocessing(int(arguments[2]), crop, int(arguments[4]))
+    crops: dict[str, Literal["squash", "center", "fit"]] = {"squash": "squash", "center": "center", "fit": "fit"}
+    preprocessing = Preprocessing(int(arguments[2]), crops[arguments[3]], int(arguments[4]))
     limits = Limits(float(arguments[5]), float(arguments[6]), WORKER_MEMORY_BYTES)
     stride = preprocessing.size * preprocessing.size * 3
     connection.sendall(READY)
@@ -60,11 +60,12 @@ def main(arguments: list[str]) -> None:
         if not request:
             return
         row, is_raw = REQUEST.unpack(request)
-        start, kind, text = time.perf_counter(), OK, ""
+        start, kind, text, size = time.perf_counter(), OK, "", (0, 0)
         try:
             decode = raw.decode if is_raw else images.decode
-            pixels = decode(descriptors[0], preprocessing, limits).tobytes()
-            os.pwrite(memory, pixels, row * stride)
+            picture = decode(descriptors[0], preprocessing, limits)
+            os.pwrite(memory, picture.tobytes(), row * stride)
+            size = picture.size
         except PhotoError as error:
             kind, text = FAILED, f"{error.reason} {error.detail}"
         except MemoryError:
@@ -74,7 +75,7 @@ def main(arguments: list[str]) -> None:
         finally:
             os.close(descriptors[0])
         encoded = text[:500].encode("utf-8", "replace")
-        connection.sendall(REPLY.pack(kind, time.perf_counter() - start, len(encoded)) + encoded)
+        connection.sendall(REPLY.pack(kind, time.perf_counter() - start, *size, len(encoded)) + encoded)
 
 
 if __name__ == "__main__":

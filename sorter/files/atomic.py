@@ -38,6 +38,10 @@ class ChangedError(StayedError):
     """The photo is no longer the file that was classified; it will be looked at again."""
 
 
+class TakenError(ChangedError):
+    """The photo is the same, but another file has taken its planned name meanwhile."""
+
+
 def new_token() -> str:
     """64 random bits in hexadecimal, for a hidden name that nobody else knows."""
     return secrets.token_hex(8)

@@ -21,8 +21,8 @@ from sorter.files.photo import opened_folder
 from sorter.files.state import state_folder
 
 SORTING, UNDOING = "lock", "undo-lock"
-"""Names of the lock files."""
-_DOING = {SORTING: "being sorted", UNDOING: "having photos restored"}
+"""Names of the lock files; the second is for whatever moves sorted photos: an undo, and the corrections of a review."""
+_DOING = {SORTING: "being sorted", UNDOING: "having photos restored or corrected"}
 _RETRY_SECONDS = 0.05
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)

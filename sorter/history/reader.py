@@ -17,20 +17,23 @@ from sorter.history.database import ReadOnlyDatabase
 from sorter.history.store import SIDECAR
 
 _ENTRY = """
-    SELECT m.id, m.run, m.done, m.root, m.source, m.target, m.folder, m.name, m.size, m.mtime_ns, m.kind, m.label,
-        m.confidence, m.reason, m.detail, m.follows, m.linked, r.model,
-        EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL)
+    SELECT m.id, m.run, m.done, m.root, m.source, m.target, m.now_folder, m.now_name, m.size, m.mtime_ns, m.kind,
+        m.label, m.confidence, m.reason, m.detail, m.follows, m.linked, r.model,
+        EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL),
+        (m.now_folder, m.now_name) <> (m.folder, m.name)
     FROM moves m JOIN runs r ON r.id = m.run
     WHERE m.done IS NOT NULL
 """
 
-_UNDOABLE = " AND m.undoes IS NULL AND NOT EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id)"
+# Only a sorter's moves have no target: those of an undo and corrections have one.
+_UNDOABLE = " AND m.target IS NULL AND NOT EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id)"
+_PRESENT = f"{_UNDOABLE} AND m.kind <> '{SIDECAR}'"
 _PAGE_ROWS = 1000
 _LARGEST_ID = (1 << 63) - 1
 # Of photos in `unsure/` and `failed/`: it was sorted again since, out of that folder.
 _SORTED_AGAIN = """
-    EXISTS (SELECT 1 FROM moves n WHERE n.root = CASE m.folder WHEN 'unsure' THEN ? WHEN 'failed' THEN ? END
-        AND n.source = m.name AND n.id > m.id AND n.done IS NOT NULL
+    EXISTS (SELECT 1 FROM moves n WHERE n.root = CASE m.now_folder WHEN 'unsure' THEN ? WHEN 'failed' THEN ? END
+        AND n.source = m.now_name AND n.id > m.placed_by AND n.done IS NOT NULL
         AND NOT EXISTS (SELECT 1 FROM moves u WHERE u.undoes = n.id AND u.done IS NOT NULL))
 """
 
@@ -43,15 +46,16 @@ class Entry:
         id: of its row; later moves have larger ones.
         done: when it was recorded as moved, in seconds since the epoch.
         source: the absolute path where it was.
-        destination: the absolute path where it went.
+        destination: the absolute path where it is now, with its corrections; where it was last, if it was restored.
         root, name: the two parts of `source`: the folder that was sorted, and the path inside it.
         place: the end of `destination`: the path inside the output, or inside the folder that an undo went back to.
         size: in bytes.
         mtime_ns: of the file, in nanoseconds since the epoch.
-        kind: `sorted`, `unsure`, `failed`, `sidecar` or `undone`.
+        kind: `sorted`, `unsure`, `failed`, `sidecar`, `undone`, `corrected` or `reverted`.
         follows: the `id` of its photo, for a sidecar.
         linked: whether the file stayed at `source`, with a link or a copy at `destination`.
         undone: whether it was restored since.
+        corrected: whether a person has put it into another place than it was sorted to.
     """
 
     id: int
@@ -73,6 +77,7 @@ class Entry:
     linked: bool
     model: str
     undone: bool
+    corrected: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,14 +189,50 @@ class HistoryReader:
             if top == ".":
                 found.append("TRUE")
             elif not inner:
-                found.append(f"CAST({alias}.folder AS BLOB) = ?")
+                found.append(f"CAST({alias}.now_folder AS BLOB) = ?")
                 values.append(os.fsencode(top))
             else:
                 name = os.fsencode(inner)
-                for at in (f"{alias}.name = ?", f"{alias}.name > ? AND {alias}.name < ?"):
-                    found.append(f"(CAST({alias}.folder AS BLOB) = ? AND {at})")
+                for at in (f"{alias}.now_name = ?", f"{alias}.now_name > ? AND {alias}.now_name < ?"):
+                    found.append(f"(CAST({alias}.now_folder AS BLOB) = ? AND {at})")
                 values += [os.fsencode(top), name, os.fsencode(top), name + b"/", name + b"0"]
         return f" AND ({' OR '.join(found)})", values
+
+    def photos(
+        self, condition: str = "", values: Sequence[object] = (), *, order: str = "m.id", limit: int = -1
+    ) -> list[Entry]:
+        """The photos that are in the output: sorted, and neither restored nor sorted again since.
+
+        `m.now_folder` and `m.now_name` say where a photo is; every query that asks for its place uses these two. A page
+        of a folder, the least sure first, comes quickly with `ORDER BY m.confidence, m.id` and the condition
+        `AND m.now_folder = ? AND (m.confidence, m.id) > (?, ?)`.
+
+        Args:
+            condition: more of it, on the rows `m` of `moves`, beginning with AND.
+            values: of the condition.
+            order: columns.
+            limit: at most so many; all if it is negative.
+        """
+        query = f"{_ENTRY}{_PRESENT}{condition} AND NOT {_SORTED_AGAIN}"
+        found = self._database.rows(f"{query} ORDER BY {order} LIMIT ?", (*values, *self._folders_sorted_again, limit))
+        return [self._entry(row) for row in found]
+
+    def count_photos(self, condition: str, values: Sequence[object], *, most: int) -> int:
+        """How many photos `photos` would return, counted up to `most`."""
+        some = (
+            f"SELECT 1 FROM moves m WHERE m.done IS NOT NULL{_PRESENT}{condition} "  # noqa: S608
+            f"AND NOT {_SORTED_AGAIN} LIMIT ?"
+        )
+        values = (*values, *self._folders_sorted_again, most)
+        return int(self._database.rows(f"SELECT count(*) FROM ({some})", values)[0][0])  # noqa: S608
+
+    def photo(self, id_: int) -> Entry | None:
+        """The photo with this sorting move, if it is in the output."""
+        return next(iter(self.photos(" AND m.id = ?", (id_,))), None)
+
+    def _in_output(self, condition: str, values: Sequence[object]) -> list[Entry]:
+        """The photos and sidecars that were sorted and not restored."""
+        return [self._entry(row) for row in self._database.rows(f"{_ENTRY}{_UNDOABLE}{condition}", values)]
 
     def last_sorted(self, root: Path, names: Sequence[str], since: float) -> Entry | None:
         """The last photo with one of these names that was sorted, if it still is where it went.
@@ -204,7 +245,10 @@ class HistoryReader:
             since: only photos sorted at this time or later, in seconds since the epoch.
         """
         marks = ", ".join("?" * len(names))
-        query = f"{_ENTRY} AND m.source IN ({marks}) AND m.root = ? AND m.kind <> '{SIDECAR}' AND m.done >= ?"
+        query = (
+            f"{_ENTRY} AND m.source IN ({marks}) AND m.root = ? AND m.kind <> '{SIDECAR}' AND m.target IS NULL "
+            "AND m.done >= ?"
+        )
         try:
             values = (*map(os.fsencode, names), self._real(root), since)
             rows = self._database.rows(f"{query} ORDER BY m.id DESC LIMIT 1", values)
@@ -239,9 +283,9 @@ class HistoryReader:
         """How many photos were moved at this time or later, in seconds since the epoch."""
         # A photo that was sorted twice counts where it is; back in `unsure/` or `failed/` it was not restored yet.
         query = (
-            "SELECT folder, EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL) AS undone, "  # noqa: S608
-            "count(*) FROM moves m WHERE done IS NOT NULL AND undoes IS NULL AND done >= ? AND kind <> ? "
-            f"AND NOT {_SORTED_AGAIN} AND NOT (undone AND m.root IN (?, ?)) GROUP BY folder, undone"
+            "SELECT now_folder, EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL) AS undone, "  # noqa: S608
+            "count(*) FROM moves m WHERE done IS NOT NULL AND target IS NULL AND done >= ? AND kind <> ? "
+            f"AND NOT {_SORTED_AGAIN} AND NOT (undone AND m.root IN (?, ?)) GROUP BY now_folder, undone"
         )
         rows = self._database.rows(query, (since, SIDECAR, *self._folders_sorted_again, *self._folders_sorted_again))
         folders = {folder: count for folder, undone, count in rows if not undone}
@@ -265,6 +309,24 @@ class HistoryReader:
             return False
         return [(photo.identity.size, str(photo.identity.mtime_ns))] == rows
 
+    def is_neither(self, photo: Photo) -> bool:
+        """Whether a person said of a photo in `unsure/`, in this version, that it shows none of the classes.
+
+        False if the history cannot be read at present.
+        """
+        if self._real(photo.root) != self._folders_sorted_again[0]:
+            return False
+        query = (
+            "SELECT v.label FROM moves m JOIN verdicts v ON v.move = m.id WHERE m.now_folder = ? AND m.now_name = ? "  # noqa: S608
+            f"AND m.size = ? AND m.mtime_ns = ? {_UNDOABLE} ORDER BY v.id DESC LIMIT 1"
+        )
+        identity = photo.identity
+        try:
+            values = (UNSURE, os.fsencode(photo.name), identity.size, str(identity.mtime_ns))
+            return self._database.rows(query, values) == [(None,)]
+        except ConfigurationError:
+            return False
+
     def last_link(self, file: Photo) -> Entry | None:
         """The last link that was made to a file of this name, in whatever version, unless it was undone.
 
@@ -287,7 +349,7 @@ class HistoryReader:
 
     def _entry(self, row: Sequence[Any]) -> Entry:
         id_, run, done, root, source, target, folder, name, size, mtime_ns, *why = row
-        kind, label, confidence, reason, detail, follows, linked, model, undone = why
+        kind, label, confidence, reason, detail, follows, linked, model, undone, corrected = why
         root, source, name = (os.fsdecode(part) for part in (root, source, name))
         there = str(self._output) if target is None else os.fsdecode(target)
         return Entry(
@@ -310,6 +372,7 @@ class HistoryReader:
             linked=bool(linked),
             model=model,
             undone=bool(undone),
+            corrected=bool(corrected),
         )
 
 

@@ -71,6 +71,44 @@ _MIGRATIONS = (
     -- 1 if the photo stays where it is, and a link to it or a copy is made or removed
     ALTER TABLE moves ADD COLUMN linked INTEGER NOT NULL DEFAULT 0;
     """,
+    """
+    -- for a correction, a move inside the output: the sorting move of the photo or sidecar
+    ALTER TABLE moves ADD COLUMN corrects INTEGER REFERENCES moves (id);
+    -- for a sorting move: its last correction that is done, and where that took the file
+    ALTER TABLE moves ADD COLUMN corrected_by INTEGER REFERENCES moves (id);
+    ALTER TABLE moves ADD COLUMN corrected_folder TEXT;
+    ALTER TABLE moves ADD COLUMN corrected_name BLOB;
+    -- where the file is now, or was until it was restored, and which move brought it there
+    ALTER TABLE moves ADD COLUMN now_folder TEXT AS (coalesce(corrected_folder, folder));
+    ALTER TABLE moves ADD COLUMN now_name BLOB AS (coalesce(corrected_name, name));
+    ALTER TABLE moves ADD COLUMN placed_by INTEGER AS (coalesce(corrected_by, id));
+    CREATE INDEX moves_corrections ON moves (corrects) WHERE corrects IS NOT NULL;
+    CREATE INDEX moves_corrected ON moves (corrected_by) WHERE corrected_by IS NOT NULL;
+    DROP INDEX moves_place;
+    CREATE INDEX moves_place ON moves (now_name, now_folder);
+    -- photos of a run, of a day, and of a folder with the least sure first
+    CREATE INDEX moves_run ON moves (run);
+    CREATE INDEX moves_done ON moves (done) WHERE done IS NOT NULL;
+    CREATE INDEX moves_by_confidence ON moves (now_folder, confidence, id) WHERE target IS NULL AND kind <> 'sidecar';
+    CREATE TABLE verdicts (
+        id INTEGER PRIMARY KEY,
+        move INTEGER NOT NULL REFERENCES moves (id), -- the photo's sorting move
+        at REAL NOT NULL, -- seconds since the epoch
+        label TEXT, -- the class that a person sees; NULL is none of them
+        how TEXT NOT NULL, -- corrected, confirmed, checked
+        digest BLOB NOT NULL, -- SHA-256 of the file
+        label_was TEXT, -- what the model said
+        confidence REAL,
+        model TEXT NOT NULL,
+        -- the move that carries it out; NULL if the photo is in the right folder already
+        correction INTEGER REFERENCES moves (id) ON DELETE CASCADE,
+        -- the move that takes it back; once that is done, the verdict is deleted
+        reversal INTEGER REFERENCES moves (id) ON DELETE SET NULL
+    ) STRICT;
+    CREATE INDEX verdicts_move ON verdicts (move);
+    CREATE INDEX verdicts_correction ON verdicts (correction) WHERE correction IS NOT NULL;
+    CREATE INDEX verdicts_reversal ON verdicts (reversal) WHERE reversal IS NOT NULL;
+    """,
 )
 NEWEST = len(_MIGRATIONS)
 """The version of the schema that this sorter reads and writes."""

@@ -12,7 +12,7 @@ import sqlite3
 import stat
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,16 +29,25 @@ BUSY_SECONDS = 30.0
 
 _COLUMNS = (
     "token, run, root, source, folder, name, device, inode, size, mtime_ns, kind, label, confidence, reason, detail, "
-    "target, undoes, linked"
+    "target, undoes, linked, corrects"
 )
 # The row of a sidecar's photo: the last one that took that name in that folder. NULL for anything but a sidecar.
 _FOLLOWS = (
-    "CASE WHEN :follows IS NOT NULL THEN (SELECT id FROM moves WHERE folder = :folder AND name = :follows "
-    "AND kind <> 'sidecar' AND done IS NOT NULL AND undoes IS NULL ORDER BY id DESC LIMIT 1) END"
+    "CASE WHEN :follows IS NOT NULL THEN (SELECT id FROM moves WHERE now_folder = :folder AND now_name = :follows "
+    "AND kind <> 'sidecar' AND done IS NOT NULL AND target IS NULL ORDER BY placed_by DESC LIMIT 1) END"
 )
 _INSERT = (
     f"INSERT INTO moves ({_COLUMNS}, follows) "  # noqa: S608
     f"VALUES ({', '.join(f':{column}' for column in _COLUMNS.split(', '))}, {_FOLLOWS})"
+)
+# The sorting move knows where its photo is now.
+_CORRECT = (
+    "UPDATE moves SET (corrected_by, corrected_folder, corrected_name) = (c.id, c.folder, c.name) "
+    "FROM (SELECT id, folder, name, corrects FROM moves WHERE token = ?) c WHERE moves.id = c.corrects"
+)
+_INSERT_VERDICT = (
+    "INSERT INTO verdicts (at, move, label, how, digest, label_was, confidence, model, correction) "
+    "VALUES (?, ?, ?, ?, ?, ?, ?, ?, (SELECT id FROM moves WHERE token = ?))"
 )
 
 
@@ -49,8 +58,8 @@ class Run:
     Attributes:
         id: unique; moves name it.
         version: of the sorter.
-        model: its name; empty for an undo.
-        kind: `run` or `undo`.
+        model: its name; empty for an undo and a review.
+        kind: `run`, `undo` or `review`.
     """
 
     id: str
@@ -71,15 +80,18 @@ class Move:
         folder: inside the output, such as `cats`.
         name: the path inside that folder, such as `a-1.jpg` or `2019/a.jpg`.
         identity: of the file that was classified; its ctime is not recorded, because a move changes it.
-        kind: `sorted`, `unsure`, `failed`, `sidecar` or `undone`.
+        kind: `sorted`, `unsure`, `failed`, `sidecar`, `undone`, `corrected` or `reverted`.
+        label: the likeliest class; for a correction the one that a person sees.
         confidence: 0 to 1; None if it was not classified.
         reason: why it failed.
         detail: more about that, or why it is unsure.
-        target: None for a move into the output. For an undo the inbox: `root` is then the output, `folder` is empty,
-            and `name` is a path inside `target`.
+        target: None for a move into the output by a sorter. For an undo the inbox: `root` is then the output, `folder`
+            is empty, and `name` is a path inside `target`. For a correction the output, and so is `root`.
         undoes: the id of the row that an undo reverses.
         follows: the path that a sidecar's photo has in the same folder.
         linked: the photo stays at `source`, and gets a link or a copy in the folder; for an undo, that is removed.
+        corrects: for a correction, the id of the row of the sorting move.
+        takes_back: the id of the verdict that is deleted once this is done.
     """
 
     token: str
@@ -98,6 +110,31 @@ class Move:
     undoes: int | None = None
     follows: str | None = None
     linked: bool = False
+    corrects: int | None = None
+    takes_back: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a person said of a photo.
+
+    Attributes:
+        move: the id of the row of the photo's sorting move.
+        label: the class that the person sees; None for none of them.
+        how: `corrected`, `confirmed` or `checked`.
+        digest: SHA-256 of the photo's bytes, by which it is known wherever it goes.
+        label_was: the class that the model took it for, with its confidence and the name of the model.
+        token: of the move that carries it out; None if the photo is in the right folder already.
+    """
+
+    move: int
+    label: str | None
+    how: str
+    digest: bytes
+    label_was: str | None
+    confidence: float | None
+    model: str
+    token: str | None = None
 
 
 class History:
@@ -212,17 +249,31 @@ class History:
         with self._writing():
             self._connection.execute("UPDATE runs SET finished = ? WHERE id = ?", (time.time(), run.id))
 
-    def intend(self, moves: Sequence[Move]) -> None:
-        """Record what is about to happen, durably, in one transaction.
+    def intend(self, moves: Sequence[Move], judgements: Sequence[Judgement] = ()) -> None:
+        """Record what is about to happen, and the verdicts that ask for it, durably, in one transaction.
 
         Raises:
             StorageError: the history cannot be written; nothing was recorded.
         """
         with self._writing():
             self._connection.executemany(_INSERT, map(_row, moves))
+            self._connection.executemany(_INSERT_VERDICT, [(time.time(), *astuple(j)) for j in judgements])
+            self._connection.executemany(
+                "UPDATE verdicts SET reversal = (SELECT id FROM moves WHERE token = ?) WHERE id = ?",
+                [(move.token, move.takes_back) for move in moves if move.takes_back is not None],
+            )
+
+    def delete_verdict(self, verdict: int) -> None:
+        """Delete a verdict that moved nothing, durably.
+
+        Raises:
+            StorageError: the history cannot be written.
+        """
+        with self._writing():
+            self._connection.execute("DELETE FROM verdicts WHERE id = ?", (verdict,))
 
     def settle(self, done: Sequence[Move], withdrawn: Sequence[Move]) -> None:
-        """Record in one transaction which moves were done; those that were withdrawn leave no row.
+        """Record in one transaction which moves were done; those that were withdrawn leave no row, nor their verdicts.
 
         This becomes durable with the next intents. After a power cut before them, recovery looks at the photos again.
 
@@ -234,6 +285,11 @@ class History:
             # The intents are missing if somebody has removed the history since.
             self._connection.executemany(f"{_INSERT} ON CONFLICT (token) DO NOTHING", map(_row, done))
             self._connection.executemany("UPDATE moves SET done = ? WHERE token = ?", [(now, m.token) for m in done])
+            corrections = [(m.token,) for m in done if m.corrects is not None]
+            self._connection.executemany(_CORRECT, corrections)
+            self._connection.executemany(
+                "DELETE FROM verdicts WHERE reversal = (SELECT id FROM moves WHERE token = ?)", corrections
+            )
             self._connection.executemany(
                 "DELETE FROM moves WHERE token = ? AND done IS NULL", [(m.token,) for m in withdrawn]
             )
@@ -298,6 +354,7 @@ def _row(move: Move) -> dict[str, object]:
         "target": None if move.target is None else os.fsencode(move.target),
         "undoes": move.undoes,
         "linked": int(move.linked),
+        "corrects": move.corrects,
         "follows": None if move.follows is None else os.fsencode(move.follows),
     }
 
@@ -323,6 +380,7 @@ def _move(row: Sequence[Any]) -> Move:
         target=None if value["target"] is None else Path(os.fsdecode(value["target"])),
         undoes=value["undoes"],
         linked=bool(value["linked"]),
+        corrects=value["corrects"],
     )
 
 

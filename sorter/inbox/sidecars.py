@@ -75,6 +75,11 @@ class SidecarNames:
                 return 2 * position + (fitting != owner)
         return None
 
+    def fits_as_well(self, sidecar: str, other: str, photo: str) -> bool:
+        """Whether a sidecar's name fits another photo at least as well as it fits this one."""
+        ranks = self.rank(sidecar, other), self.rank(sidecar, photo)
+        return ranks[0] is not None and ranks[1] is not None and ranks[0] <= ranks[1]
+
     def photos(self, sidecar: str) -> Iterator[list[str]]:
         """The names that a sidecar's photo may have, as programs and cameras write them; the best ones first."""
         for owner, is_name in self.owners(sidecar):

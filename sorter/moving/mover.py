@@ -31,6 +31,7 @@ from sorter.files.atomic import (
     UNSUPPORTED,
     ChangedError,
     StayedError,
+    TakenError,
     check_removable,
     give_back,
     make_folder,
@@ -94,7 +95,7 @@ class Mover:
         self._listings: dict[str, FolderListing] = {}  # of the output's folders
         self.lock = threading.Lock()
         """Held while one photo moves: whoever holds it can end the process with nothing half moved."""
-        self._touched: set[tuple[Path, str]] = set()
+        self._touched: dict[tuple[Path, str], bool] = {}  # folders to sync; True if a photo has arrived there
         self._next_number: dict[tuple[str, str], int] = {}
         self._linked: set[tuple[int, int]] = set()  # device and inode of moved files that have other names too
         self._unresolved: set[str] = set()  # tokens of the plans of which nobody could tell how far they came
@@ -109,16 +110,17 @@ class Mover:
             name = next(filter(partial(self._is_free, folder), self._names(os.path.basename(photo.name), folder)))
         self._promised.add((folder, name))
         if self._sidecars.is_sidecar(name):
-            self._listing(folder).add(name)
+            self.listing(folder).add(name)
         return Plan(photo, folder, name, new_token(), "link" if self._link_only else "move")
 
     def _is_free(self, folder: str, name: str) -> bool:
         # Beside somebody else's sidecar it would be taken for that one's photo.
         if (folder, name) in self._promised:
             return False
-        return not exists(os.path.join(self.output, folder, name)) and not self._listing(folder).sidecars(name)
+        return not exists(os.path.join(self.output, folder, name)) and not self.listing(folder).sidecars(name)
 
-    def _listing(self, folder: str) -> FolderListing:
+    def listing(self, folder: str) -> FolderListing:
+        """The sidecars in a folder of the output, and the photos beside them."""
         if folder not in self._listings and len(self._listings) >= _MAX_LISTINGS:
             del self._listings[next(iter(self._listings))]
         return self._listings.setdefault(folder, FolderListing(self.output, folder, self._sidecars))
@@ -161,7 +163,8 @@ class Mover:
                     raise self._told(error, plan.folder) from error
             finally:
                 self._copies.forget(plan)
-            self._touched |= {(plan.photo.root, source_folder), (self.output, plan.folder)}
+            self._touched.setdefault((plan.photo.root, source_folder), False)
+            self._touched[self.output, plan.folder] = True
 
     def copy_ahead(self, plan: Plan) -> None:
         """Copy a photo that must be seen unchanged again after that, before `move` removes the original.
@@ -224,7 +227,7 @@ class Mover:
             assert isinstance(error, StayedError | StorageError)
             return error
         if error.errno == errno.EEXIST:
-            return ChangedError("its name in the output was taken meanwhile")
+            return TakenError("its name in the output was taken meanwhile")
         place = self.output / folder
         # A subfolder that refuses concerns the photos from one folder only.
         output_refuses = (
@@ -297,7 +300,7 @@ class Mover:
         Raises:
             StorageError: the disk refused.
         """
-        for root, folder in sorted(self._touched, key=lambda place: place[0] != self.output):
+        for root, folder in sorted(self._touched, key=lambda place: not self._touched[place]):
             try:
                 with opened_folder(root, folder) as descriptor:
                     sync_folder(descriptor)
@@ -308,7 +311,7 @@ class Mover:
                     raise StorageError(
                         f"{root / folder} cannot be synced ({error.strerror}): check its disk"
                     ) from error
-            self._touched.discard((root, folder))
+            del self._touched[root, folder]
 
     def _place(self, plan: Plan, source: int, target: int, base: str) -> None:
         """Put the file under its planned name, or raise FileExistsError."""

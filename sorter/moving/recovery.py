@@ -31,7 +31,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -296,7 +296,7 @@ def recover(history: History, output: Path, *, sorting: bool = True, undoing: bo
         history: of the output.
         output: the folder that has `cats/` and the others.
         sorting: include the moves into the output; the caller holds its lock.
-        undoing: include the moves out of it, by an undo; the caller holds the lock of undo.
+        undoing: include the moves of an undo and of corrections; the caller holds the lock of undo.
 
     Raises:
         StorageError: the history cannot be written.
@@ -306,7 +306,7 @@ def recover(history: History, output: Path, *, sorting: bool = True, undoing: bo
     waiting: list[tuple[str, str]] = []
     unfinished = history.unfinished()
     inodes.look({output, *(move.root for move in unfinished), *(move.target for move in unfinished if move.target)})
-    for move in unfinished:
+    for move in (_here(move, output) for move in unfinished):
         if not (sorting if move.target is None else undoing):
             continue
         plan = _plan_of(move)
@@ -319,6 +319,11 @@ def recover(history: History, output: Path, *, sorting: bool = True, undoing: bo
     if done or withdrawn:
         history.settle(done, withdrawn)
     return Recovered(len(done), len(withdrawn), tuple(waiting))
+
+
+def _here(move: Move, output: Path) -> Move:
+    """A move inside the output, which is where it is now and may have been renamed since."""
+    return replace(move, root=output, target=output) if move.target == move.root else move
 
 
 def _plan_of(move: Move) -> Plan:

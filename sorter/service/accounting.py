@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 
 from sorter.decisions import Decision, Outcome
+from sorter.files import UNSURE
 from sorter.files.photo import Identity, Photo, opened_folder
 from sorter.history.store import SIDECAR
 from sorter.service.counters import Counters
@@ -152,6 +153,12 @@ class Accounting:
         self.counters.put_back += 1
         self._ignore(photo)
         log.info("photo.skipped", path=photo.path, reason="sorter undo put it back; --include-undone sorts it")
+
+    def keep_neither(self, photo: Photo) -> None:
+        """Account for a photo in `unsure/` of which a person said that it shows none of the classes."""
+        self.counters.kept[UNSURE] += 1
+        self._ignore(photo)
+        log.info("photo.kept", path=photo.path, reason="a person sees none of the classes", **self._log_fields)
 
     def skip_linked(self, photo: Photo) -> None:
         """Account for a photo that an earlier run linked."""

@@ -223,6 +223,8 @@ class Service:
             pass
         elif self._was_linked(photo):
             self._accounting.skip_linked(photo)
+        elif self._history is not None and self._history.is_neither(photo):
+            self._accounting.keep_neither(photo)
         elif self._was_restored(photo):
             self._accounting.skip_put_back(photo)
         elif self._sidecars.follow_sorted(photo):

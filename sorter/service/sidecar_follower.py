@@ -97,7 +97,7 @@ class SidecarFollower:
             others = [other for other in self._photos(folder, name) if other != base]
             if self._link:
                 others = [o for o in others if self._last_link(photo, os.path.join(folder, o)) is None]
-            if not any(self._fits(name, other, base) for other in others):
+            if not any(self._names.fits_as_well(name, other, base) for other in others):
                 self._accounting.ignored.discard(sidecar)  # it may have arrived before its photo
                 self._follow(sidecar, photo.name, os.path.relpath(destination, self._output))
 
@@ -110,11 +110,6 @@ class SidecarFollower:
         for names in self._names.photos(sidecar):
             yield from (name for name in names if os.path.join(folder, name) in self._in_hand)
         yield from self._listing(folder).photos(sidecar)
-
-    def _fits(self, sidecar: str, other: str, photo: str) -> bool:
-        """Whether a sidecar's name fits another photo at least as well as it fits this one."""
-        ranks = self._names.rank(sidecar, other), self._names.rank(sidecar, photo)
-        return ranks[0] is not None and ranks[1] is not None and ranks[0] <= ranks[1]
 
     def _listing(self, folder: str) -> FolderListing:
         if folder not in self._listings and len(self._listings) >= _MAX_LISTINGS:

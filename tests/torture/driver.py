@@ -1,9 +1,9 @@
 """The mover, the history and the recovery for real, with decisions that are always the same and no torch.
 
-    python driver.py INBOX OUTPUT {move,reserve,link,unlink}
+    python driver.py INBOX OUTPUT {move,reserve,link,unlink,correct,revert}
 
 `reserve` moves as on a file system without hard links, or renames that replace nothing; `link` is what --link does,
-`unlink` the undo of it.
+`unlink` the undo of it. `correct` makes dogs of all cats and cats of all dogs, `revert` takes that back.
 
 Exit codes: 0 every photo was moved, 1 the storage refused, 2 it could not start, 3 some photos stayed.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import structlog
 
+from sorter.classifier.manifest import Class
 from sorter.decisions import Decision, Outcome
 from sorter.decoding.decoded import Decoded
 from sorter.errors import SorterError
@@ -31,8 +32,10 @@ from sorter.moving.batch_mover import BatchMover
 from sorter.moving.mover import Mover
 from sorter.moving.recovery import recover
 from sorter.moving.undo import Undo
+from sorter.review.corrections import Corrections, Verdict, Version
 
 BATCH_SIZE = 2
+CLASSES = (Class(label="cat", folder="cats"), Class(label="dog", folder="dogs"))
 
 
 def decide(photo: Photo) -> Decision:
@@ -84,12 +87,34 @@ def unlink(output: Path) -> int:
     return 3 if any(undone.problem for undone in results) else 0
 
 
+def review(output: Path, mode: str) -> int:
+    corrections, outcomes = Corrections(output, CLASSES), []
+    corrections.decide([])  # clears up what a kill has left
+    reader = HistoryReader(output, beside_writer=True)
+    judged = "EXISTS (SELECT 1 FROM verdicts v WHERE v.move = m.id)"
+    entries = reader.photos(f" AND {'NOT ' if mode == 'correct' else ''}{judged}")
+    reader.close()
+    if mode == "revert":
+        outcomes += [corrections.take_back(entry.id) for entry in entries]
+    for start in range(0, len(entries) if mode == "correct" else 0, BATCH_SIZE):
+        outcomes += corrections.decide(
+            [
+                Verdict(e.id, Version(e.size, e.mtime_ns), "cat" if e.place.startswith("dogs/") else "dog", "corrected")
+                for e in entries[start : start + BATCH_SIZE]
+            ]
+        )
+    corrections.close()
+    return 3 if any(outcome.error for outcome in outcomes) else 0
+
+
 if __name__ == "__main__":
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
     try:
         inbox, output, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
         if mode == "reserve":
             without_links()
+        if mode in ("correct", "revert"):
+            sys.exit(review(output, mode))
         sys.exit(unlink(output) if mode == "unlink" else sort(inbox, output, link=mode == "link"))
     except SorterError as error:
         print(error, file=sys.stderr)

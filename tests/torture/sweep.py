@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Mode = Literal["move", "reserve", "link", "unlink"]
+Mode = Literal["move", "reserve", "link", "unlink", "correct", "revert"]
+# What the driver has to have done before.
+BEFORE: dict[Mode, list[Mode]] = {"unlink": ["link"], "correct": ["move"], "revert": ["move", "correct"]}
 
 DRIVER = Path(__file__).with_name("driver.py")
 ERRORS = ("ENOSPC", "EIO", "EACCES", "EXDEV", "EINVAL")
@@ -33,6 +35,7 @@ PHOTOS = {
     "caf\udce9 \n.jpg": b"fourth",
     "deep/\udce9r/a.jpg": b"fifth",
 }
+SIDECAR = ("cats/b.xmp", b"about b")  # written by the owner's program before the correction of b.jpg
 BYSTANDERS = {"in/notes.txt.part": b"not ours", "out/cats/a.jpg": b"an older photo"}
 
 
@@ -51,7 +54,7 @@ class Place:
     Args:
         inbox_parent: where the inbox is made.
         output_parent: where the output is made; on another file system photos are copied.
-        mode: what the driver does. Before it can `unlink`, it has linked.
+        mode: what the driver does.
     """
 
     def __init__(self, inbox_parent: Path, output_parent: Path, mode: Mode = "move") -> None:
@@ -62,10 +65,19 @@ class Place:
             self._write(self.inbox / name, content)
         for name, content in BYSTANDERS.items():
             self._write(self._bystander(name), content)
-        if mode == "unlink":
-            self.mode = "link"
+        for self.mode in BEFORE.get(mode, []):
+            self._add_sidecar()
             assert self.run().returncode == 0
-            self.mode = mode
+        self.mode = mode
+        self._add_sidecar()
+
+    def _add_sidecar(self) -> None:
+        if self.mode == "correct":
+            self._write(self.output / SIDECAR[0], SIDECAR[1])
+
+    @property
+    def _has_sidecar(self) -> bool:
+        return self.mode in ("correct", "revert")
 
     def _write(self, path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +125,8 @@ class Place:
         """At every instant: each photo is intact under one of its two names, and nobody else's file has changed."""
         found = {h for path, h in self._hashes().items() if not Path(path).name.startswith(".")}
         wrong = [f"{name!r} is under neither of its names" for name, c in PHOTOS.items() if _hash(c) not in found]
+        if self._has_sidecar and _hash(SIDECAR[1]) not in found:
+            wrong.append("the sidecar is in neither of its folders")
         if self.mode in ("link", "unlink"):
             wrong += [f"{name!r} is not at its place" for name, c in PHOTOS.items() if _content(self.inbox / name) != c]
         return wrong + [
@@ -131,18 +145,35 @@ class Place:
         wrong += [
             f"{name!r} is there {counts[_hash(c)]} times" for name, c in PHOTOS.items() if counts[_hash(c)] != times
         ]
-        extra = len(hashes) - times * len(PHOTOS) - len(BYSTANDERS)
+        extra = len(hashes) - times * len(PHOTOS) - len(BYSTANDERS) - self._has_sidecar
         wrong += [f"{extra} files too many: {sorted(hashes)}"] if extra else []
         with sqlite3.connect(self.output / ".sorter/history.sqlite3") as history:
             if (state := history.execute("PRAGMA integrity_check").fetchone()[0]) != "ok":
                 wrong.append(f"the history is damaged: {state}")
-            rows = history.execute("SELECT source, folder, name, done FROM moves WHERE undoes IS NULL").fetchall()
+            query = "SELECT source, now_folder, now_name FROM moves WHERE target IS NULL"
+            rows = history.execute(query).fetchall()
+            reviewed = history.execute("SELECT count(*), count(done) FROM moves WHERE corrects IS NOT NULL").fetchone()
+            unfinished = history.execute("SELECT count(*) FROM moves WHERE done IS NULL").fetchone()[0]
+            verdicts = history.execute(
+                "SELECT count(*), coalesce(sum(v.label || 's' = m.now_folder AND c.done IS NOT NULL), 0), "
+                "count(v.reversal) FROM verdicts v JOIN moves m ON m.id = v.move JOIN moves c ON c.id = v.correction"
+            ).fetchone()
             undone = history.execute("SELECT count(*), count(done) FROM moves WHERE undoes IS NOT NULL").fetchone()
         history.close()
         if undone != ((len(PHOTOS),) * 2 if self.mode == "unlink" else (0, 0)):
             wrong.append(f"the history lists {undone[0]} undone, {undone[1]} of them done")
-        told = {os.fsdecode(source): self.output / folder / os.fsdecode(name) for source, folder, name, done in rows}
-        wrong += [f"{os.fsdecode(row[0])!r} is an intent for ever" for row in rows if row[3] is None]
+        count = len(PHOTOS)
+        expected = {"correct": ((count, count), (count, count, 0)), "revert": ((2 * count,) * 2, (0, 0, 0))}
+        if (reviewed, verdicts) != expected.get(self.mode, ((0, 0), (0, 0, 0))):
+            wrong.append(f"the history lists {reviewed} corrections and {verdicts} verdicts")
+        told = {os.fsdecode(source): self.output / folder / os.fsdecode(name) for source, folder, name in rows}
+        wrong += [f"{unfinished} intents for ever"] if unfinished else []
+        home = {name: self.output / ("dogs" if name.startswith("deep/") else "cats") for name in told}
+        wrong += [
+            f"{name!r} is in the wrong folder: {path}"
+            for name, path in told.items()
+            if path.is_relative_to(home[name]) == (self.mode == "correct")
+        ]
         if sorted(told) != sorted(PHOTOS) or len(rows) != len(PHOTOS):
             wrong.append(f"the history lists {sorted(os.fsdecode(row[0]) for row in rows)}")
         contents = {name: None if self.mode == "unlink" else content for name, content in PHOTOS.items()}

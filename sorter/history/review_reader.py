@@ -1,0 +1,43 @@
+"""Reads from the history what the review page asks for besides its photos.
+
+In: the history file of an output. Out: its folders and runs, and what a person said of its photos.
+"""
+
+from collections.abc import Sequence
+
+from sorter.history.reader import HistoryReader
+from sorter.history.store import SIDECAR
+
+_AT_ONCE = 1000
+
+
+class ReviewReader(HistoryReader):
+    """An open history with the queries of the review page."""
+
+    def photo_folders(self) -> set[str]:
+        """The folders that photos are in, or were in until they were restored."""
+        # One step in the index for each folder, however many photos it has.
+        sorted_photos = f"moves m WHERE m.target IS NULL AND m.kind <> '{SIDECAR}'"
+        query = (
+            f"WITH RECURSIVE f (folder) AS (SELECT min(now_folder) FROM {sorted_photos} UNION ALL "  # noqa: S608
+            f"SELECT (SELECT min(now_folder) FROM {sorted_photos} AND now_folder > f.folder) FROM f "
+            "WHERE f.folder IS NOT NULL) SELECT folder FROM f WHERE folder IS NOT NULL"
+        )
+        return {folder for (folder,) in self._database.rows(query, ())}
+
+    def verdicts(self, photos: Sequence[int]) -> dict[int, str | None]:
+        """The last label that a person gave each of these photos, None for none of the classes, by the photo's ID."""
+        found: dict[int, str | None] = {}
+        for start in range(0, len(photos), _AT_ONCE):
+            some = photos[start : start + _AT_ONCE]
+            marks = ", ".join("?" * len(some))
+            found |= self._database.rows(f"SELECT move, label FROM verdicts WHERE move IN ({marks}) ORDER BY id", some)  # noqa: S608
+        return found
+
+    def sorting_runs(self, limit: int) -> list[tuple[str, float]]:
+        """The last runs that sorted photos, the newest first: their IDs, and when they started."""
+        query = (
+            "SELECT id, started FROM runs r WHERE kind = 'run' AND EXISTS (SELECT 1 FROM moves WHERE run = r.id) "
+            "ORDER BY started DESC LIMIT ?"
+        )
+        return [(run, started) for run, started in self._database.rows(query, (limit,))]
