@@ -98,7 +98,7 @@ def test_a_value_that_is_not_a_rate_is_refused() -> None:
 
 
 def test_the_check_says_what_goes_to_unsure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "--max-error-rate", "0.05", "--inbox", str(tmp_path)]) == 0
-    assert "photos with a confidence below 0.5" in capsys.readouterr().out
+    assert main(["check", "--max-error-rate", "0.02", "--inbox", str(tmp_path)]) == 0
+    assert "photos with a confidence below 0.9" in capsys.readouterr().out
     assert main(["check", "--inbox", str(tmp_path)]) == 0
     assert "nothing; every photo is sorted" in capsys.readouterr().out

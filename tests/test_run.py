@@ -265,7 +265,7 @@ def test_what_was_moved_before_the_disk_was_full_is_logged(tmp_path: Path, start
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True, check=False
     )
     if not mounted or mounted.returncode != 0:
         pytest.skip("needs root to mount a small tmpfs")
