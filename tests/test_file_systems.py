@@ -132,6 +132,24 @@ def _scenario(name: str, disk: Path, local: Path, start: Callable[..., Running],
     proved(f"{name}: {PHOTOS} photos sorted in {seconds:.1f} s with the start, {len(kills)} kills, watched, undone")
 
 
+@pytest.mark.torture
+@pytest.mark.parametrize("name", ["fusefat", "exfat-fuse", "sshfs", "mergerfs"])
+def test_photos_go_to_another_disk_and_back(name: str, tmp_path: Path) -> None:
+    with mounted(name, tmp_path) as disk:
+        inbox, output = disk / "in", tmp_path / "out"
+        inbox.mkdir()
+        _fill(inbox, 0, 12)
+        before = _contents(inbox)
+        time.sleep(3)  # longer than times are stored to
+        folders: list[str | Path] = ["--inbox", inbox, "--output", output]
+        done = _sorter("run", "--once", *folders, "--settle-seconds", "0.5")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (sorted(_contents(output).values()), _contents(inbox)) == (sorted(before.values()), {})
+        undone = _sorter("undo", "--last", *folders)
+        assert undone.returncode == 0, undone.stderr
+        assert (_contents(output), _contents(inbox)) == ({}, before)
+
+
 @pytest.mark.timeout(120)
 def test_a_share_that_delivers_slowly_sends_no_good_photo_to_failed(tmp_path: Path) -> None:
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 255, (1400, 1400, 3), np.uint8))

@@ -12,11 +12,12 @@ import os
 import secrets
 import stat
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sorter.files import inodes
-from sorter.files.photo import FILE_FLAGS, Identity, open_folder, open_part, opened_folder
+from sorter.files.photo import COARSE_NS, FILE_FLAGS, Identity, open_folder, open_part, opened_folder
 
 _PARTIAL_SUFFIX, _AWAY_SUFFIX = ".sorter-part", ".sorter-away"
 
@@ -75,12 +76,12 @@ def take_away(
     Raises:
         ChangedError: the name belongs to another file, the file has changed, or it is wanted.
     """
-    hidden = away_name(token)
+    hidden, began = away_name(token), time.time_ns()
     try:
         _rename_away(folder, base, hidden)
     except FileNotFoundError:
         return False
-    found = Identity.of(os.stat(hidden, dir_fd=folder, follow_symlinks=False))
+    found = Identity.of(status_after_rename(folder, hidden, identity, began))
     if found.is_same_file(identity) and not is_wanted():
         try:
             os.unlink(hidden, dir_fd=folder)
@@ -100,6 +101,26 @@ def _rename_away(folder: int, base: str, hidden: str) -> None:
             raise
         # 64 random bits: no file of that name exists that could be replaced.
         os.rename(base, hidden, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def status_after_rename(folder: int, name: str, identity: Identity, began_ns: int) -> os.stat_result:
+    """The status of a file that was just renamed; where that set its time, as fusefat does, it gets its own back.
+
+    Args:
+        folder: that the file is in now.
+        name: that it has now.
+        identity: that it had before.
+        began_ns: when the rename began, in nanoseconds since the epoch.
+    """
+    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    found = Identity.of(status)
+    if found.inode or found.is_same_file(identity):
+        return status
+    is_new_time = began_ns - COARSE_NS <= found.mtime_ns <= time.time_ns() + COARSE_NS
+    if not is_new_time or not found._replace(mtime_ns=identity.mtime_ns).is_same_file(identity):
+        return status
+    os.utime(name, ns=(status.st_atime_ns, identity.mtime_ns), dir_fd=folder, follow_symlinks=False)
+    return os.stat(name, dir_fd=folder, follow_symlinks=False)
 
 
 def sync_folder(folder: int) -> None:
@@ -275,7 +296,7 @@ def copy_contents(original: int, copy: int, status: os.stat_result) -> None:
     if os.fstat(copy).st_size != status.st_size:
         raise ChangedError("changed while it was being moved")
     # Owner first: changing it clears mode bits. Only root may do so, and nobody else needs to.
-    with contextlib.suppress(PermissionError):
+    with _if_possible(), contextlib.suppress(PermissionError):
         os.fchown(copy, status.st_uid, status.st_gid)
     if hasattr(os, "listxattr"):
         with contextlib.suppress(OSError):  # the other file system may have no extended attributes
@@ -310,7 +331,7 @@ def _copy_blocks(original: int, copy: int) -> None:
 
 @contextlib.contextmanager
 def _if_possible() -> Iterator[None]:
-    """Go on where a file system stores no modes or times."""
+    """Go on where a file system stores no owners, modes or times."""
     try:
         yield
     except OSError as error:

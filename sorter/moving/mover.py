@@ -42,12 +42,13 @@ from sorter.files.atomic import (
     publish,
     rename_noreplace,
     rename_onto_reservation,
+    status_after_rename,
     sync_folder,
     take_away,
 )
 from sorter.files.lease import Lease
 from sorter.files.lock import SORTING
-from sorter.files.photo import COARSE_NS, Identity, Photo, open_file, opened_folder
+from sorter.files.photo import Identity, Photo, open_file, opened_folder
 from sorter.inbox.sidecars import FolderListing, SidecarNames, exists
 from sorter.moving import copies, linker
 from sorter.moving.copies import Copies
@@ -342,11 +343,7 @@ class Mover:
             if inodes.are_real(source) and self._link_across(plan, source, target, base):
                 return
             rename_onto_reservation(source, base, target, plan.name)
-        arrived = os.stat(plan.name, dir_fd=target, follow_symlinks=False)
-        if _was_stamped(arrived, plan.photo.identity, began):
-            times = arrived.st_atime_ns, plan.photo.identity.mtime_ns
-            os.utime(plan.name, ns=times, dir_fd=target, follow_symlinks=False)
-            arrived = os.stat(plan.name, dir_fd=target, follow_symlinks=False)
+        arrived = status_after_rename(target, plan.name, plan.photo.identity, began)
         if not Identity.of(arrived).is_same_file(plan.photo.identity):
             # Somebody put another file under the name between the look and the rename: it goes back.
             give_back(target, plan.name, source, base)
@@ -482,15 +479,6 @@ def _is_inside(folder: int, levels: int, other: Path) -> bool:
         return False
     status = other.stat()
     return any(os.path.samestat(status, os.stat("../" * up or ".", dir_fd=folder)) for up in range(levels))
-
-
-def _was_stamped(status: os.stat_result, identity: Identity, began_ns: int) -> bool:
-    """Tell whether a file system set a file's time to that of its rename, as fusefat does."""
-    found = Identity.of(status)
-    if found.inode or found.is_same_file(identity):
-        return False
-    is_new_time = began_ns - COARSE_NS <= found.mtime_ns <= time.time_ns() + COARSE_NS
-    return is_new_time and found._replace(mtime_ns=identity.mtime_ns).is_same_file(identity)
 
 
 def _is_folder(path: Path) -> bool:
