@@ -640,7 +640,7 @@ def test_corrections_wait_for_an_undo_and_then_say_who_has_the_lock(
     assert sorted_library.decide(verdict)[0].error == ""
     timer.join()
     held.take()
-    monkeypatch.setattr("sorter.review.corrections._PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("sorter.files.lock.UNDOING_PATIENCE_SECONDS", 0.1)
     try:
         with pytest.raises(NotNowError, match="is having photos restored or corrected by process"):
             sorted_library.decide(sorted_library.verdict("a.jpg", None))

@@ -22,8 +22,6 @@ from sorter.moving.undo import Undo, Undone, planned_undo
 from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
-_PATIENCE_SECONDS = 2.0  # a review holds the lock for a moment
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `sorter undo`."""
@@ -103,7 +101,7 @@ def _open(output: Path, state_dir: Path | None, stopping: threading.Event, stack
     """Lock the output against other undos and recover from a crash, so that what it left can be restored too."""
     undoing, sorting = Lock(output, lock.UNDOING, state_dir), Lock(output, state_dir=state_dir)
     stack.callback(undoing.release)
-    undoing.take(patience_seconds=_PATIENCE_SECONDS)
+    undoing.take(patience_seconds=lock.UNDOING_PATIENCE_SECONDS)
     history = History(output, state_dir)
     stack.callback(history.close)
     with_sorting = any(move.target is None for move in history.unfinished())

@@ -22,6 +22,8 @@ from sorter.files.state import state_folder
 
 SORTING, UNDOING = "lock", "undo-lock"
 """Names of the lock files; the second is for whatever moves sorted photos: an undo, and the corrections of a review."""
+UNDOING_PATIENCE_SECONDS = 2.0
+"""How long to wait for the second: a batch of corrections holds it for a moment."""
 _DOING = {SORTING: "being sorted", UNDOING: "having photos restored or corrected"}
 _RETRY_SECONDS = 0.05
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)

@@ -11,7 +11,7 @@ from typing import Any
 
 from sorter.errors import ConfigurationError
 from sorter.files import FAILED, HISTORY, UNSURE
-from sorter.files.photo import Photo, file_of
+from sorter.files.photo import COARSE_NS, Photo, file_of
 from sorter.files.state import state_folder
 from sorter.history.database import ReadOnlyDatabase
 from sorter.history.store import SIDECAR
@@ -78,6 +78,10 @@ class Entry:
     model: str
     undone: bool
     corrected: bool
+
+    def has_version(self, status: os.stat_result) -> bool:
+        """Whether a file still has the size and time that it was sorted with."""
+        return status.st_size == self.size and abs(status.st_mtime_ns - self.mtime_ns) <= COARSE_NS
 
 
 @dataclass(frozen=True, slots=True)

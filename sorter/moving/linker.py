@@ -14,7 +14,7 @@ import stat
 from pathlib import Path
 
 from sorter.files.atomic import UNSUPPORTED, ChangedError, StayedError, same_contents, take_away
-from sorter.files.photo import COARSE_NS, Identity, file_of, opened_folder
+from sorter.files.photo import Identity, file_of, opened_folder
 from sorter.history.reader import Entry
 from sorter.history.store import SIDECAR
 
@@ -92,9 +92,8 @@ def check(entry: Entry, link: str, photo: str) -> Identity:
         status = os.lstat(link)
     except OSError:
         raise StayedError("it is gone") from None
-    is_recorded = status.st_size == entry.size and abs(status.st_mtime_ns - entry.mtime_ns) <= COARSE_NS
     # Whoever edits one name of a file edits the other. A sidecar changes whenever its owner edits the photo.
-    is_ours = is_recorded or entry.kind == SIDECAR or file_of(photo) == file_of(link)
+    is_ours = entry.has_version(status) or entry.kind == SIDECAR or file_of(photo) == file_of(link)
     if not stat.S_ISREG(status.st_mode) or not is_ours:
         raise StayedError("it was changed or replaced since it was sorted")
     with contextlib.ExitStack() as stack:

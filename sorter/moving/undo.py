@@ -15,7 +15,7 @@ from pathlib import Path
 from sorter.errors import StorageError
 from sorter.files import inodes
 from sorter.files.atomic import StayedError, make_inner_folder, new_token
-from sorter.files.photo import COARSE_NS, Identity, Photo, opened_folder
+from sorter.files.photo import Identity, Photo, opened_folder
 from sorter.history.reader import Entry
 from sorter.history.store import SIDECAR, History, Move, Run
 from sorter.moving import linker
@@ -61,9 +61,7 @@ def check(entry: Entry, place: str = "", original: str = "") -> Identity:
     except OSError:
         raise StayedError("it is gone") from None
     # A sidecar changes whenever its owner edits the photo, and goes back as it is.
-    alike = entry.kind == SIDECAR or (
-        status.st_size == entry.size and abs(status.st_mtime_ns - entry.mtime_ns) <= COARSE_NS
-    )
+    alike = entry.kind == SIDECAR or entry.has_version(status)
     if not stat.S_ISREG(status.st_mode) or not alike:
         raise StayedError("it was changed or replaced since it was sorted")
     if not os.path.isdir(entry.root):

@@ -21,16 +21,13 @@ from sorter.classifier.manifest import Class
 from sorter.errors import StorageError
 from sorter.files import FAILED, UNSURE, lock
 from sorter.files.lock import Lock
-from sorter.files.photo import COARSE_NS, Identity, Photo, open_file
+from sorter.files.photo import Identity, Photo, open_file
 from sorter.history.corrections_reader import CorrectionsReader
 from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import History, Judgement, Run
 from sorter.inbox.sidecars import SidecarNames
 from sorter.moving.corrector import Corrected, Correction, Corrector
 from sorter.moving.recovery import recover
-
-_PATIENCE_SECONDS = 2.0
-"""How long to wait for an undo, or for another review's batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +197,7 @@ class Corrections:
             The ids of the photos whose move cannot be examined at present.
         """
         held = Lock(self._output, lock.UNDOING, self._state_dir)
-        held.take(patience_seconds=_PATIENCE_SECONDS)
+        held.take(patience_seconds=lock.UNDOING_PATIENCE_SECONDS)
         if not held.is_held:
             raise StorageError(f"{self._output} is not there: mount or recreate it")
         try:
@@ -294,8 +291,7 @@ def _read(output: Path, entry: Entry, version: Version | None) -> tuple[Identity
             status = os.fstat(descriptor)
             if version not in (None, Version(status.st_size, status.st_mtime_ns)):
                 raise refused("changed since it was shown: reload the page")
-            is_same = status.st_size == entry.size and abs(status.st_mtime_ns - entry.mtime_ns) <= COARSE_NS
-            if not stat.S_ISREG(status.st_mode) or not is_same:
+            if not stat.S_ISREG(status.st_mode) or not entry.has_version(status):
                 raise refused("was changed or replaced since it was sorted: move it yourself")
             digest = hashlib.file_digest(file, "sha256").digest()
             identity = Identity.of(status)

@@ -16,7 +16,7 @@ from datetime import date, datetime, time, timedelta
 from pathlib import Path
 
 from sorter.files import FAILED, UNSURE
-from sorter.files.photo import COARSE_NS, Identity, Photo, opened_folder
+from sorter.files.photo import Identity, Photo, opened_folder
 from sorter.history.reader import Entry
 from sorter.history.review_reader import ReviewReader
 
@@ -223,7 +223,7 @@ class Deck:
         if not stat.S_ISREG(status.st_mode):
             return None
         # Nobody sorted this version: it is its owner's, and no verdict on it would be taken.
-        if status.st_size != entry.size or abs(status.st_mtime_ns - entry.mtime_ns) > COARSE_NS:
+        if not entry.has_version(status):
             return None
         return _card(entry, Photo(self._output, entry.place, Identity.of(status), entry.done))
 
