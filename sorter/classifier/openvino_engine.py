@@ -58,7 +58,7 @@ class OpenVinoEngine:
     ) -> None:
         compiler = _Compiler(folder, manifest, detector)
         self.precision, self.unused_gpu, self._detector = compiler.precision, "", detector
-        threads = ThreadPoolExecutor(compiler.streams, thread_name_prefix="openvino")
+        threads = self._threads = ThreadPoolExecutor(compiler.streams, thread_name_prefix="openvino")
 
         def opened(size: int, temperature: float, threshold: float, farthest: float | None) -> _Pass:
             compiled = compiler.compiled(size)
@@ -88,6 +88,11 @@ class OpenVinoEngine:
         """Classify a batch, with the cascade, and measure the distances from what the network computes on the way."""
         assert self._detector is not None, "opened with catch_neither"
         return self._answers(pixels)
+
+    def close(self) -> None:
+        """Give back memory and threads. No thread uses the engine any more."""
+        self._threads.shutdown()
+        self._passes.clear()  # OpenVINO frees a network with the last object that refers to it
 
     def _answers(self, pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Probabilities, (N, C), and distances, (N,), which are 0 without a detector."""
