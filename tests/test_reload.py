@@ -3,21 +3,20 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 from conftest import (
     GREEN,
     RED,
-    RUN,
     RedGreenEngine,
     Running,
     hashes,
@@ -37,7 +36,6 @@ from sorter.errors import ModelError, NotNowError
 from sorter.files import FOLDER, HISTORY
 from sorter.history.store import Run
 from sorter.pipeline.model_in_use import ModelInUse
-from sorter.pipeline.pipeline import Pipeline
 from sorter.service.reload import Reloader, check_fits
 from sorter.service.shutdown import Shutdown
 from sorter.settings import SHIPPED_MODEL, Settings
@@ -93,9 +91,7 @@ def test_a_daemon_takes_new_models_refuses_broken_ones_and_goes_back(tmp_path: P
         """Sort another photo, and return the name of the model that the log names."""
         sorted_before = [*daemon.events("photo.sorted"), *daemon.events("photo.unsure")]
         make_tree(inbox, {name: plain(RED)})
-        daemon.wait_for(
-            lambda: len(daemon.events("photo.sorted") + daemon.events("photo.unsure")) > len(sorted_before)
-        )
+        daemon.wait_for(lambda: len(daemon.events("photo.sorted") + daemon.events("photo.unsure")) > len(sorted_before))
         (event,) = [e for e in daemon.events() if e.get("path") == str(inbox / name) and "model" in e]
         return str(event["model"])
 
@@ -341,3 +337,63 @@ def test_a_history_that_was_removed_gets_every_run_that_is_still_needed(bed: _Be
     assert bed.sort() == {"c.jpg": "second"}
     bed.pipeline.close()
     assert models_of(bed.inbox) == {"c.jpg": "second"}
+
+
+@pytest.mark.shared
+@pytest.mark.long
+@pytest.mark.timeout(480)
+@pytest.mark.parametrize("mode", ["--once", "--no-once"])
+def test_new_models_in_the_middle_of_5000_photos_lose_none_and_each_row_names_its_model(
+    tmp_path: Path, shared: Path, start: Start, mode: str
+) -> None:
+    originals = sorted((shared / "kaggle-180/test_set/test_set").rglob("*.jpg"))
+    assert len(originals) == 1000
+    (inbox := tmp_path / "in").mkdir()
+    for copy in range(5):
+        for original in originals:
+            shutil.copy(original, inbox / f"{copy}-{original.name}")
+    before = hashes(inbox)
+    # It answers the opposite of the shipped model, so that a photo's label says which of the two was asked.
+    shipped = json.loads((SHIPPED_MODEL / manifests.MANIFEST).read_text())
+    model_folder(tmp_path / "opposite", name="opposite", classes=shipped["classes"][::-1])
+    broken = model_folder(tmp_path / "broken", name="broken")
+    (broken / "openvino.xml").unlink()
+    (broken / "openvino.xml").write_bytes(b"<net/>")
+    current = tmp_path / "current"
+    point(current, SHIPPED_MODEL)
+    sort = start("run", mode, "--inbox", inbox, "--model", current, NOTIFY_SOCKET="/nobody/listens")
+
+    def wait_for(event: str, count: int) -> None:
+        """Count lines, because to parse this many again and again would keep a processor busy."""
+        sort.wait_for(lambda: sort.errors.read_bytes().count(f'"event": "{event}"'.encode()) >= count, seconds=200)
+
+    changes = [("opposite", 1), ("broken", 1), (SHIPPED_MODEL, 3), ("opposite", 2)]
+    for number, (folder, signals) in enumerate(changes):
+        wait_for("photo.sorted", 500 + 1000 * number)
+        point(current, tmp_path / folder)
+        for _ in range(signals):
+            sort.process.send_signal(signal.SIGHUP)
+        wait_for("model.refused" if folder == "broken" else "model.reloaded", (1, 1, 2, 3)[number])
+    if mode == "--no-once":
+        wait_for("photo.sorted", 5000)
+        sort.process.send_signal(signal.SIGTERM)
+    assert sort.finish(seconds=200)[0] == 0, sort.errors.read_text()[-3000:]
+
+    assert hashes(inbox) == before
+    assert list(inbox.glob("*.jpg")) == []
+    assert [event["model"] for event in sort.events("model.reloaded")] == ["opposite", "catdog-resnet50", "opposite"]
+    (refused,) = sort.events("model.refused")
+    assert "openvino.xml differs from its digest" in refused["reason"]
+    recorded = models_of(inbox)
+    assert len(recorded) == 5000
+    assert {os.path.basename(e["path"]): e["model"] for e in sort.events("photo.sorted")} == recorded
+    opposite = {"cat": "dog", "dog": "cat"}
+    labels: dict[str, set[str]] = {}
+    for event in sort.events("photo.sorted"):
+        _, _, original = os.path.basename(event["path"]).partition("-")
+        label = event["label"] if event["model"] == "catdog-resnet50" else opposite[event["label"]]
+        labels.setdefault(original, set()).add(label)
+    assert [original for original, found in labels.items() if len(found) > 1] == []
+    counts = Counter(recorded.values())
+    assert min(counts.values()) > 1000, counts
+    assert runs_of(inbox) == [(model, True) for model in ("catdog-resnet50", "opposite", "catdog-resnet50", "opposite")]
