@@ -177,6 +177,14 @@ def test_the_end_of_a_commands_long_output_is_kept(tmp_path: Path, monkeypatch: 
     assert len(warning["detail"]) <= 1000
 
 
+def test_photos_of_two_models_come_in_two_calls(tmp_path: Path) -> None:
+    command, calls = recorder(tmp_path)
+    running = hook.Hook(hook.split(command), {})
+    running.notify_batch([*moved(2), *moved(1, Run("later", "0", "second"))])
+    running.close()
+    assert [(c["run"], c["model"], len(c["photos"])) for c in calls()] == [("run", "model", 2), ("later", "second", 1)]
+
+
 def test_a_program_that_is_removed_meanwhile_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = script(tmp_path, "true")
     words = hook.split(command)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -337,6 +338,31 @@ def test_a_history_that_was_removed_gets_every_run_that_is_still_needed(bed: _Be
     assert bed.sort() == {"c.jpg": "second"}
     bed.pipeline.close()
     assert models_of(bed.inbox) == {"c.jpg": "second"}
+
+
+@pytest.mark.long
+def test_requests_before_the_model_is_ready_and_during_the_end_are_safe(tmp_path: Path, start: Start) -> None:
+    inbox = make_tree(tmp_path / "in", {f"{n}.jpg": plain(RED, n) for n in range(600)})
+    before = hashes(inbox)
+    point(tmp_path / "current", SHIPPED_MODEL)
+    daemon = start("run", "--inbox", inbox, "--model", tmp_path / "current", NOTIFY_SOCKET="/nobody/listens")
+    daemon.wait_for(lambda: catches_sighup(daemon.process.pid))
+    assert daemon.events() == []
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_for_event("model.unchanged")
+    daemon.wait_for_event("photo.sorted")
+    point(tmp_path / "current", model_folder(tmp_path / "second", name="second"))
+    for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP, signal.SIGHUP):
+        daemon.process.send_signal(number)
+    assert daemon.finish(seconds=60)[0] == 0, daemon.errors.read_text()
+    assert hashes(inbox) == before
+    assert [model for model, has_ended in runs_of(inbox) if not has_ended] == []
+
+
+def catches_sighup(process: int) -> bool:
+    """Whether it has a handler by now."""
+    (caught,) = re.findall(r"^SigCgt:\s*(\w+)$", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)
+    return bool(int(caught, 16) & 1 << (signal.SIGHUP - 1))
 
 
 @pytest.mark.shared
