@@ -89,9 +89,10 @@ def hashes(root: Path) -> list[str]:
 class RedGreenEngine:
     """Calls a picture a cat if it is redder than green. Real enough to sort, and it needs no torch."""
 
-    name, device, precision, concurrency, unused_gpu = "test", "test", "exact", 2, ""
+    name, precision, concurrency, unused_gpu = "test", "exact", 2, ""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "test") -> None:
+        self.device = device
         self.batches: list[int] = []
         self.is_closed = False
         self.before_batch: Callable[[], None] = lambda: None

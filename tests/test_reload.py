@@ -10,7 +10,8 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from sorter.classifier.engine import Engine
 from sorter.classifier.manifest import Class, Manifest
 from sorter.cli import preflight
 from sorter.cli.main import main
+from sorter.decisions import Outcome
 from sorter.errors import ModelError, NotNowError
 from sorter.files import FOLDER, HISTORY
 from sorter.history.store import Run
@@ -42,7 +44,7 @@ from sorter.service.shutdown import Shutdown
 from sorter.settings import SHIPPED_MODEL, Settings
 
 Start = Callable[..., Running]
-Log = dict[str, Any]
+Log = MutableMapping[str, Any]
 
 
 def model_folder(folder: Path, **changes: Any) -> Path:
@@ -122,9 +124,10 @@ def test_a_daemon_takes_new_models_refuses_broken_ones_and_goes_back(tmp_path: P
 class _Bed:
     """A running pipeline whose model is replaced, with a test's own engine in place of a real one."""
 
-    def __init__(self, inbox: Path) -> None:
-        self.inbox, self.settings = inbox, Settings(inbox=inbox, once=True, settle_seconds=0, batch_size=2)
-        self.engine, self.manifest = RedGreenEngine(), small_manifest()
+    def __init__(self, inbox: Path, manifest: Manifest | None = None, settings: Settings | None = None) -> None:
+        self.settings = settings or Settings(inbox=inbox, once=True, settle_seconds=0, batch_size=2)
+        self.inbox, self.engine, self.manifest = inbox, RedGreenEngine(), manifest or small_manifest()
+        self.logs: list[Log] = []
         self.pipeline = pipeline_to(inbox, self.engine, self.manifest, self.settings)
         self.shutdown = Shutdown(0)
 
@@ -144,19 +147,24 @@ class _Bed:
         return found
 
     def reload(
-        self, new: Manifest, open_engine: Callable[[Settings, Manifest], Engine] | None = None, requests: int = 1
+        self,
+        new: Manifest | Callable[[], tuple[Settings, Manifest]],
+        open_engine: Callable[[Settings, Manifest], Engine] | None = None,
+        requests: int = 1,
     ) -> list[Log]:
         """Answer requests that came before, and return the log."""
         opened = open_engine or (lambda _settings, _manifest: RedGreenEngine())
+        read = (lambda: (self.settings, new)) if isinstance(new, Manifest) else new
         for _ in range(requests):
             self.shutdown.reloads.put(True)
         with capture_logs() as logs:
-            reloader = Reloader(self.pipeline, self.shutdown, lambda: (self.settings, new), opened, lambda _: None)
+            reloader = Reloader(self.pipeline, self.shutdown, read, opened, lambda _: None)
             deadline = time.monotonic() + 10
             while not logs and not self.shutdown.requested and time.monotonic() < deadline:
                 time.sleep(0.01)
             reloader.close()
-        return logs
+        self.logs += logs
+        return [*logs]
 
 
 @pytest.fixture
@@ -199,7 +207,7 @@ def test_a_batch_in_hand_is_the_old_models_which_is_closed_after_it(bed: _Bed) -
     go_on.set()
     replacing.join(10)
     assert bed.engine.is_closed
-    outcomes = []
+    outcomes: list[Outcome] = []
     while len(outcomes) < 2:
         outcomes += bed.pipeline.outcomes(timeout_seconds=10)
     # The other thread may have taken the second photo, as a batch of its own.
@@ -273,12 +281,40 @@ def test_after_any_error_the_old_model_goes_on(
 
 
 def test_a_model_that_would_leave_the_gpu_is_refused(bed: _Bed) -> None:
-    fallen_back = RedGreenEngine()
+    fallen_back = RedGreenEngine("cpu")
     fallen_back.unused_gpu = "cuda:0 cannot be used (out of memory): check its driver, or use --device cpu"
     (log,) = bed.reload(SECOND, lambda _settings, _manifest: fallen_back)
     assert (log["event"], log["reason"]) == ("model.refused", fallen_back.unused_gpu)
     assert fallen_back.is_closed
     assert not bed.engine.is_closed
+
+
+def test_the_link_is_followed_once_and_the_new_models_table_gives_the_threshold(tmp_path: Path) -> None:
+    link, inbox = tmp_path / "current", make_tree(tmp_path / "in", {"a.jpg": plain(RED)})
+    point(link, SHIPPED_MODEL)
+    given = Settings(inbox=inbox, once=True, model=link, device="cpu", max_error_rate=0.01)
+    settings, shipped = preflight.read_model(given)
+    table = json.loads(shipped.model_dump_json())["error_rates"]
+    bed = _Bed(inbox, shipped, settings)
+    assert bed.pipeline.model.min_confidence > 0.9
+    opened: list[Path] = []
+
+    def open_engine(settings: Settings, _manifest: Manifest) -> Engine:
+        opened.append(settings.model)
+        return RedGreenEngine()
+
+    try:
+        for name, thresholds in [("lower", 0.5), ("none", None)]:
+            for rates in table:
+                rates["rates"] = [r | {"threshold": thresholds} for r in rates["rates"]] if thresholds else []
+            point(link, model_folder(tmp_path / name, name=name, error_rates=table))
+            bed.reload(partial(preflight.read_model, given), open_engine)
+        assert opened == [tmp_path / "lower"]
+        assert bed.pipeline.model.min_confidence == 0.5
+        assert [log["event"] for log in bed.logs] == ["model.reloaded", "model.refused"]
+        assert bed.logs[-1]["reason"].endswith("was shown to keep no error rate: raise or omit --max-error-rate 0.01")
+    finally:
+        bed.pipeline.close()
 
 
 def test_many_requests_at_once_are_one(bed: _Bed) -> None:
@@ -367,7 +403,7 @@ def catches_sighup(process: int) -> bool:
 
 @pytest.mark.shared
 @pytest.mark.long
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("mode", ["--once", "--no-once"])
 def test_new_models_in_the_middle_of_5000_photos_lose_none_and_each_row_names_its_model(
     tmp_path: Path, shared: Path, start: Start, mode: str
@@ -393,7 +429,7 @@ def test_new_models_in_the_middle_of_5000_photos_lose_none_and_each_row_names_it
         """Count lines, because to parse this many again and again would keep a processor busy."""
         sort.wait_for(lambda: sort.errors.read_bytes().count(f'"event": "{event}"'.encode()) >= count, seconds=200)
 
-    changes = [("opposite", 1), ("broken", 1), (SHIPPED_MODEL, 3), ("opposite", 2)]
+    changes: list[tuple[str | Path, int]] = [("opposite", 1), ("broken", 1), (SHIPPED_MODEL, 3), ("opposite", 2)]
     for number, (folder, signals) in enumerate(changes):
         wait_for("photo.sorted", 500 + 1000 * number)
         point(current, tmp_path / folder)

@@ -62,45 +62,53 @@ class Reloader:
             while not requests.empty():
                 if not requests.get():
                     return
+            before = self._pipeline.model
             try:
-                self._reload()
+                opened = self._open_beside(before)
             except SorterError as error:
-                self._refuse(str(error))
+                _refuse(before, str(error))
             except Exception as error:  # whatever a driver may fail with: the model in use is none the worse for it
-                self._refuse(f"it cannot be opened ({type(error).__name__}: {error}): export it again")
+                _refuse(before, f"it cannot be opened ({type(error).__name__}: {error}): export it again")
+            else:
+                if opened is not None:
+                    self._replace(before, *opened)
 
-    def _refuse(self, reason: str) -> None:
-        log.error("model.refused", model=self._pipeline.model.manifest.name, reason=reason)
-
-    def _reload(self) -> None:
-        before = self._pipeline.model
+    def _open_beside(self, before: ModelInUse) -> tuple[ModelInUse, str] | None:
+        """The model that is in the folder now and the folder's path; None if it is the one in use."""
         settings, manifest = self._read()
         path = str(settings.model)
         if manifest == before.manifest:
             log.info("model.unchanged", model=manifest.name, path=path)
-            return
+            return None
         check_fits(manifest, before.manifest)
         engine = self._open_engine(settings, manifest)
-        if engine.unused_gpu and before.engine.device != "cpu":  # there is no room for both, or the driver fails
+        used = before.engine.device
+        if used not in ("cpu", engine.device):  # it has no memory for both, or its driver fails
             engine.close()
-            raise NotNowError(engine.unused_gpu)
+            raise NotNowError(engine.unused_gpu or f"it would run on {engine.device}, not on {used}: restart sorter")
+        return ModelInUse.in_new_run(engine, manifest, settings.min_confidence), path
+
+    def _replace(self, before: ModelInUse, model: ModelInUse, path: str) -> None:
         if self._shutdown.requested or self._closing:
-            engine.close()
+            model.engine.close()
             return
-        model = ModelInUse.in_new_run(engine, manifest, settings.min_confidence)
         self._pipeline.replace_model(model)
         self._on_reloaded(model)
         log.info(
             "model.reloaded",
             run=model.run.id,
-            model=manifest.name,
+            model=model.manifest.name,
             before=before.manifest.name,
             path=path,
-            engine=engine.name,
-            device=engine.device,
-            precision=engine.precision,
-            accuracy=manifest.accuracy,
+            engine=model.engine.name,
+            device=model.engine.device,
+            precision=model.engine.precision,
+            accuracy=model.manifest.accuracy,
         )
+
+
+def _refuse(used: ModelInUse, reason: str) -> None:
+    log.error("model.refused", model=used.manifest.name, reason=reason)
 
 
 def check_fits(new: Manifest, used: Manifest) -> None:
