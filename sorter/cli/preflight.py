@@ -73,7 +73,9 @@ def read_model(settings: Settings) -> tuple[Settings, Manifest]:
         ConfigurationError, ModelError: a sentence about what is wrong and what to do.
     """
     # Followed once: the link may be replaced before the weights are opened, and they must be those of the manifest.
-    settings = settings.model_copy(update={"model": Path(os.path.realpath(settings.model))})
+    real = os.path.realpath(settings.model)
+    if real != os.path.abspath(settings.model):
+        settings = settings.model_copy(update={"model": Path(real)})
     manifest = manifests.read(settings.model)
     return decided(settings, manifest), manifest
 

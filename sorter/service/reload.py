@@ -76,7 +76,7 @@ class Reloader:
     def _open_beside(self, before: ModelInUse) -> tuple[ModelInUse, str] | None:
         """The model that is in the folder now and the folder's path; None if it is the one in use."""
         settings, manifest = self._read()
-        path = str(settings.model)
+        path = str(settings.model.absolute())
         if manifest == before.manifest:
             log.info("model.unchanged", model=manifest.name, path=path)
             return None
