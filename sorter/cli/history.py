@@ -37,28 +37,28 @@ def show(settings: Settings, *, limit: int, since: float | None, run: str | None
             print(json.dumps(entries.to_json(entry)))
     elif found:
         has_several_models = len({entry.model for entry in found if entry.model}) > 1
-        _print_table([_row(settings, entry, with_model=has_several_models) for entry in found])
+        columns = ("when", "run", *(["model"] if has_several_models else []), "photo", "", "went to", "why")
+        _print_table(columns, [_row(settings, entry, with_model=has_several_models) for entry in found])
     else:
         print("No photos match.")
     return ExitCode.DONE
 
 
-def _row(settings: Settings, entry: Entry, *, with_model: bool) -> dict[str, str]:
-    """The columns of an entry by their names; the model only where it tells entries apart."""
+def _row(settings: Settings, entry: Entry, *, with_model: bool) -> Sequence[str]:
     inbox, output = settings.inbox, settings.output_folder
     came_from = output if entry.root == os.path.realpath(output) else inbox
     went_to = inbox if entry.kind == "undone" else output
     folder, base = os.path.split(_relative(entry.destination, went_to))
     new_name = "" if base == os.path.basename(entry.source) else base
-    return {
-        "when": entries.local_time(entry.done),
-        "run": entry.run,
-        **({"model": entry.model} if with_model else {}),
-        "photo": entries.printable(_relative(entry.source, came_from)),
-        "": entries.arrow(),
-        "went to": entries.printable(os.path.join(folder or ".", new_name)),
-        "why": ", ".join(filter(None, (entries.why(entry), _linked(entry), *_since(entry)))),
-    }
+    return (
+        entries.local_time(entry.done),
+        entry.run,
+        *([entry.model] if with_model else []),
+        entries.printable(_relative(entry.source, came_from)),
+        entries.arrow(),
+        entries.printable(os.path.join(folder or ".", new_name)),
+        ", ".join(filter(None, (entries.why(entry), _linked(entry), *_since(entry)))),
+    )
 
 
 def _since(entry: Entry) -> Iterator[str]:
@@ -79,17 +79,17 @@ def _relative(path: str, folder: Path) -> str:
     return os.path.relpath(path, real) if Path(path).is_relative_to(real) else path
 
 
-def _print_table(rows: Sequence[dict[str, str]]) -> None:
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     # Rich takes a third of a second to import.
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in rows[0]:
+    for name in columns:
         table.add_column(name, overflow="fold", no_wrap=name in ("when", "run", ""))
     for row in rows:
-        table.add_row(*map(Text, row.values()))
+        table.add_row(*map(Text, row))
     terminal = Console()
     if not terminal.is_terminal:
         terminal = Console(width=10_000)

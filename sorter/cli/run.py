@@ -130,7 +130,7 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
             shutdown,
             read=partial(preflight.read_model, given),
             open_engine=preflight.open_engine,
-            on_reloaded=_ignore if metrics is None else metrics.describe,
+            on_reloaded=_ignore if metrics is None else lambda model: metrics.describe(_info(model)),
         )
         stack.callback(reloader.close)
         try:
@@ -172,7 +172,11 @@ def _serve_metrics(settings: Settings, model: "ModelInUse") -> "Metrics | None":
         return None
     from sorter.service.metrics import Metrics  # needs the extra `metrics`
 
-    return Metrics(settings.metrics_port, model)
+    return Metrics(settings.metrics_port, _info(model))
+
+
+def _info(model: "ModelInUse") -> dict[str, str]:
+    return {"version": sorter.__version__, "model": model.manifest.name, "engine": model.engine.name}
 
 
 def _open_folders(

@@ -20,7 +20,7 @@ from sorter.decisions import Decision, Outcome
 from sorter.decoding.decoders import Decoders
 from sorter.decoding.images import Limits
 from sorter.files.photo import Photo
-from sorter.history.store import History
+from sorter.history.store import History, Run
 from sorter.moving.batch_mover import BatchMover
 from sorter.moving.mover import Mover
 from sorter.pipeline.batcher import Batcher
@@ -163,6 +163,11 @@ class Pipeline:
         for stage in self._classifying:
             stage.replace_model(model)
         before.engine.close()
+
+    @property
+    def run(self) -> Run:
+        """The present one, of the model in use."""
+        return self.model.run
 
     @property
     def backlog(self) -> bool:

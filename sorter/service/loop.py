@@ -221,10 +221,10 @@ class Service:
         elif self._was_linked(photo):
             self._accounting.skip_linked(photo)
         elif self._history is not None and self._history.is_neither(photo):
-            self._accounting.keep_neither(photo, self._pipeline.model.run)
+            self._accounting.keep_neither(photo, self._pipeline.run)
         elif self._was_restored(photo):
             self._accounting.skip_put_back(photo)
-        elif self._sidecars.follow_sorted(photo, self._pipeline.model.run):
+        elif self._sidecars.follow_sorted(photo, self._pipeline.run):
             self._account()
         elif not self._inbox.selection.includes(photo.name):  # a sidecar without a photo
             self._accounting.ignored.add(photo)
@@ -328,7 +328,7 @@ class Service:
             self._account()
         finally:
             self._pipeline.close()
-            self._accounting.finish(self._pipeline.model.run)
+            self._accounting.finish(self._pipeline.run)
 
 
 def _sleep(seconds: float) -> float:

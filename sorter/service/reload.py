@@ -62,6 +62,8 @@ class Reloader:
             while not requests.empty():
                 if not requests.get():
                     return
+            if self._shutdown.requested:
+                return
             before = self._pipeline.model
             try:
                 opened = self._open_beside(before)
