@@ -1,0 +1,177 @@
+"""Says which file is which photo, where a person may have moved photos by hand; pure but for looks at files.
+
+In: photos of the history, and files that it does not expect. Out: pairs. A photo has been moved only if its place does
+not have it, and exactly one file is the photo:
+
+1. by its inode, size and time, which a move on one file system keeps; or
+2. if its place is empty, by size and time, which a copy to another file system keeps, together with its digest where a
+   verdict has recorded that, or else with its name, or a time that is exact to the nanosecond.
+
+Both tell nothing sure where there are two photos of one size and time: a file system gives the inode number of a file
+that is gone to the next new file, which may be the copy of the other photo. Then names have to decide as well. A copy
+beside the photo, a photo that was edited, and one that came from elsewhere match nothing.
+"""
+
+import os
+import stat
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from sorter.files import inodes
+from sorter.files.photo import COARSE_NS
+from sorter.history.reader import Entry
+from sorter.moving.strays import Stray
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A photo of the history.
+
+    Attributes:
+        device, inode: of the file that was sorted.
+        digests: SHA-256 of its bytes, as far as known.
+    """
+
+    entry: Entry
+    device: int
+    inode: int
+    digests: frozenset[bytes]
+
+    @property
+    def base(self) -> str:
+        """Its name without folders."""
+        return os.path.basename(self.entry.place)
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it is where the history has it."""
+        try:
+            status = os.lstat(self.entry.destination)
+        except OSError:
+            return False
+        return stat.S_ISREG(status.st_mode) and self.entry.has_version(status)
+
+
+def match(
+    rows: Sequence[Row],
+    strays: Sequence[Stray],
+    digest_of: Callable[[Stray], bytes],
+    is_common: Callable[[int], bool],
+) -> Iterator[tuple[Row, Stray]]:
+    """Pair photos with the files that they are, each at most once.
+
+    Args:
+        rows: all photos of the output that have the size of one of the files, the oldest first.
+        strays: files that the history does not expect.
+        digest_of: SHA-256 of a file; raises OSError.
+        is_common: whether `rows` has not all photos of a size, but only those with the inode of one of the files.
+    """
+    settled: set[int] = set()
+    taken: set[str] = set()
+    times = defaultdict[int, list[tuple[int, int]]](list)  # by size, with the id
+    for row in rows:
+        times[row.entry.size].append((row.entry.mtime_ns, row.entry.id))
+    for same, files in _by_file(rows, strays):
+        ids = {row.entry.id for row in same}
+        size, time_ns = same[0].entry.size, same[0].entry.mtime_ns
+        has_rivals = is_common(size) or any(
+            id_ not in ids and abs(other - time_ns) <= COARSE_NS for other, id_ in times[size]
+        )
+        if has_rivals and same[-1].base != files[0].base:
+            continue
+        settled |= ids
+        taken |= {file.place for file in files}
+        # A photo that went back to the inbox and was sorted again is what its last move made of it. Several links to
+        # one photo are all as old.
+        newest = same[-1]
+        if len(files) == 1 and not newest.is_there and (len(same) == 1 or not any(row.entry.linked for row in same)):
+            yield newest, files[0]
+    rest = [row for row in rows if row.entry.id not in settled]
+    copies = [
+        stray
+        for stray in strays
+        if stray.is_unrecorded and stray.place not in taken and not is_common(stray.status.st_size)
+    ]
+    for alike, files in _alike(rest, copies):
+        missing = [row for row in alike if not os.path.lexists(row.entry.destination)]
+        others = {row.base for row in alike if row not in missing}
+        for row, file in _one_to_one(missing, files, digest_of):
+            # It could as well be a copy of one of the others.
+            if not others or (row.base == file.base and row.base not in others):
+                yield row, file
+
+
+def _by_file(rows: Sequence[Row], strays: Sequence[Stray]) -> Iterator[tuple[list[Row], list[Stray]]]:
+    """Photos and files that are one file of one file system."""
+    by_file = defaultdict[tuple[int, int], tuple[list[Row], list[Stray]]](lambda: ([], []))
+    for stray in strays:
+        if inode := inodes.number(stray.status):
+            by_file[stray.status.st_dev, inode][1].append(stray)
+    for row in rows:
+        found = by_file.get((row.device, row.inode))
+        if found and _version(row.entry) == (found[1][0].status.st_size, found[1][0].status.st_mtime_ns):
+            found[0].append(row)
+    yield from (found for found in by_file.values() if found[0])
+
+
+def _version(entry: Entry) -> tuple[int, int]:
+    return entry.size, entry.mtime_ns
+
+
+def _one_to_one(
+    rows: Sequence[Row], files: Sequence[Stray], digest_of: Callable[[Stray], bytes]
+) -> Iterator[tuple[Row, Stray]]:
+    """Pair photos with files of the same size and about the same time, if there is but one way to do so."""
+    if any(row.digests for row in rows):
+        yield from _by_digest(rows, files, digest_of)
+        return
+    if len(rows) == len(files) == 1:
+        (row,), (file,) = rows, files
+        is_exact = row.entry.mtime_ns == file.status.st_mtime_ns and row.entry.mtime_ns % 1_000_000_000 != 0
+        if is_exact or row.base == file.base:
+            yield row, file
+        return
+    by_name = {file.base: file for file in files}
+    if len(rows) == len(files) == len(by_name) and {row.base for row in rows} == by_name.keys():
+        yield from ((row, by_name[row.base]) for row in rows)
+
+
+def _by_digest(
+    rows: Sequence[Row], files: Sequence[Stray], digest_of: Callable[[Stray], bytes]
+) -> Iterator[tuple[Row, Stray]]:
+    """Those pairs whose digest is known and that no other photo or file has; the others stay unknown."""
+    found: dict[str, bytes] = {}
+    for file in files:
+        try:
+            found[file.place] = digest_of(file)
+        except OSError:  # gone, or written to, meanwhile
+            continue
+    for row in rows:
+        same = [file for file in files if found.get(file.place) in row.digests]
+        rivals = [other for other in rows if other.digests & row.digests]
+        if len(same) == 1 and rivals == [row]:
+            yield row, same[0]
+
+
+def _alike(rows: Sequence[Row], files: Sequence[Stray]) -> Iterator[tuple[list[Row], list[Stray]]]:
+    """Photos and files of one size whose times are so close that one could be a copy of the other."""
+    by_size = defaultdict[int, list[tuple[int, Row | Stray]]](list)
+    for row in rows:
+        by_size[row.entry.size].append((row.entry.mtime_ns, row))
+    for file in files:
+        by_size[file.status.st_size].append((file.status.st_mtime_ns, file))
+    for same in by_size.values():
+        same.sort(key=lambda one: one[0])
+        cluster: list[Row | Stray] = []
+        before = same[0][0]
+        for time_ns, one in [*same, (1 << 100, None)]:
+            if time_ns - before > COARSE_NS:
+                alike = [row for row in cluster if isinstance(row, Row)]
+                candidates = [file for file in cluster if isinstance(file, Stray)]
+                if alike and candidates:
+                    yield alike, candidates
+                cluster = []
+            if one is not None:
+                cluster.append(one)
+            before = time_ns
