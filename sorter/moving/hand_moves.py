@@ -80,6 +80,7 @@ class HandMoves:
         files = known.candidates(strays)
         rows = [Row(entry, *files[entry.id], self._reader.digests(entry)) for entry in self._reader.photos_of([*files])]
         found = [HandMove(row.entry, stray) for row, stray in match(rows, strays, self._digest, known.is_common)]
+        found.sort(key=lambda move: move.entry.id)
         taken = {move.stray.place for move in found}
         free = {stray.place: stray for stray in strays if stray.is_unrecorded and stray.place not in taken}
         return [each for move in found for each in (move, *self._moved_along(move, free))]

@@ -3,8 +3,8 @@
     python driver.py INBOX OUTPUT {move,reserve,link,unlink,correct,revert,follow}
 
 `reserve` moves as on a file system without hard links, or renames that replace nothing; `link` is what --link does,
-`unlink` the undo of it. `correct` makes dogs of all cats and cats of all dogs, `revert` takes that back, and `follow` records that somebody
-has done it by hand.
+`unlink` the undo of it. `correct` makes dogs of all cats and cats of all dogs, `revert` takes that back, and `follow`
+records that somebody has done it by hand.
 
 Exit codes: 0 every photo was moved, 1 the storage refused, 2 it could not start, 3 some photos stayed.
 """
