@@ -249,7 +249,7 @@ def test_what_was_moved_by_hand_is_shown_as_corrected_and_can_be_taken_back(page
         page.wait_for("document.querySelectorAll('#grid > *').length === 2")
         page.press("g", "j")
         assert name(page) == "dogs/01.jpg"
-        page.press("Backspace", "Backspace")  # the confirmation, then what is in front
+        page.press("Backspace", "j", "Backspace")  # the confirmation, and then what is in front
         page.wait_for("document.querySelector('#status').textContent.startsWith('01.jpg: taken back')")
         assert name(page) == "cats/01.jpg"
     assert set(read_tree(output)) == {"cats/00.jpg", "cats/01.jpg", "cats/03.jpg", "dogs/02.jpg"}

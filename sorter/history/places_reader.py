@@ -10,8 +10,9 @@ from typing import NamedTuple
 from sorter.history.corrections_reader import CorrectionsReader
 from sorter.history.reader import _SORTED_AGAIN, _UNDOABLE, Entry
 
-_PAGE_ROWS = 10_000
+_PAGE_ROWS = 2000
 _AT_ONCE = 1000
+_SECONDS = "max(-2147483648, min(CAST(m.mtime_ns AS INTEGER) / 1000000000, 2147483647))"
 
 
 class Place(NamedTuple):
@@ -21,6 +22,7 @@ class Place(NamedTuple):
         id: of its sorting move.
         path: inside the output.
         device, inode, size: of the file that was sorted; the first two are those of the inbox, signed.
+        seconds: its modification time in whole seconds, as far as 32 bits have them.
         is_photo: False for a sidecar, and while a sorter moves it there.
     """
 
@@ -29,6 +31,7 @@ class Place(NamedTuple):
     device: int
     inode: int
     size: int
+    seconds: int
     is_photo: bool
 
 
@@ -38,15 +41,12 @@ class PlacesReader(CorrectionsReader):
     def places(self, after: int) -> list[Place]:
         """The next places of files that are in the output, or on their way there, by the `id` that they follow."""
         query = (
-            "SELECT m.id, CAST(m.now_folder AS BLOB), m.now_name, m.device, m.inode, m.size, "  # noqa: S608
-            f"m.done IS NOT NULL AND m.kind <> 'sidecar' FROM moves m WHERE m.id > ?{_UNDOABLE} "
+            "SELECT m.id, CAST(m.now_folder || '/' || m.now_name AS BLOB), m.device, m.inode, m.size, "  # noqa: S608
+            f"{_SECONDS}, m.done IS NOT NULL AND m.kind <> 'sidecar' FROM moves m WHERE m.id > ?{_UNDOABLE} "
             f"AND NOT {_SORTED_AGAIN} ORDER BY m.id LIMIT ?"
         )
         rows = self._database.rows(query, (after, *self._folders_sorted_again, _PAGE_ROWS))
-        return [
-            Place(id_, folder + b"/" + name, device, inode, size, bool(is_photo))
-            for id_, folder, name, device, inode, size, is_photo in rows
-        ]
+        return [Place(*row) for row in rows]
 
     def place_of(self, file: Entry) -> str | None:
         """Where in the output the history has a photo or sidecar by now; None if it was restored, or is on its way."""

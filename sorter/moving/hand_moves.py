@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
@@ -26,6 +27,7 @@ from sorter.inbox.sidecars import FolderListing, SidecarNames
 from sorter.moving.matching import Row, match
 from sorter.moving.strays import KnownPlaces, Stray
 
+_AT_ONCE = 500  # files that are compared with photos
 _BATCH = 100  # photos in one transaction
 
 
@@ -77,9 +79,12 @@ class HandMoves:
         strays = [stray for folder in sorted(self._labels) for stray in known.strays(self._output, folder)]
         if not strays:
             return []
-        files = known.candidates(strays)
-        rows = [Row(entry, *files[entry.id], self._reader.digests(entry)) for entry in self._reader.photos_of([*files])]
-        found = [HandMove(row.entry, stray) for row, stray in match(rows, strays, self._digest, known.is_common)]
+        found: list[HandMove] = []
+        for some in _by_size(strays):
+            files, common = known.candidates(some)
+            entries = self._reader.photos_of([*files])
+            rows = [Row(entry, *files[entry.id], self._reader.digests(entry)) for entry in entries]
+            found += [HandMove(row.entry, stray) for row, stray in match(rows, some, self._digest, common)]
         found.sort(key=lambda move: move.entry.id)
         taken = {move.stray.place for move in found}
         free = {stray.place: stray for stray in strays if stray.is_unrecorded and stray.place not in taken}
@@ -191,6 +196,18 @@ class HandMoves:
             entry.id, self._labels[folder], "moved", digest, entry.label, entry.confidence, entry.model, recorded.token
         )
         return recorded, judgement
+
+
+def _by_size(strays: Sequence[Stray]) -> Iterator[list[Stray]]:
+    """Some files at a time, those of one size together."""
+    some: list[Stray] = []
+    for _, same in groupby(sorted(strays, key=lambda stray: stray.status.st_size), lambda stray: stray.status.st_size):
+        some += same
+        if len(some) >= _AT_ONCE:
+            yield some
+            some = []
+    if some:
+        yield some
 
 
 def _base(place: str) -> str:

@@ -15,7 +15,7 @@ beside the photo, a photo that was edited, and one that came from elsewhere matc
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from sorter.files import inodes
@@ -57,15 +57,15 @@ def match(
     rows: Sequence[Row],
     strays: Sequence[Stray],
     digest_of: Callable[[Stray], bytes],
-    is_common: Callable[[int], bool],
+    common: Collection[int],
 ) -> Iterator[tuple[Row, Stray]]:
     """Pair photos with the files that they are, each at most once.
 
     Args:
-        rows: all photos of the output that have the size of one of the files, the oldest first.
+        rows: all photos of the output with the size and about the time of one of the files, the oldest first.
         strays: files that the history does not expect.
         digest_of: SHA-256 of a file; raises OSError.
-        is_common: whether `rows` has not all photos of a size, but only those with the inode of one of the files.
+        common: sizes of which `rows` has not all photos, but only those with the inode number of a file.
     """
     settled: set[int] = set()
     taken: set[str] = set()
@@ -75,7 +75,7 @@ def match(
     for same, files in _by_file(rows, strays):
         ids = {row.entry.id for row in same}
         size, time_ns = same[0].entry.size, same[0].entry.mtime_ns
-        has_rivals = is_common(size) or any(
+        has_rivals = size in common or any(
             id_ not in ids and abs(other - time_ns) <= COARSE_NS for other, id_ in times[size]
         )
         if has_rivals and same[-1].base != files[0].base:
@@ -85,13 +85,14 @@ def match(
         # A photo that went back to the inbox and was sorted again is what its last move made of it. Several links to
         # one photo are all as old.
         newest = same[-1]
-        if len(files) == 1 and not newest.is_there and (len(same) == 1 or not any(row.entry.linked for row in same)):
+        is_clear = len(files) == 1 and (len(same) == 1 or not any(row.entry.linked for row in same))
+        if is_clear and not newest.is_there and _may_be(newest, files[0], digest_of):
             yield newest, files[0]
     rest = [row for row in rows if row.entry.id not in settled]
     copies = [
         stray
         for stray in strays
-        if stray.is_unrecorded and stray.place not in taken and not is_common(stray.status.st_size)
+        if stray.is_unrecorded and stray.place not in taken and stray.status.st_size not in common
     ]
     for alike, files in _alike(rest, copies):
         missing = [row for row in alike if not os.path.lexists(row.entry.destination)]
@@ -113,6 +114,14 @@ def _by_file(rows: Sequence[Row], strays: Sequence[Stray]) -> Iterator[tuple[lis
         if found and _version(row.entry) == (found[1][0].status.st_size, found[1][0].status.st_mtime_ns):
             found[0].append(row)
     yield from (found for found in by_file.values() if found[0])
+
+
+def _may_be(row: Row, file: Stray, digest_of: Callable[[Stray], bytes]) -> bool:
+    """Whether a file has the digest of a photo, as far as that is known."""
+    try:
+        return not row.digests or digest_of(file) in row.digests
+    except OSError:  # gone, or written to, meanwhile
+        return False
 
 
 def _version(entry: Entry) -> tuple[int, int]:

@@ -7,19 +7,22 @@ Folders are listed without looking at each file: a listing has names and inode n
 
 import os
 import stat
+from array import array
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from sorter.files import inodes
-from sorter.files.photo import opened_folder
+from sorter.files.photo import COARSE_NS, opened_folder
 from sorter.history.places_reader import PlacesReader
 
 _AT_ONCE = 10_000  # files of a folder
-_MOST_OF_A_SIZE = 1000
+_MOST_ALIKE = 1000
+_APART_SECONDS = COARSE_NS // 1_000_000_000 + 1  # in whole seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +53,22 @@ class KnownPlaces:
     """
 
     def __init__(self, reader: PlacesReader) -> None:
-        pages: list[npt.NDArray[np.int64]] = []
+        columns = [array(code) for code in "qqqqiib"]
+        devices: dict[int, int] = {}
         last = 0
         while page := reader.places(last):
             last = page[-1].id
-            pages.append(
-                np.array([(hash(p.path), p.id, p.device, p.inode, p.size, p.is_photo) for p in page], np.int64)
-            )
-        rows = np.concatenate(pages) if pages else np.empty((0, 6), np.int64)
-        rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]  # (N, 6); the newest of a path is the last
-        self._hashes, self._ids, self._devices, self._inodes, self._sizes, is_photo = rows.T
-        self._is_photo = is_photo.astype(bool)
-        self._common: frozenset[int] | None = None
+            ids, paths, device_of, *others, seconds, is_photo = zip(*page, strict=True)
+            numbers = [devices.setdefault(_unsigned(device), len(devices)) for device in device_of]
+            for column, values in zip(
+                columns, (map(hash, paths), ids, *others, numbers, seconds, is_photo), strict=True
+            ):
+                column.extend(values)
+        self._hashes, self._ids, self._inodes, self._sizes, self._device_numbers, self._seconds, self._is_photo = map(
+            np.asarray, columns
+        )
+        self._order = np.argsort(self._hashes, kind="stable")  # (N,), the newest of a path is the last
+        self._devices = [*devices]
         self.newest = last
         """The `id` of the last move."""
 
@@ -87,36 +94,50 @@ class KnownPlaces:
             device: of the folder.
         """
         wanted = np.fromiter(map(hash, paths), np.int64, len(paths))
-        at = np.searchsorted(self._hashes, wanted, side="right") - 1
-        is_recorded = (at >= 0) & (self._hashes[at] == wanted) if len(self._hashes) else np.zeros(len(paths), bool)
+        at = np.searchsorted(self._hashes, wanted, side="right", sorter=self._order) - 1
+        at = self._order[at] if len(self._order) else at  # -1 is some place, with another hash
+        is_recorded = self._hashes[at] == wanted if len(self._order) else np.zeros(len(paths), bool)
         found = at[is_recorded]
         expected = is_recorded.copy()
         if inodes.are_known_to_be_real(device):
             listed = np.fromiter(numbers, np.uint64, len(paths))[is_recorded].astype(np.int64)
-            is_another = (self._devices[found] == _signed(device)) & (self._inodes[found] != listed)
+            number = self._devices.index(device) if device in self._devices else -1
+            is_another = (self._device_numbers[found] == number) & (self._inodes[found] != listed)
             expected[is_recorded] = ~is_another
         for index in np.flatnonzero(~expected):
             yield int(index), not is_recorded[index]
 
-    def candidates(self, strays: Sequence[Stray]) -> dict[int, tuple[int, int]]:
-        """The photos that may be one of these files, or as good as one: devices and inodes by `id`, the oldest first.
+    def candidates(self, strays: Sequence[Stray]) -> tuple[dict[int, tuple[int, int]], set[int]]:
+        """The photos that may be one of these files, or as good as one: same size, about the same time.
 
-        Those of the same size; of a common one only those with the same inode number.
+        Args:
+            strays: with all strays of their sizes.
+
+        Returns:
+            The devices and inodes of these photos by `id`, the oldest first; and the sizes of which there are too many
+            to compare, and so only those with the inode number of a file.
         """
-        sizes = np.array([stray.status.st_size for stray in strays], np.int64)
-        rare = np.array([size for size in map(int, sizes) if not self.is_common(size)], np.int64)
-        numbers = np.array([stray.status.st_ino for stray in strays], np.uint64).astype(np.int64)
-        has_inode = np.isin(self._inodes, numbers) & np.isin(self._sizes, sizes)
-        found = np.flatnonzero(self._is_photo & (np.isin(self._sizes, rare) | has_inode))
-        found = found[np.argsort(self._ids[found])]
-        return {int(self._ids[n]): (_unsigned(self._devices[n]), _unsigned(self._inodes[n])) for n in found}
-
-    def is_common(self, size: int) -> bool:
-        """Whether so many photos have this size that it tells nothing."""
-        if self._common is None:
-            each, counts = np.unique(self._sizes[self._is_photo], return_counts=True)
-            self._common = frozenset(map(int, each[counts > _MOST_OF_A_SIZE]))
-        return size in self._common
+        times: dict[int, list[int]] = {}
+        for stray in strays:
+            times.setdefault(stray.status.st_size, []).append(_seconds(stray.status.st_mtime_ns))
+        for of_size in times.values():
+            of_size.sort()
+        numbers = np.array([_signed(stray.status.st_ino) for stray in strays], np.int64)
+        is_possible = (self._is_photo != 0) & np.isin(self._sizes, [*times])
+        has_inode = is_possible & np.isin(self._inodes, numbers)
+        counts = Counter[int]()
+        alike: list[int] = []
+        for n in map(int, np.flatnonzero(is_possible)):
+            size, seconds = int(self._sizes[n]), int(self._seconds[n])
+            at = bisect_left(times[size], seconds - _APART_SECONDS)
+            if at < len(times[size]) and times[size][at] <= seconds + _APART_SECONDS:
+                counts[size] += 1
+                if counts[size] <= _MOST_ALIKE or has_inode[n]:
+                    alike.append(n)
+        common = {size for size, count in counts.items() if count > _MOST_ALIKE}
+        wanted = [n for n in alike if int(self._sizes[n]) not in common or has_inode[n]]
+        rows = sorted((int(self._ids[n]), int(self._device_numbers[n]), int(self._inodes[n])) for n in wanted)
+        return {id_: (self._devices[number], _unsigned(inode)) for id_, number, inode in rows}, common
 
 
 def _listed(output: Path, folder: str) -> Iterator[tuple[str, int, list[tuple[str, int]]]]:
@@ -143,9 +164,14 @@ def _listed(output: Path, folder: str) -> Iterator[tuple[str, int, list[tuple[st
             continue
 
 
+def _seconds(time_ns: int) -> int:
+    """A time as in `Place.seconds`."""
+    return max(-(1 << 31), min(int(time_ns / 1e9), (1 << 31) - 1))
+
+
 def _signed(number: int) -> int:
     return number - (1 << 64) if number >= 1 << 63 else number
 
 
-def _unsigned(number: np.int64) -> int:
-    return int(number) & ((1 << 64) - 1)
+def _unsigned(number: int) -> int:
+    return number & ((1 << 64) - 1)
