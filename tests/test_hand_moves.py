@@ -70,9 +70,9 @@ def places(library: Library) -> dict[str, str]:
 def take(library: Library, label: str, *names: str, modified: float = 0) -> None:
     """Sort photos that differ from each other, with times of their own unless one is given."""
     for name in names:
-        seed = sum(name.encode())
+        seed = sum(os.fsencode(name))
         own = LONG_AGO - 10 * seed + 0.123456
-        make_tree(library.inbox, {name: plain(RED, seed) + name.encode()}, modified=modified or own)
+        make_tree(library.inbox, {name: plain(RED, seed) + os.fsencode(name)}, modified=modified or own)
     library.take_as(label, *names)
 
 
