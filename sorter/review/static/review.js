@@ -261,7 +261,9 @@ function prefetch() {
   const near = photos.slice(Math.max(0, at - BEHIND), at + AHEAD + 1);
   const wanted = new Set(near.map((photo) => address(photo, LARGE)));
   for (const url of pictures.keys()) if (!wanted.has(url)) pictures.delete(url);
-  near.slice(Math.min(at, BEHIND)).concat(near).forEach(picture);
+  // To decode photos takes all processors: decisions that are on their way go first.
+  const ahead = near.slice(Math.min(at, BEHIND));
+  (jobs.length ? ahead.slice(0, 2) : ahead.concat(near)).forEach(picture);
 }
 
 function show() {
