@@ -276,6 +276,16 @@ def test_equal_photos_are_told_apart_by_their_names_or_not_at_all(library: Libra
     assert places(library) == expected
 
 
+def test_photos_of_one_size_that_were_written_in_one_second_are_told_apart(library: Library, elsewhere: Path) -> None:
+    for n, name in enumerate(("a.jpg", "b.jpg", "c.jpg")):
+        make_tree(library.inbox, {name: plain(RED) + b"%d" % n}, modified=1_600_000_000.123 + n / 7)
+    library.take_as("cat", "a.jpg", "b.jpg", "c.jpg")
+    mv(library, "cats/a.jpg", "dogs/x.jpg")
+    mv_across(library, elsewhere, "cats/b.jpg", "dogs/y.jpg")
+    assert follow(library) == 2
+    assert places(library) == {"a.jpg": "dogs/x.jpg", "b.jpg": "dogs/y.jpg", "c.jpg": "cats/c.jpg"}
+
+
 def test_a_copy_of_an_equal_photo_that_is_still_there_is_not_the_one_that_is_gone(library: Library) -> None:
     equal(library, "a.jpg", "b.jpg")
     (library.output / "dogs").mkdir()

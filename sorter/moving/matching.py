@@ -5,9 +5,9 @@ not have it, and exactly one file is the photo:
 
 1. by its inode, size and time, which a move on one file system keeps; or
 2. if its place is empty, by size and time, which a copy to another file system keeps, together with its digest where a
-   verdict has recorded that, or else with its name, or a time that is exact to the nanosecond.
+   verdict has recorded that, or else with its name, or a time that is more exact than a second.
 
-Both tell nothing sure where there are two photos of one size and time: a file system gives the inode number of a file
+Neither is certain where there are two photos of one size and time: a file system gives the inode number of a file
 that is gone to the next new file, which may be the copy of the other photo. Then names have to decide as well. A copy
 beside the photo, a photo that was edited, and one that came from elsewhere match nothing.
 """
@@ -22,6 +22,8 @@ from sorter.files import inodes
 from sorter.files.photo import COARSE_NS
 from sorter.history.reader import Entry
 from sorter.moving.strays import Stray
+
+_SECOND_NS, _EXFAT_NS, _NTFS_NS = 1_000_000_000, 10_000_000, 100  # to which times are exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +71,18 @@ def match(
     """
     settled: set[int] = set()
     taken: set[str] = set()
-    times = defaultdict[int, list[tuple[int, int]]](list)  # by size, with the id
+    of_size = defaultdict[int, list[Row]](list)
     for row in rows:
-        times[row.entry.size].append((row.entry.mtime_ns, row.entry.id))
+        of_size[row.entry.size].append(row)
     for same, files in _by_file(rows, strays):
-        ids = {row.entry.id for row in same}
-        size, time_ns = same[0].entry.size, same[0].entry.mtime_ns
-        has_rivals = size in common or any(
-            id_ not in ids and abs(other - time_ns) <= COARSE_NS for other, id_ in times[size]
-        )
-        if has_rivals and same[-1].base != files[0].base:
+        newest, size = same[-1], same[-1].entry.size
+        has_rivals = size in common or any(row not in same and _is_alike(row, files[0]) for row in of_size[size])
+        if has_rivals and newest.base != files[0].base:
             continue
-        settled |= ids
+        settled |= {row.entry.id for row in same}
         taken |= {file.place for file in files}
         # A photo that went back to the inbox and was sorted again is what its last move made of it. Several links to
         # one photo are all as old.
-        newest = same[-1]
         is_clear = len(files) == 1 and (len(same) == 1 or not any(row.entry.linked for row in same))
         if is_clear and not newest.is_there and _may_be(newest, files[0], digest_of):
             yield newest, files[0]
@@ -94,7 +92,7 @@ def match(
         for stray in strays
         if stray.is_unrecorded and stray.place not in taken and stray.status.st_size not in common
     ]
-    for alike, files in _alike(rest, copies):
+    for alike, files in _components(rest, copies):
         missing = [row for row in alike if not os.path.lexists(row.entry.destination)]
         others = {row.base for row in alike if row not in missing}
         for row, file in _one_to_one(missing, files, digest_of):
@@ -131,13 +129,13 @@ def _version(entry: Entry) -> tuple[int, int]:
 def _one_to_one(
     rows: Sequence[Row], files: Sequence[Stray], digest_of: Callable[[Stray], bytes]
 ) -> Iterator[tuple[Row, Stray]]:
-    """Pair photos with files of the same size and about the same time, if there is but one way to do so."""
+    """Pair photos with files that are alike, if there is but one way to do so."""
     if any(row.digests for row in rows):
         yield from _by_digest(rows, files, digest_of)
         return
     if len(rows) == len(files) == 1:
         (row,), (file,) = rows, files
-        is_exact = row.entry.mtime_ns == file.status.st_mtime_ns and row.entry.mtime_ns % 1_000_000_000 != 0
+        is_exact = file.status.st_mtime_ns % _SECOND_NS != 0
         if is_exact or row.base == file.base:
             yield row, file
         return
@@ -163,24 +161,36 @@ def _by_digest(
             yield row, same[0]
 
 
-def _alike(rows: Sequence[Row], files: Sequence[Stray]) -> Iterator[tuple[list[Row], list[Stray]]]:
-    """Photos and files of one size whose times are so close that one could be a copy of the other."""
-    by_size = defaultdict[int, list[tuple[int, Row | Stray]]](list)
+def _components(rows: Sequence[Row], files: Sequence[Stray]) -> Iterator[tuple[list[Row], list[Stray]]]:
+    """Photos and files that are alike, directly or by way of others."""
+    rows_left = defaultdict[int, list[Row]](list)
+    files_left = defaultdict[int, list[Stray]](list)
     for row in rows:
-        by_size[row.entry.size].append((row.entry.mtime_ns, row))
+        rows_left[row.entry.size].append(row)
     for file in files:
-        by_size[file.status.st_size].append((file.status.st_mtime_ns, file))
-    for same in by_size.values():
-        same.sort(key=lambda one: one[0])
-        cluster: list[Row | Stray] = []
-        before = same[0][0]
-        for time_ns, one in [*same, (1 << 100, None)]:
-            if time_ns - before > COARSE_NS:
-                alike = [row for row in cluster if isinstance(row, Row)]
-                candidates = [file for file in cluster if isinstance(file, Stray)]
-                if alike and candidates:
-                    yield alike, candidates
-                cluster = []
-            if one is not None:
-                cluster.append(one)
-            before = time_ns
+        files_left[file.status.st_size].append(file)
+    for size, of_size in files_left.items():
+        while of_size:
+            found: tuple[list[Row], list[Stray]] = ([], [])
+            new: list[Stray] = [of_size.pop()]
+            while new:
+                found[1].extend(new)
+                alike = [row for row in rows_left[size] if any(_is_alike(row, file) for file in new)]
+                found[0].extend(alike)
+                rows_left[size] = [row for row in rows_left[size] if row not in alike]
+                new = [file for file in of_size if any(_is_alike(row, file) for row in alike)]
+                of_size[:] = [file for file in of_size if file not in new]
+            if found[0]:
+                yield found
+
+
+def _is_alike(row: Row, file: Stray) -> bool:
+    """Whether a file could be a photo by its size and time, which its file system may store less exactly."""
+    time_ns = file.status.st_mtime_ns
+    if time_ns % _SECOND_NS == 0:
+        exact_to_ns = COARSE_NS
+    elif time_ns % _EXFAT_NS == 0:
+        exact_to_ns = _EXFAT_NS
+    else:
+        exact_to_ns = _NTFS_NS
+    return file.status.st_size == row.entry.size and abs(time_ns - row.entry.mtime_ns) <= exact_to_ns
