@@ -48,6 +48,8 @@ def why(entry: Entry) -> str:
         return "link removed" if entry.linked else "restored"
     if entry.kind == "corrected":
         return f"a person sees {entry.label or 'none of the classes'}"
+    if entry.kind == "moved":
+        return "moved by hand"
     if entry.kind == "reverted":
         return "correction taken back"
     if entry.kind == SIDECAR:
