@@ -108,7 +108,7 @@ def _learn(options: argparse.Namespace) -> ExitCode:
             data=options.data,
             output=options.output,
             seed=options.seed,
-            workers=available_cpus() if options.num_workers is None else options.num_workers,
+            workers=options.num_workers or available_cpus(),
             cache=_cache(),
             command=options.command_line,
         ),

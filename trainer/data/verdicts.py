@@ -95,7 +95,7 @@ def read(
     """
     found = _find(output, state_dir, classes, seed)
     paths = [sample.path for sample in (*(one for one, _ in (*found.judged, *found.neither)), *found.confident)]
-    inspected = inspection.inspect_all(paths, cache, max(1, workers), reporter.tracker("inspecting photos"))
+    inspected = inspection.inspect_all(paths, cache, workers, reporter.tracker("inspecting photos"))
 
     def usable(given: Sequence[tuple[Sample, str]]) -> list[Sample]:
         for sample, digest in given:
