@@ -64,3 +64,14 @@ def test_each_condition_alone_refuses_a_model(comparison: Comparison, reason: st
 )
 def test_what_is_just_good_enough_is_not_refused(comparison: Comparison) -> None:
     assert comparison.reasons_against() == []
+
+
+def test_the_table_has_both_models_side_by_side() -> None:
+    lines = list(Comparison(Paired(500, 7, 9, 3, 1), None, BETTER, GOOD).table())
+    assert [line.split() for line in lines[:4]] == [
+        ["wrong", "before", "after"],
+        ["guard", "photos:", "500", "7", "9"],
+        ["3", "newly", "wrong,", "1", "newly", "right"],
+        ["held-out", "photos", "with", "a", "verdict:", "90", "40", "5"],
+    ]
+    assert "31.2%" in lines[5]

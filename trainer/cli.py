@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from trainer.data.layouts import Sample
     from trainer.fitting.options import Options, Source
     from trainer.fitting.recipes import Recipe
-    from trainer.learn import Learned
     from trainer.packaging.metrics import Floats
 
 _EXTRAS = {"tensorboard": "tensorboard", "onnx": "onnx", "onnxscript": "onnx"}
@@ -114,7 +113,10 @@ def _learn(options: argparse.Namespace) -> ExitCode:
         ),
         open_reporter(options.tensorboard),
     )
-    _print_learned(learned)
+    for line in learned.comparison.table():
+        print(line)
+    if learned.neither and learned.caught is not None:
+        print(f"--catch-neither catches {learned.caught} of {learned.neither} photos that you called neither")
     if learned.manifest is None:
         for reason in learned.comparison.reasons_against():
             print(f"not better: {reason}")
@@ -123,25 +125,6 @@ def _learn(options: argparse.Namespace) -> ExitCode:
     print(f"model folder {options.output}")
     print(f"use it: sorter run --model {shlex.quote(str(options.output))} --inbox DIR")
     return ExitCode.DONE
-
-
-def _print_learned(learned: "Learned") -> None:
-    """The table of before and after, and what is known of the new model alone."""
-    compared = learned.comparison
-    print(f"{'wrong':<46}{'before':>8}{'after':>8}")
-    for title, pair in (
-        ("guard photos", compared.guard),
-        ("confidently sorted photos, by the old model", compared.confident),
-        ("held-out photos with a verdict", compared.held_out),
-    ):
-        if pair is not None:
-            print(f"{f'{title}: {pair.photos}':<46}{pair.before:>8}{pair.after:>8}")
-            print(f"  {pair.newly_wrong} newly wrong, {pair.newly_right} newly right")
-    if compared.guard is not None:
-        print(f"chance of a guard this bad from an equal model: {compared.guard.chance_of_worse:.1%}")
-    print(f"8 bits agree with 32 bits on {compared.int8.agreement:.1%} of {compared.int8.photos} photos")
-    if learned.neither and learned.caught is not None:
-        print(f"--catch-neither catches {learned.caught} of {learned.neither} photos that you called neither")
 
 
 def _fit_options(options: argparse.Namespace) -> "Options":

@@ -4,7 +4,7 @@ In: what both answer on the same labelled photos. Out: the reasons against the n
 fitted here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +74,22 @@ class Comparison:
     confident: Paired | None
     held_out: Paired
     int8: Int8
+
+    def table(self) -> Iterator[str]:
+        """The figures of both models, line by line."""
+        yield f"{'wrong':<46}{'before':>8}{'after':>8}"
+        rows = (
+            ("guard photos", self.guard),
+            ("confidently sorted photos, by the old model", self.confident),
+            ("held-out photos with a verdict", self.held_out),
+        )
+        for title, pair in rows:
+            if pair is not None:
+                yield f"{f'{title}: {pair.photos}':<46}{pair.before:>8}{pair.after:>8}"
+                yield f"  {pair.newly_wrong} newly wrong, {pair.newly_right} newly right"
+        if self.guard is not None:
+            yield f"chance that an equal model does as badly on the guard photos: {self.guard.chance_of_worse:.1%}"
+        yield f"8 bits agree with 32 bits on {self.int8.agreement:.1%} of {self.int8.photos} photos"
 
     def reasons_against(self) -> Sequence[str]:
         """A sentence for each condition that the new model does not fulfil."""
