@@ -1,37 +1,65 @@
-"""`sorter history`: what went where, when and why, as a table or as one line of JSON per photo."""
+"""`sorter history`: what went where, when and why, or what people said of it; for people, as JSON or as CSV."""
 
 import argparse
+import csv
+import io
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sorter.cli import entries, options
-from sorter.errors import ExitCode
+from sorter.errors import ConfigurationError, ExitCode
 from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import SIDECAR
+from sorter.history.verdicts_reader import PhotoVerdict, VerdictsReader
 from sorter.settings import Settings
+
+_MOVES = 50
+"""How many are shown."""
+_FIELDS = ("label", "how", "label_was", "confidence", "model", "time", "digest")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `sorter history`."""
     group = parser.add_argument_group("what to show")
-    group.add_argument("--limit", metavar="N", type=options.positive, default=50, help="the last N (default: 50)")
+    group.add_argument(
+        "--limit", metavar="N", type=options.positive, help=f"the last N (default: {_MOVES}; verdicts: all)"
+    )
     group.add_argument("--since", metavar="WHEN", type=options.point_in_time, help=f"from then on: {options.WHEN}")
     group.add_argument("--run", metavar="ID", help="photos of this run")
+    group.add_argument("--verdicts", action="store_true", help="the newest verdict on each photo, of sorter review")
     group.add_argument("--json", dest="as_json", action="store_true", help="print one line of JSON per photo")
+    group.add_argument("--csv", dest="as_csv", action="store_true", help="print verdicts for trainer evaluate")
 
 
-def show(settings: Settings, *, limit: int, since: float | None, run: str | None, as_json: bool) -> ExitCode:
-    """Print the last entries of the history, oldest first.
+def show(
+    settings: Settings,
+    *,
+    limit: int | None,
+    since: float | None,
+    run: str | None,
+    verdicts: bool,
+    as_json: bool,
+    as_csv: bool,
+) -> ExitCode:
+    """Print the last entries of the history, or verdicts, oldest first.
 
     Raises:
-        ConfigurationError: the history is missing or cannot be read, or has no such run.
+        ConfigurationError: the history is missing or cannot be read, or has no such run; or the form does not exist.
     """
-    reader = HistoryReader(settings.output_folder, settings.state_dir)
+    if as_csv and (as_json or not verdicts):
+        raise ConfigurationError("--csv prints verdicts: use it with --verdicts and without --json")
+    output, state_dir = settings.output_folder, settings.state_dir
+    reader = VerdictsReader(output, state_dir) if verdicts else HistoryReader(output, state_dir)
     if run is not None:
         entries.check_run(reader, run)
-    found = reader.entries(run=run, since=since, limit=limit)
+    if isinstance(reader, VerdictsReader):
+        given = reader.verdicts(run=run, since=since)[-limit if limit else None :]
+        _print_verdicts(settings, given, as_json=as_json, as_csv=as_csv)
+        return ExitCode.DONE
+    found = reader.entries(run=run, since=since, limit=limit or _MOVES)
     if as_json:
         for entry in found:
             print(json.dumps(entries.to_json(entry)))
@@ -41,6 +69,39 @@ def show(settings: Settings, *, limit: int, since: float | None, run: str | None
     else:
         print("No photos match.")
     return ExitCode.DONE
+
+
+def _print_verdicts(settings: Settings, given: Sequence[PhotoVerdict], *, as_json: bool, as_csv: bool) -> None:
+    if as_csv:
+        _print_csv(given)
+    elif as_json:
+        for verdict in given:
+            print(json.dumps(entries.verdict_to_json(verdict)))
+    elif given:
+        _print_table(
+            [
+                {
+                    "when": entries.local_time(verdict.at),
+                    "photo": entries.printable(_relative(verdict.path, settings.output_folder)),
+                    "is": verdict.label or "none of the classes",
+                    "how": verdict.how,
+                    "the model said": f"{verdict.label_was} {verdict.confidence or 0:.1%}",
+                }
+                for verdict in given
+            ]
+        )
+    else:
+        print("No verdicts match.")
+
+
+def _print_csv(given: Sequence[PhotoVerdict]) -> None:
+    """One row for each photo, its label empty if it shows none of the classes; names keep bytes that are not UTF-8."""
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, ("name", *_FIELDS), extrasaction="ignore")
+    table.writeheader()
+    table.writerows({"name": v.path, **entries.verdict_to_json(v)} for v in given)
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text.getvalue().encode(errors="surrogateescape"))
 
 
 def _row(settings: Settings, entry: Entry, *, with_model: bool) -> dict[str, str]:
