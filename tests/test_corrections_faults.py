@@ -180,3 +180,35 @@ def test_corrections_beside_a_daemon_lose_nothing_and_undo_brings_everything_bac
     assert library.counts() == Counts({}, count)
     middle, late = sorted(seconds)[len(seconds) // 2], sorted(seconds)[len(seconds) * 95 // 100]
     proved(f"200 corrections beside a daemon that sorts {count} photos: {middle * 1e3:.0f} ms, p95 {late * 1e3:.0f} ms")
+
+
+@pytest.mark.long
+def test_photos_moved_by_hand_beside_a_daemon_are_followed_and_undo_brings_everything_back(
+    library: Library, daemon: Running
+) -> None:
+    count, moved = 600, dict[str, str]()
+    make_tree(library.inbox, {f"{n}.jpg": plain((RED, GREEN)[n % 2], n) for n in range(count)})
+    before = read_tree(library.inbox)
+    daemon.wait_for_event("photo.sorted", 20)
+    with contextlib.closing(Corrections(library.output, CLASSES)) as corrections:
+        followed = 0
+        while len(moved) < 50:
+            there = {path.name: path for path in library.output.glob("*s/*.jpg") if path.name not in moved}
+            for name in sorted(there)[:10]:
+                folder = "dogs" if there[name].parent.name == "cats" else "cats"
+                subprocess.run(["mv", "-n", there[name], library.output / folder], check=True)
+                moved[name] = folder
+            followed += corrections.follow_hand_moves()
+        daemon.wait_for_event("photo.sorted", count, seconds=200)
+        followed += corrections.follow_hand_moves()
+    daemon.process.terminate()
+    assert daemon.finish()[0] == 0
+    assert followed == len(moved) == 50
+    with library.reader() as reader:
+        assert {entry.place for entry in reader.photos()} == set(read_tree(library.output))
+        assert {entry.name for entry in reader.photos() if entry.corrected} == set(moved)
+    found = library.rows("SELECT m.source, v.label || 's' FROM verdicts v JOIN moves m ON m.id = v.move")
+    assert {os.fsdecode(name): folder for name, folder in found} == moved
+    assert library.rows("SELECT count(*), count(DISTINCT source) FROM moves WHERE target IS NULL") == [(count,) * 2]
+    library.undo("--last")
+    assert (read_tree(library.inbox), read_tree(library.output)) == (before, {})

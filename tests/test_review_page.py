@@ -228,6 +228,34 @@ def test_what_changed_or_went_meanwhile_is_said_and_the_rest_goes_on(browser: Br
     browser.complaints.clear()  # the 409s
 
 
+def test_what_was_moved_by_hand_is_shown_as_corrected_and_can_be_taken_back(page: Browser, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    sort_as(output, numbered(4, lambda n: Sorted("cat", 0.6 + n / 50)))
+    (output / "dogs").mkdir()
+    for n in (1, 2):
+        (output / "cats" / f"{n:02}.jpg").rename(output / "dogs" / f"{n:02}.jpg")
+    with reviewing(output) as client:
+        opened(page, client)
+        assert name(page) == "cats/00.jpg"
+        page.press("Enter")
+        at_rest(page, 1)
+        page.evaluate("document.querySelector('#view').value = 'corrected'")
+        page.evaluate("document.querySelector('#view').dispatchEvent(new Event('change'))")
+        page.wait_for("document.querySelector('#name').textContent === 'dogs/02.jpg'")
+        assert page.evaluate("document.querySelector('#said').textContent").startswith(
+            "you say dog; the model says: cat"
+        )
+        page.press("g")
+        page.wait_for("document.querySelectorAll('#grid > *').length === 2")
+        page.press("g", "j")
+        assert name(page) == "dogs/01.jpg"
+        page.press("Backspace", "j", "Backspace")  # the confirmation, and then what is in front
+        page.wait_for("document.querySelector('#status').textContent.startsWith('01.jpg: taken back')")
+        assert name(page) == "cats/01.jpg"
+    assert set(read_tree(output)) == {"cats/00.jpg", "cats/01.jpg", "cats/03.jpg", "dogs/02.jpg"}
+    assert rows(output, "SELECT label, how FROM verdicts") == [("dog", "moved")]
+
+
 def test_a_review_that_has_ended_is_said(browser: Browser, tmp_path: Path) -> None:
     output = tmp_path / "out"
     sort_as(output, numbered(3, lambda n: CAT))

@@ -1,5 +1,6 @@
 """Kill or refuse the mover and the history at every single call that changes a file; `make torture` does all of it."""
 
+import os
 import random
 import re
 import shutil
@@ -18,10 +19,11 @@ from conftest import Running, hashes, make_tree, photo, read_tree
 sys.path.insert(0, str(Path(__file__).parent / "torture"))
 import sweep
 
-MODES: tuple[sweep.Mode, ...] = ("move", "reserve", "link", "unlink", "correct", "revert")
+MODES: tuple[sweep.Mode, ...] = ("move", "reserve", "link", "unlink", "correct", "revert", "follow")
 FAULTS = ("signal=SIGKILL", *(f"error={error}" for error in sweep.ERRORS))
-# The others share most of their steps with moves, so of the errors one will do.
+# The others share most of their steps with moves, so of the errors one will do, and for corrections a full disk.
 SWEEPS = [("move", fault) for fault in FAULTS] + [(m, f) for m in MODES[1:] for f in ("signal=SIGKILL", "error=EIO")]
+SWEEPS += [(mode, "error=ENOSPC") for mode in ("correct", "revert")]
 
 
 @pytest.fixture(params=["one file system", "two file systems"])
@@ -39,6 +41,10 @@ def parents(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Pa
 
 
 def points_of(parents: tuple[Path, Path], mode: sweep.Mode) -> list[sweep.Point]:
+    if mode in ("correct", "revert") and parents[0] != parents[1] and os.geteuid() != 0:
+        pytest.skip("needs the right to mount")
+    if mode == "follow" and parents[0] != parents[1]:
+        pytest.skip("no file is touched, wherever it is")
     place = sweep.Place(*parents, mode)
     try:
         found = place.points()
@@ -119,6 +125,7 @@ def test_no_kill_and_no_error_at_any_call_loses_anything(
         "unlink": " in the undo of --link",
         "correct": " in corrections",
         "revert": " where corrections are taken back",
+        "follow": " where moves by hand are recorded",
     }[mode]
     proved(
         f"{fault.partition('=')[2]} at {'each' if every == 1 else len(attacks)} of {len(points)} calls that change a "

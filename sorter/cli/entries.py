@@ -8,6 +8,7 @@ from typing import Any
 from sorter.errors import ConfigurationError
 from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import SIDECAR
+from sorter.history.verdicts_reader import PhotoVerdict
 
 
 def check_run(reader: HistoryReader, run: str) -> None:
@@ -24,7 +25,7 @@ def to_json(entry: Entry) -> dict[str, Any]:
     """An entry for a line of JSON."""
     return {
         "id": entry.id,
-        "time": datetime.fromtimestamp(entry.done).astimezone().isoformat(timespec="seconds"),
+        "time": _iso_time(entry.done),
         "run": entry.run,
         "kind": entry.kind,
         "path": entry.source,
@@ -40,6 +41,24 @@ def to_json(entry: Entry) -> dict[str, Any]:
     }
 
 
+def verdict_to_json(verdict: PhotoVerdict) -> dict[str, Any]:
+    """A verdict for a line of JSON or a row of a CSV."""
+    return {
+        "time": _iso_time(verdict.at),
+        "path": verdict.path,
+        "label": verdict.label,
+        "how": verdict.how,
+        "label_was": verdict.label_was,
+        "confidence": verdict.confidence,
+        "model": verdict.model or None,
+        "digest": verdict.digest.hex(),
+    }
+
+
+def _iso_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+
+
 def why(entry: Entry) -> str:
     """Why a photo went where it went: its label and confidence, or what was wrong with it."""
     if entry.reason is not None:
@@ -48,6 +67,8 @@ def why(entry: Entry) -> str:
         return "link removed" if entry.linked else "restored"
     if entry.kind == "corrected":
         return f"a person sees {entry.label or 'none of the classes'}"
+    if entry.kind == "moved":
+        return "moved by hand"
     if entry.kind == "reverted":
         return "correction taken back"
     if entry.kind == SIDECAR:

@@ -2,13 +2,13 @@
 
 import argparse
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 
 from sorter import extras
 from sorter.classifier import manifest
 from sorter.cli import console, entries, options
 from sorter.decoding.images import Limits
-from sorter.errors import ExitCode
+from sorter.errors import ExitCode, NotNowError
 from sorter.inbox.sidecars import SidecarNames
 from sorter.settings import Settings
 
@@ -55,6 +55,9 @@ def review(settings: Settings, *, port: int | None, check: int | None) -> ExitCo
         closing(Deck(output, settings.state_dir)) as deck,
         closing(Pictures(limits, int(settings.max_megabytes * 1e6), settings.decode_timeout_seconds)) as pictures,
     ):
+        moved = 0
+        with suppress(NotNowError):  # an undo beside it looks for them as well
+            moved = corrections.follow_hand_moves()
         spot_check = None if check is None else SpotCheck(deck, check)
         token, (host, number) = server.new_token(), listener.getsockname()
         url = f"http://{host}:{number}/{token}/"
@@ -72,6 +75,9 @@ def review(settings: Settings, *, port: int | None, check: int | None) -> ExitCo
             number,
         )
         console.say(f"{url}\nOpen this address to review {output.absolute()}; end with Ctrl-C.", sys.stdout, flush=True)
+        if moved:
+            followed = entries.counted(moved, "photo")
+            console.say(f"The history now follows {followed} that a person has moved by hand.", sys.stdout, flush=True)
         with server.opened_browser(url):
             server.serve(page, listener)
         if spot_check is not None:

@@ -2,21 +2,26 @@
 
 import argparse
 import json
+import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from uuid import uuid4
 
 import sorter
+from sorter.classifier import manifest
 from sorter.cli import console, entries, options
-from sorter.errors import ConfigurationError, ExitCode, NotNowError
+from sorter.errors import ConfigurationError, ExitCode, ModelError, NotNowError
 from sorter.files import lock
 from sorter.files.lock import Lock
+from sorter.history.places_reader import PlacesReader
 from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import SIDECAR, History, Run
+from sorter.inbox.sidecars import SidecarNames
+from sorter.moving.hand_moves import HandMoves
 from sorter.moving.recovery import recover
 from sorter.moving.undo import Undo, Undone, planned_undo
 from sorter.service.shutdown import Shutdown
@@ -67,20 +72,29 @@ def undo(
     counts: Counter[str] = Counter()
     waiting = 0  # photos that cannot be recovered from a crash yet
     with ExitStack() as stack:
-        restore = planned_undo
+        history = None
         if not settings.dry_run:
             # Refuses an output without a history before anything is created in it.
             HistoryReader(output, settings.state_dir).close()
             shutdown.listen()
-            opened, waiting = _open(output, settings.state_dir, stopping, stack)
-            restore = opened.restore
+            history, waiting = _open(output, settings.state_dir, stack)
             shutdown.move_lock = threading.Lock()  # a second signal ends it at once; the next start finds what it left
         # Opened after the recovery, to include what that finished.
-        reader = HistoryReader(output, settings.state_dir, beside_writer=not settings.dry_run)
+        reader = PlacesReader(output, settings.state_dir, beside_writer=not settings.dry_run)
         stack.callback(reader.close)
+        hand_moves = HandMoves(output, reader, _labels(settings), SidecarNames(settings.sidecar_suffixes))
+        found = hand_moves.find()
+        if history is None:
+            moved = {move.entry.id: move.followed(output) for move in found}
+            restore = planned_undo
+        else:
+            hand_moves.record(found, history)
+            moved = {}
+            this_run = Run(uuid4().hex[:12], sorter.__version__, "", kind="undo")
+            restore = Undo(output, history, this_run, stopping).restore
         run = _check_run(reader, output, last=last, run=run)
-        chosen = _at_paths(reader, paths, unknown) if paths else reader.undoable(run=run, since=since)
-        for undone in restore(chosen):
+        chosen = _at_paths(reader, paths, moved, unknown) if paths else reader.undoable(run=run, since=since)
+        for undone in restore(moved.get(entry.id, entry) for entry in chosen):
             if shutdown.requested:
                 stopping.set()
             counts["stayed" if undone.problem else "sidecar" if undone.entry.kind == SIDECAR else "photo"] += 1
@@ -99,8 +113,20 @@ def undo(
     return ExitCode.INCOMPLETE if counts["stayed"] or unknown or waiting or stopping.is_set() else ExitCode.DONE
 
 
-def _open(output: Path, state_dir: Path | None, stopping: threading.Event, stack: ExitStack) -> tuple[Undo, int]:
-    """Lock the output against other undos and recover from a crash, so that what it left can be restored too."""
+def _labels(settings: Settings) -> dict[str, str]:
+    """The labels of the model by folder; none if it cannot be read, which an undo can do without."""
+    try:
+        return {known.folder: known.label for known in manifest.read(settings.model).classes}
+    except ModelError:
+        return {}
+
+
+def _open(output: Path, state_dir: Path | None, stack: ExitStack) -> tuple[History, int]:
+    """Lock the output against other undos and recover from a crash, so that what it left can be restored too.
+
+    Returns:
+        The history, and how many photos cannot be examined at present.
+    """
     undoing, sorting = Lock(output, lock.UNDOING, state_dir), Lock(output, state_dir=state_dir)
     stack.callback(undoing.release)
     undoing.take(patience_seconds=lock.UNDOING_PATIENCE_SECONDS)
@@ -116,8 +142,7 @@ def _open(output: Path, state_dir: Path | None, stopping: threading.Event, stack
     sorting.release()
     for path, reason in found.waiting:
         console.say(f"sorter: {entries.printable(path)} cannot be checked now ({reason})", sys.stderr)
-    this_run = Run(uuid4().hex[:12], sorter.__version__, "", kind="undo")
-    return Undo(output, history, this_run, stopping), len(found.waiting)
+    return history, len(found.waiting)
 
 
 def _check_run(reader: HistoryReader, output: Path, *, last: bool, run: str | None) -> str | None:
@@ -131,12 +156,19 @@ def _check_run(reader: HistoryReader, output: Path, *, last: bool, run: str | No
     return run
 
 
-def _at_paths(reader: HistoryReader, paths: Sequence[str], unknown: list[str]) -> Iterator[Entry]:
-    """The photos at some paths, each once; paths without any are added to `unknown`."""
+def _at_paths(
+    reader: HistoryReader, paths: Sequence[str], moved: Mapping[int, Entry], unknown: list[str]
+) -> Iterator[Entry]:
+    """The photos at some paths, each once; paths without any are added to `unknown`.
+
+    `moved` has those whose new place the history does not know, by their ids.
+    """
     seen: set[int] = set()
     for path in paths:
         found = False
-        for entry in reader.undoable(path=path):
+        real = os.path.join(os.path.realpath(os.path.dirname(path) or "."), os.path.basename(path))
+        there = [entry for entry in moved.values() if Path(entry.destination).is_relative_to(real)]
+        for entry in (*reader.undoable(path=path), *there):
             found = True
             if entry.id not in seen:
                 seen.add(entry.id)

@@ -159,6 +159,8 @@ def _try_lock(descriptor: int, path: Path) -> bool:
         raise
     now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
     with contextlib.suppress(OSError):  # a full disk
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename} since {now}\n".encode(), 0)
+        text = f"process {os.getpid()} on {os.uname().nodename} since {now}\n".encode()
+        os.pwrite(descriptor, text, 0)
+        # Not to 0 before: ext4 then writes the file to the disk when it is closed, which takes milliseconds.
+        os.ftruncate(descriptor, len(text))
     return True

@@ -16,10 +16,12 @@ class GivenVerdict:
 
     Attributes:
         id: of its row.
+        how: as in `Judgement`.
         came_from: the path inside the output from where it moved the photo; None if it moved nothing.
     """
 
     id: int
+    how: str
     came_from: str | None
 
 
@@ -40,9 +42,9 @@ class CorrectionsReader(HistoryReader):
     def newest_verdict(self, photo: Entry) -> GivenVerdict | None:
         """The newest verdict on a photo that was not taken back."""
         query = (
-            "SELECT v.id, c.source FROM verdicts v LEFT JOIN moves c ON c.id = v.correction "
+            "SELECT v.id, v.how, c.source FROM verdicts v LEFT JOIN moves c ON c.id = v.correction "
             "WHERE v.move = ? ORDER BY v.id DESC LIMIT 1"
         )
-        for id_, source in self._database.rows(query, (photo.id,)):
-            return GivenVerdict(id_, None if source is None else os.fsdecode(source))
+        for id_, how, source in self._database.rows(query, (photo.id,)):
+            return GivenVerdict(id_, how, None if source is None else os.fsdecode(source))
         return None

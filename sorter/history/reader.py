@@ -51,7 +51,7 @@ class Entry:
         place: the end of `destination`: the path inside the output, or inside the folder that an undo went back to.
         size: in bytes.
         mtime_ns: of the file, in nanoseconds since the epoch.
-        kind: `sorted`, `unsure`, `failed`, `sidecar`, `undone`, `corrected` or `reverted`.
+        kind: `sorted`, `unsure`, `failed`, `sidecar`, `undone`, `corrected`, `reverted` or `moved` (by hand).
         follows: the `id` of its photo, for a sidecar.
         linked: whether the file stayed at `source`, with a link or a copy at `destination`.
         undone: whether it was restored since.
@@ -236,7 +236,11 @@ class HistoryReader:
 
     def _in_output(self, condition: str, values: Sequence[object]) -> list[Entry]:
         """The photos and sidecars that were sorted and not restored."""
-        return [self._entry(row) for row in self._database.rows(f"{_ENTRY}{_UNDOABLE}{condition}", values)]
+        return self._moves(f"{_UNDOABLE}{condition}", values)
+
+    def _moves(self, condition: str, values: Sequence[object]) -> list[Entry]:
+        """The moves that are done and that a condition holds for."""
+        return [self._entry(row) for row in self._database.rows(f"{_ENTRY}{condition}", values)]
 
     def last_sorted(self, root: Path, names: Sequence[str], since: float) -> Entry | None:
         """The last photo with one of these names that was sorted, if it still is where it went.
@@ -276,6 +280,17 @@ class HistoryReader:
         return {
             folder for (folder,) in self._database.rows("SELECT DISTINCT folder FROM moves WHERE undoes IS NULL", ())
         }
+
+    def photo_folders(self) -> set[str]:
+        """The folders that photos are in, or were in until they were restored."""
+        # One step in the index for each folder, however many photos it has.
+        sorted_photos = f"moves m WHERE m.target IS NULL AND m.kind <> '{SIDECAR}'"
+        query = (
+            f"WITH RECURSIVE f (folder) AS (SELECT min(now_folder) FROM {sorted_photos} UNION ALL "  # noqa: S608
+            f"SELECT (SELECT min(now_folder) FROM {sorted_photos} AND now_folder > f.folder) FROM f "
+            "WHERE f.folder IS NOT NULL) SELECT folder FROM f WHERE folder IS NOT NULL"
+        )
+        return {folder for (folder,) in self._database.rows(query, ())}
 
     def last_failure(self) -> Entry | None:
         """The last photo that went to `failed` and was neither restored nor sorted again."""

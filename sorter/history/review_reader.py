@@ -6,24 +6,12 @@ In: the history file of an output. Out: its folders and runs, and what a person 
 from collections.abc import Sequence
 
 from sorter.history.reader import HistoryReader
-from sorter.history.store import SIDECAR
 
 _AT_ONCE = 1000
 
 
 class ReviewReader(HistoryReader):
     """An open history with the queries of the review page."""
-
-    def photo_folders(self) -> set[str]:
-        """The folders that photos are in, or were in until they were restored."""
-        # One step in the index for each folder, however many photos it has.
-        sorted_photos = f"moves m WHERE m.target IS NULL AND m.kind <> '{SIDECAR}'"
-        query = (
-            f"WITH RECURSIVE f (folder) AS (SELECT min(now_folder) FROM {sorted_photos} UNION ALL "  # noqa: S608
-            f"SELECT (SELECT min(now_folder) FROM {sorted_photos} AND now_folder > f.folder) FROM f "
-            "WHERE f.folder IS NOT NULL) SELECT folder FROM f WHERE folder IS NOT NULL"
-        )
-        return {folder for (folder,) in self._database.rows(query, ())}
 
     def verdicts(self, photos: Sequence[int]) -> dict[int, str | None]:
         """The last label that a person gave each of these photos, None for none of the classes, by the photo's ID."""
@@ -33,6 +21,11 @@ class ReviewReader(HistoryReader):
             marks = ", ".join("?" * len(some))
             found |= self._database.rows(f"SELECT move, label FROM verdicts WHERE move IN ({marks}) ORDER BY id", some)  # noqa: S608
         return found
+
+    def corrections(self, photos: Sequence[int]) -> dict[int, int]:
+        """The last correction of each of these photos, by the photo's ID."""
+        marks = ", ".join("?" * len(photos))
+        return dict(self._database.rows(f"SELECT id, corrected_by FROM moves WHERE id IN ({marks})", photos))  # noqa: S608
 
     def sorting_runs(self, limit: int) -> list[tuple[str, float]]:
         """The last runs that sorted photos, the newest first: their IDs, and when they started."""

@@ -80,7 +80,7 @@ class Move:
         folder: inside the output, such as `cats`.
         name: the path inside that folder, such as `a-1.jpg` or `2019/a.jpg`.
         identity: of the file that was classified; its ctime is not recorded, because a move changes it.
-        kind: `sorted`, `unsure`, `failed`, `sidecar`, `undone`, `corrected` or `reverted`.
+        kind: `sorted`, `unsure`, `failed`, `sidecar`, `undone`, `corrected` or `reverted`; `moved` by hand.
         label: the likeliest class; for a correction the one that a person sees.
         confidence: 0 to 1; None if it was not classified.
         reason: why it failed.
@@ -121,7 +121,7 @@ class Judgement:
     Attributes:
         move: the id of the row of the photo's sorting move.
         label: the class that the person sees; None for none of them.
-        how: `corrected`, `confirmed` or `checked`.
+        how: `corrected`, `confirmed` or `checked` on the review page; `moved` by hand.
         digest: SHA-256 of the photo's bytes, by which it is known wherever it goes.
         label_was: the class that the model took it for, with its confidence and the name of the model.
         token: of the move that carries it out; None if the photo is in the right folder already.
@@ -263,12 +263,34 @@ class History:
             StorageError: the history cannot be written; nothing was recorded.
         """
         with self._writing():
-            self._connection.executemany(_INSERT, map(_row, moves))
-            self._connection.executemany(_INSERT_VERDICT, [(time.time(), *astuple(j)) for j in judgements])
-            self._connection.executemany(
-                "UPDATE verdicts SET reversal = (SELECT id FROM moves WHERE token = ?) WHERE id = ?",
-                [(move.token, move.takes_back) for move in moves if move.takes_back is not None],
-            )
+            self._insert_moves(moves, judgements)
+
+    def record(self, moves: Sequence[Move], judgements: Sequence[Judgement]) -> None:
+        """Record moves that somebody else has made, and what they say of the photos, durably, in one transaction.
+
+        Raises:
+            StorageError: the history cannot be written; nothing was recorded.
+        """
+        with self._writing():
+            self._insert_moves(moves, judgements)
+            self._mark_done(moves)
+
+    def _insert_moves(self, moves: Sequence[Move], judgements: Sequence[Judgement]) -> None:
+        self._connection.executemany(_INSERT, map(_row, moves))
+        self._connection.executemany(_INSERT_VERDICT, [(time.time(), *astuple(j)) for j in judgements])
+        self._connection.executemany(
+            "UPDATE verdicts SET reversal = (SELECT id FROM moves WHERE token = ?) WHERE id = ?",
+            [(move.token, move.takes_back) for move in moves if move.takes_back is not None],
+        )
+
+    def _mark_done(self, moves: Sequence[Move]) -> None:
+        now = time.time()
+        self._connection.executemany("UPDATE moves SET done = ? WHERE token = ?", [(now, m.token) for m in moves])
+        corrections = [(m.token,) for m in moves if m.corrects is not None]
+        self._connection.executemany(_CORRECT, corrections)
+        self._connection.executemany(
+            "DELETE FROM verdicts WHERE reversal = (SELECT id FROM moves WHERE token = ?)", corrections
+        )
 
     def delete_verdict(self, verdict: int) -> None:
         """Delete a verdict that moved nothing, durably.
@@ -287,16 +309,10 @@ class History:
         Raises:
             StorageError: the history cannot be written; the moves are still intents.
         """
-        now = time.time()
         with self._writing(durably=False):
             # The intents are missing if somebody has removed the history since.
             self._connection.executemany(f"{_INSERT} ON CONFLICT (token) DO NOTHING", map(_row, done))
-            self._connection.executemany("UPDATE moves SET done = ? WHERE token = ?", [(now, m.token) for m in done])
-            corrections = [(m.token,) for m in done if m.corrects is not None]
-            self._connection.executemany(_CORRECT, corrections)
-            self._connection.executemany(
-                "DELETE FROM verdicts WHERE reversal = (SELECT id FROM moves WHERE token = ?)", corrections
-            )
+            self._mark_done(done)
             self._connection.executemany(
                 "DELETE FROM moves WHERE token = ? AND done IS NULL", [(m.token,) for m in withdrawn]
             )

@@ -252,6 +252,7 @@ def _hidden(card: Card) -> dict[str, Any]:
 def _shown(card: Card) -> dict[str, Any]:
     return {
         **_hidden(card),
+        **({"said": card.said} if card.is_corrected else {}),
         "folder": shown(card.place.partition("/")[0]),
         "label": card.label,
         "confidence": card.confidence,

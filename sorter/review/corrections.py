@@ -22,11 +22,12 @@ from sorter.errors import StorageError
 from sorter.files import FAILED, UNSURE, lock
 from sorter.files.lock import Lock
 from sorter.files.photo import Identity, Photo, open_file
-from sorter.history.corrections_reader import CorrectionsReader
+from sorter.history.places_reader import PlacesReader
 from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import History, Judgement, Run
 from sorter.inbox.sidecars import SidecarNames
 from sorter.moving.corrector import Corrected, Correction, Corrector
+from sorter.moving.hand_moves import HandMoves
 from sorter.moving.recovery import recover
 
 
@@ -105,11 +106,12 @@ class Corrections:
             HistoryReader(self._output, state_dir).close()
             self._history = History(self._output, state_dir)
             stack.callback(self._history.close)
-            self._reader = CorrectionsReader(self._output, state_dir, beside_writer=True)
+            self._reader = PlacesReader(self._output, state_dir, beside_writer=True)
             stack.callback(self._reader.close)
-            self._corrector = Corrector(
-                self._output, self._history, self._reader, self._run, sidecars or SidecarNames()
-            )
+            sidecars = sidecars or SidecarNames()
+            self._corrector = Corrector(self._output, self._history, self._reader, self._run, sidecars)
+            labels = {known.folder: known.label for known in classes}
+            self._hand_moves = HandMoves(self._output, self._reader, labels, sidecars)
             stack.pop_all()
 
     def close(self) -> None:
@@ -188,6 +190,21 @@ class Corrections:
             correction = Correction(entry, identity, folder, takes_back=verdict.id, former_name=former_name)
             (result,) = self._corrector.correct([correction])
             return _outcome(entry.id, result)
+
+    def follow_hand_moves(self) -> int:
+        """Find the photos that a person has moved to another folder by hand, and record that as a verdict on each.
+
+        Returns:
+            How many there are.
+
+        Raises:
+            NotNowError, StorageError, ConfigurationError: as `decide`.
+        """
+        found = self._hand_moves.find()  # without the lock, because it may take seconds
+        if not found:
+            return 0
+        with self._locked():
+            return self._hand_moves.record(found, self._history)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[set[int | None]]:

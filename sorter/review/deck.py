@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, datetime, time, timedelta
 from pathlib import Path
 
@@ -26,7 +26,8 @@ MOST_COUNTED = 10_000
 
 _MOST_PAGES = 20  # that are read to fill one, where files are gone
 _RUNS = 20
-_UNDECIDED = " AND NOT EXISTS (SELECT 1 FROM verdicts v WHERE v.move = m.id)"
+_DECIDED = "EXISTS (SELECT 1 FROM verdicts v WHERE v.move = m.id)"
+_UNDECIDED = f" AND NOT {_DECIDED}"
 _TO_SORT = " AND m.kind IN ('sorted', 'unsure')"
 
 Key = Sequence[float]
@@ -52,6 +53,8 @@ class Card:
         why: why it is in `failed/`, or in `unsure/` for another reason than its confidence; empty if nothing is known.
         sorted: when, in seconds since the epoch.
         file: as it is now; for a photo in `failed/` None, because it is not shown.
+        is_corrected: whether it is one of those that a person has put into another folder.
+        said: the label that the person gave such a photo; None for none of the classes.
     """
 
     id: int
@@ -61,6 +64,8 @@ class Card:
     why: str
     sorted: float
     file: Photo | None
+    is_corrected: bool = False
+    said: str | None = None
 
 
 class Deck:
@@ -99,7 +104,8 @@ class Deck:
 
         Args:
             view: `least-sure` (those in `unsure/` first, then by rising confidence), `folder:NAME` (by rising
-                confidence), `newest`, `run:ID` (as they were sorted) or `day:YYYY-MM-DD` (the newest first).
+                confidence), `newest`, `run:ID` (as they were sorted) or `day:YYYY-MM-DD` (the newest first); or
+                `corrected`, those that are decided and were moved for it, the last one first.
             after: where the last page ended; None for the first page.
 
         Returns:
@@ -114,12 +120,13 @@ class Deck:
         for _ in range(_MOST_PAGES):
             found = read(key)
             cards += filter(None, (self._look(entry) for entry, _ in found))
-            if len(found) < PAGE:
-                return cards, None
-            key = found[-1][1]
-            if len(cards) >= PAGE:
+            key = found[-1][1] if len(found) == PAGE else None
+            if key is None or len(cards) >= PAGE:
                 break
-        return cards, json.dumps(key)
+        if view == "corrected":
+            said = self.verdicts([card.id for card in cards])
+            cards = [replace(card, is_corrected=True, said=said[card.id]) for card in cards if card.id in said]
+        return cards, None if key is None else json.dumps(key)
 
     def left(self, view: str) -> int:
         """How many photos a view has, up to `MOST_COUNTED`, files that are gone included.
@@ -163,6 +170,8 @@ class Deck:
         condition, values = self._condition(view)
         if view == "least-sure":
             return self._least_sure
+        if view == "corrected":
+            return self._corrected
         kind = view.partition(":")[0]
         bound, order, first, key_of = _ORDERS.get(kind, _NEWEST)
 
@@ -180,6 +189,8 @@ class Deck:
         to_look_at = _TO_SORT + _UNDECIDED
         if view in ("least-sure", "newest"):
             return to_look_at, []
+        if view == "corrected":
+            return f"{_TO_SORT} AND m.corrected_by IS NOT NULL AND {_DECIDED}", []
         if kind == "folder" and name:
             return f"{to_look_at} AND m.now_folder = ?", [name]
         if kind == "run" and name:
@@ -207,6 +218,15 @@ class Deck:
             merged = heapq.merge(*others, key=lambda one: tuple(one[1]))
             found += [(entry, (1, *end)) for entry, end in merged]
         return found[:PAGE]
+
+    def _corrected(self, key: Key | None) -> list[tuple[Entry, Key]]:
+        """A page of the photos that were corrected."""
+        condition, _ = self._condition("corrected")
+        (last,) = key or (1 << 62,)
+        found = self._entries(f"{condition} AND m.corrected_by < ?", [last], "m.corrected_by DESC")
+        with self._lock:
+            ends = self._reader.corrections([entry.id for entry in found])
+        return [(entry, (ends[entry.id],)) for entry in found]
 
     def _entries(self, condition: str, values: Sequence[object], order: str) -> list[Entry]:
         with self._lock:

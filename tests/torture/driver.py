@@ -1,9 +1,10 @@
 """The mover, the history and the recovery for real, with decisions that are always the same and no torch.
 
-    python driver.py INBOX OUTPUT {move,reserve,link,unlink,correct,revert}
+    python driver.py INBOX OUTPUT {move,reserve,link,unlink,correct,revert,follow}
 
 `reserve` moves as on a file system without hard links, or renames that replace nothing; `link` is what --link does,
-`unlink` the undo of it. `correct` makes dogs of all cats and cats of all dogs, `revert` takes that back.
+`unlink` the undo of it. `correct` makes dogs of all cats and cats of all dogs, `revert` takes that back, and `follow`
+records that somebody has done it by hand.
 
 Exit codes: 0 every photo was moved, 1 the storage refused, 2 it could not start, 3 some photos stayed.
 """
@@ -92,6 +93,10 @@ def unlink(output: Path) -> int:
 def review(output: Path, mode: str) -> int:
     corrections, outcomes = Corrections(output, CLASSES), []
     corrections.decide([])  # clears up what a kill has left
+    if mode == "follow":
+        corrections.follow_hand_moves()
+        corrections.close()
+        return 0
     reader = HistoryReader(output, beside_writer=True)
     judged = "EXISTS (SELECT 1 FROM verdicts v WHERE v.move = m.id)"
     entries = reader.photos(f" AND {'NOT ' if mode == 'correct' else ''}{judged}")
@@ -115,7 +120,7 @@ if __name__ == "__main__":
         inbox, output, mode = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
         if mode == "reserve":
             without_links()
-        if mode in ("correct", "revert"):
+        if mode in ("correct", "revert", "follow"):
             sys.exit(review(output, mode))
         sys.exit(unlink(output) if mode == "unlink" else sort(inbox, output, link=mode == "link"))
     except SorterError as error:

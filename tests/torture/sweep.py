@@ -17,9 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Mode = Literal["move", "reserve", "link", "unlink", "correct", "revert"]
+Mode = Literal["move", "reserve", "link", "unlink", "correct", "revert", "follow"]
 # What the driver has to have done before.
-BEFORE: dict[Mode, list[Mode]] = {"unlink": ["link"], "correct": ["move"], "revert": ["move", "correct"]}
+BEFORE: dict[Mode, list[Mode]] = {
+    "unlink": ["link"],
+    "correct": ["move"],
+    "revert": ["move", "correct"],
+    "follow": ["move"],
+}
 
 DRIVER = Path(__file__).with_name("driver.py")
 ERRORS = ("ENOSPC", "EIO", "EACCES", "EXDEV", "EINVAL")
@@ -54,13 +59,18 @@ class Place:
     Args:
         inbox_parent: where the inbox is made.
         output_parent: where the output is made; on another file system photos are copied.
-        mode: what the driver does.
+        mode: what the driver does; corrections happen inside the output, so for these `dogs/` is a file system of its
+            own then, which needs the right to mount.
     """
 
     def __init__(self, inbox_parent: Path, output_parent: Path, mode: Mode = "move") -> None:
         self.mode: Mode = mode
         self.folders = [Path(tempfile.mkdtemp(prefix="sorter-torture-", dir=p)) for p in (inbox_parent, output_parent)]
         self.inbox, self.output = self.folders[0] / "in", self.folders[1] / "out"
+        self._mounted = self.output / "dogs" if self._has_sidecar and inbox_parent != output_parent else None
+        if self._mounted is not None:
+            self._mounted.mkdir(parents=True)
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", self._mounted], check=True)
         for name, content in PHOTOS.items():
             self._write(self.inbox / name, content)
         for name, content in BYSTANDERS.items():
@@ -70,6 +80,20 @@ class Place:
             assert self.run().returncode == 0
         self.mode = mode
         self._add_sidecar()
+        if mode == "follow":
+            self._move_by_hand()
+
+    def _move_by_hand(self) -> None:
+        """All cats into the folder of dogs, and all dogs into that of cats."""
+        cats, dogs = self.output / "cats", self.output / "dogs"
+        photos = [p for folder in (cats, dogs) for p in folder.rglob("*") if p.is_file()]
+        for photo in photos:
+            other, inner = (
+                (dogs, photo.relative_to(cats)) if photo.is_relative_to(cats) else (cats, photo.relative_to(dogs))
+            )
+            if photo != self._bystander("out/cats/a.jpg"):
+                (other / inner).parent.mkdir(parents=True, exist_ok=True)
+                photo.rename(other / inner)
 
     def _add_sidecar(self) -> None:
         if self.mode == "correct":
@@ -89,6 +113,8 @@ class Place:
         return (self.inbox if root == "in" else self.output) / rest
 
     def remove(self) -> None:
+        if self._mounted is not None:
+            subprocess.run(["umount", self._mounted], check=True)
         for folder in self.folders:
             shutil.rmtree(folder)
 
@@ -163,7 +189,8 @@ class Place:
         if undone != ((len(PHOTOS),) * 2 if self.mode == "unlink" else (0, 0)):
             wrong.append(f"the history lists {undone[0]} undone, {undone[1]} of them done")
         count = len(PHOTOS)
-        expected = {"correct": ((count, count), (count, count, 0)), "revert": ((2 * count,) * 2, (0, 0, 0))}
+        decided = (count, count), (count, count, 0)
+        expected = {"correct": decided, "follow": decided, "revert": ((2 * count,) * 2, (0, 0, 0))}
         if (reviewed, verdicts) != expected.get(self.mode, ((0, 0), (0, 0, 0))):
             wrong.append(f"the history lists {reviewed} corrections and {verdicts} verdicts")
         told = {os.fsdecode(source): self.output / folder / os.fsdecode(name) for source, folder, name in rows}
@@ -172,7 +199,7 @@ class Place:
         wrong += [
             f"{name!r} is in the wrong folder: {path}"
             for name, path in told.items()
-            if path.is_relative_to(home[name]) == (self.mode == "correct")
+            if path.is_relative_to(home[name]) == (self.mode in ("correct", "follow"))
         ]
         if sorted(told) != sorted(PHOTOS) or len(rows) != len(PHOTOS):
             wrong.append(f"the history lists {sorted(os.fsdecode(row[0]) for row in rows)}")

@@ -42,10 +42,15 @@ async function load() {
   const page = await loading.finally(() => (loading = null));
   if (asked !== view) return;
   const known = new Set(photos.map((photo) => photo.id));
-  photos.push(...page.photos.filter((photo) => !known.has(photo.id) && !given.has(photo.id)));
+  if (view === "corrected") page.photos.forEach(({ id, said }) => given.set(id, said));
+  photos.push(...page.photos.filter((photo) => !known.has(photo.id) && isOpen(photo)));
   after = page.after;
-  left = after === null ? photos.filter((photo) => !given.has(photo.id)).length : (page.left ?? left);
+  if (view === "corrected") left = 0;
+  else left = after === null ? photos.filter((photo) => !given.has(photo.id)).length : (page.left ?? left);
 }
+
+// Whether a photo is to be looked at in this view.
+const isOpen = (photo) => view === "corrected" || !given.has(photo.id);
 
 function send(path, body, step) {
   jobs.push({ path, body, step });
@@ -148,7 +153,7 @@ function decide(label) {
 
 function takeBack() {
   while (steps.length && !steps.at(-1).length) steps.pop();
-  const step = steps.pop();
+  const step = steps.pop() ?? earlier();
   if (!step) return say("There is nothing to take back.");
   notice("");
   step.forEach(({ photo, before }) => mark(photo, before));
@@ -165,7 +170,14 @@ function takeBack() {
   show();
 }
 
+// What was decided before this page was opened can be taken back from the photo itself.
+function earlier() {
+  const photo = photos[at];
+  return view === "corrected" && given.has(photo?.id) ? [{ photo, said: given.get(photo.id) }] : undefined;
+}
+
 function advance() {
+  if (view === "corrected") return go(1);
   const next = photos.findIndex((photo, i) => i > at && !given.has(photo.id));
   if (next >= 0) at = next;
   else {
@@ -217,7 +229,7 @@ function announce(job, count) {
   if (job.path === "take-back") what = count === 1 ? `${photo.name}: taken back` : `${count} photos: taken back`;
   else if (count === 1 && check) what = `${photo.name}: you say ${told(said)}, the model said ${model(photo)}`;
   else if (count === 1) what = `${photo.name} is in ${photo.folder}/ now`;
-  say(`${what}, ${leftText()}.`);
+  say(view === "corrected" ? `${what}.` : `${what}, ${leftText()}.`);
 }
 
 // --- what is shown ---
@@ -249,7 +261,9 @@ function prefetch() {
   const near = photos.slice(Math.max(0, at - BEHIND), at + AHEAD + 1);
   const wanted = new Set(near.map((photo) => address(photo, LARGE)));
   for (const url of pictures.keys()) if (!wanted.has(url)) pictures.delete(url);
-  near.slice(Math.min(at, BEHIND)).concat(near).forEach(picture);
+  // To decode photos takes all processors: decisions that are on their way go first.
+  const ahead = near.slice(Math.min(at, BEHIND));
+  (jobs.length ? ahead.slice(0, 2) : ahead.concat(near)).forEach(picture);
 }
 
 function show() {
@@ -259,11 +273,11 @@ function show() {
   $("grid").hidden = !many || isFailed;
   $("failed").hidden = !isFailed;
   $("more").hidden = after === null || !(many || isFailed);
-  $("left").textContent = isFailed ? "" : leftText();
+  $("left").textContent = isFailed || view === "corrected" ? "" : leftText();
   $("actions").classList.toggle("idle", isFailed);
   if (many && !isFailed) showGrid();
   else if (photo && !isFailed) showOne(photo);
-  showEnd(isFailed || (many ? left > 0 || after !== null : photo));
+  showEnd(isFailed || (many ? photos.some(isOpen) || after !== null : photo));
   if (after !== null && photos.length - at < 20 && !loading && !isFailed) loadMore();
 }
 
@@ -305,7 +319,7 @@ function tile(photo) {
   image.alt = "";
   image.onerror = () => image.replaceWith(made("em", { textContent: "cannot be shown" }));
   image.src = address(photo, THUMBNAIL);
-  words.textContent = check ? photo.name : `${photo.folder === "unsure" ? "unsure: " : ""}${model(photo)}`;
+  words.textContent = check ? photo.name : view === "corrected" ? describe(photo) : `${photo.folder === "unsure" ? "unsure: " : ""}${model(photo)}`;
   element.append(image, words);
   element.role = "option";
   element.ariaLabel = `${photo.name}. ${describe(photo)}`;
@@ -315,8 +329,8 @@ function tile(photo) {
 }
 
 function showGrid() {
-  const open = photos.filter((photo) => !given.has(photo.id));
-  if (at >= photos.length || given.has(photos[at].id)) at = Math.max(0, photos.indexOf(open[0]));
+  const open = photos.filter(isOpen);
+  if (at >= photos.length || !isOpen(photos[at])) at = Math.max(0, photos.indexOf(open[0]));
   const shown = open.map((photo) => {
     const element = tile(photo);
     element.ariaSelected = String(selected.has(photo.id));
@@ -331,7 +345,7 @@ function showGrid() {
 function select(photo, isRange) {
   const index = photos.indexOf(photo);
   const range = photos.slice(Math.min(anchor, index), Math.max(anchor, index) + 1);
-  if (isRange) range.filter((one) => !given.has(one.id)).forEach((one) => selected.add(one.id));
+  if (isRange) range.filter(isOpen).forEach((one) => selected.add(one.id));
   else if (!selected.delete(photo.id)) selected.add(photo.id);
   if (!isRange) anchor = index;
   at = index;
@@ -340,7 +354,7 @@ function select(photo, isRange) {
 }
 
 function selectAll() {
-  photos.filter((photo) => !given.has(photo.id)).forEach((photo) => selected.add(photo.id));
+  photos.filter(isOpen).forEach((photo) => selected.add(photo.id));
   say(`${selected.size} selected`);
   show();
 }
@@ -351,7 +365,7 @@ function go(by) {
     const step = Math.sign(by);
     for (index = at; by; by -= step) {
       do index += step;
-      while (photos[index] && given.has(photos[index].id));
+      while (photos[index] && !isOpen(photos[index]));
     }
     if (!photos[index]) return;
   }
@@ -511,6 +525,7 @@ async function start() {
   folders.forEach((folder) => option(`folder:${folder}`, `${folder}/, the least sure first`));
   option("newest", "the newest first");
   option("day", "one day");
+  option("corrected", "what was corrected, the last one first");
   const when = new Intl.DateTimeFormat("en-GB", { dateStyle: "medium", timeStyle: "short" });
   runs.forEach(({ id, started }) => option(`run:${id}`, `the run of ${when.format(started * 1000)}`));
   option("failed", "failed/, as a list");
