@@ -18,7 +18,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 import sorter
-from sorter.files import FAILED, UNSURE, inodes
+from sorter.files import FAILED, UNSURE
 from sorter.files.atomic import new_token
 from sorter.files.photo import Identity, Photo, open_file
 from sorter.history.places_reader import PlacesReader
@@ -74,7 +74,6 @@ class HandMoves:
         Raises:
             ConfigurationError: the history cannot be read.
         """
-        inodes.look((self._output,))
         known = KnownPlaces(self._reader)
         self._newest = known.newest
         strays = [stray for folder in sorted(self._labels) for stray in known.strays(self._output, folder, self._takes)]
