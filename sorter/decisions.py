@@ -6,7 +6,7 @@ The confidence threshold (`--min-confidence`, or the one that `--max-error-rate`
 nowhere else. The OpenVINO engine compares it with the cascade's threshold, to know whether it can use the cascade.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sorter.classifier.manifest import Manifest
@@ -15,6 +15,7 @@ from sorter.decoding.images import ARRIVING_SECONDS
 from sorter.errors import Reason
 from sorter.files import FAILED, UNSURE
 from sorter.files.photo import Photo
+from sorter.history.store import Run
 
 Kind = Literal["sorted", "unsure", "failed", "sidecar", "kept", "skipped", "left", "again"]
 
@@ -32,6 +33,7 @@ class Decision:
         name: the path that the file must have in the folder; empty for its own name, or the next free one.
         follows: for a sidecar, the path of its photo in the folder.
         detail: why it is unsure, for a person, where its confidence is not the reason.
+        run: names the model that was in use when this was decided.
     """
 
     decoded: Decoded
@@ -43,6 +45,7 @@ class Decision:
     name: str = ""
     follows: str | None = None
     detail: str = ""
+    run: Run = field(kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,8 @@ def decide(
     min_confidence: float,
     batch_size: int,
     distance: float | None = None,
+    *,
+    run: Run,
 ) -> Decision:
     """Choose the folder of a classified photo.
 
@@ -86,15 +91,16 @@ def decide(
         min_confidence: the threshold; photos with a lower confidence go to `unsure/`.
         batch_size: how many photos were classified together.
         distance: above 0 the photo looks like none of the classes; None if outliers are not looked for.
+        run: in which the model is used.
     """
     best = max(range(len(probabilities)), key=probabilities.__getitem__)
     confidence, likeliest = probabilities[best], manifest.classes[best]
     if distance is not None and distance > 0:
         detail = "looks like neither " + " nor ".join(c.label for c in manifest.classes)
-        return Decision(decoded, UNSURE, UNSURE, likeliest.label, confidence, batch_size, detail=detail)
+        return Decision(decoded, UNSURE, UNSURE, likeliest.label, confidence, batch_size, detail=detail, run=run)
     if confidence < min_confidence:
-        return Decision(decoded, UNSURE, UNSURE, likeliest.label, confidence, batch_size)
-    return Decision(decoded, "sorted", likeliest.folder, likeliest.label, confidence, batch_size)
+        return Decision(decoded, UNSURE, UNSURE, likeliest.label, confidence, batch_size, run=run)
+    return Decision(decoded, "sorted", likeliest.folder, likeliest.label, confidence, batch_size, run=run)
 
 
 def unanswered(decoded: Decoded) -> Outcome:
@@ -102,18 +108,19 @@ def unanswered(decoded: Decoded) -> Outcome:
     return Outcome(decoded.photo, "left", detail="the model's answer is not a number: try --device cpu")
 
 
-def decide_unclassified(decoded: Decoded, now: float) -> Decided:
+def decide_unclassified(decoded: Decoded, now: float, run: Run) -> Decided:
     """Decide on a photo that has no pixels to classify: it fails, stays, or gets another look.
 
     Args:
         decoded: the photo, with any verdict but `pixels`.
         now: seconds since the epoch.
+        run: the present one.
     """
     if (complete := complete_after(decoded, now)) > now:
         return Outcome(decoded.photo, "again", detail="may still be written", look_again=complete)
     match decoded.verdict:
         case "failed":
-            return Decision(decoded, FAILED, FAILED)
+            return Decision(decoded, FAILED, FAILED, run=run)
         case "skipped" | "left":
             return Outcome(decoded.photo, decoded.verdict, detail=decoded.detail)
         case _:

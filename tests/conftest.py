@@ -27,9 +27,11 @@ from sorter.files import FOLDER
 from sorter.history.store import History, Run
 from sorter.moving.mover import Mover
 from sorter.pipeline.measures import Measures
+from sorter.pipeline.model_in_use import ModelInUse
 from sorter.pipeline.pipeline import Pipeline
 from sorter.settings import SHIPPED_MODEL, Settings
 
+RUN = Run("run", "0", "model")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONG_AGO = time.time() - 3600
 
@@ -87,10 +89,12 @@ def hashes(root: Path) -> list[str]:
 class RedGreenEngine:
     """Calls a picture a cat if it is redder than green. Real enough to sort, and it needs no torch."""
 
-    name, device, precision, concurrency, unused_gpu = "test", "test", "exact", 2, ""
+    name, precision, concurrency, unused_gpu = "test", "exact", 2, ""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "test") -> None:
+        self.device = device
         self.batches: list[int] = []
+        self.is_closed = False
         self.before_batch: Callable[[], None] = lambda: None
 
     def classify(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -99,6 +103,9 @@ class RedGreenEngine:
         red, green, _ = pixels.reshape(len(pixels), -1, 3).mean(1).T
         cat = 1 / (1 + np.exp(-(red - green) / 8))
         return np.stack([cat, 1 - cat], 1).astype(np.float32)
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def classify_with_distance(
         self, pixels: npt.NDArray[np.uint8]
@@ -118,17 +125,16 @@ def pipeline_to(
     sorted_again: str | None = None,
 ) -> Pipeline:
     """A running pipeline with a real mover and history."""
-    run, history = uuid4().hex, None
+    model = ModelInUse(engine, manifest, settings.min_confidence, Run(uuid4().hex, "0", "model"))
+    history = None
     if not settings.dry_run:
         (output / FOLDER).mkdir(parents=True, exist_ok=True)
         history = History(output)
-        history.begin(Run(run, "0", "model"))
+        history.begin(model.run)
     return Pipeline.start(
-        engine,
-        manifest,
+        model,
         mover(output, link=settings.link),
         history,
-        run,
         settings,
         workers,
         measures=measures,

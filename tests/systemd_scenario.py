@@ -208,6 +208,50 @@ def an_instance_waits_for_an_inbox_that_is_not_there_yet() -> None:
     run("systemctl", "stop", "sorter@late")
 
 
+def a_reload_takes_the_model_that_a_link_names_and_refuses_a_broken_one() -> None:
+    folder, models = SERVICE / "reload", SERVICE / "models"
+    for made in (folder, folder / "inbox", models):
+        run("install", "-d", "-m", "2770", "-o", "sorter", "-g", "sorter", made)
+    (shipped,) = Path("/usr/local/lib/sorter/lib").glob("python*/site-packages/sorter/models/catdog-resnet50")
+    for name in ("second", "broken"):
+        shutil.copytree(shipped, models / name)
+        manifest = models / name / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"catdog-resnet50"', f'"{name}"'))
+    (models / "broken" / "openvino.bin").unlink()
+    run("ln", "-sfn", shipped, models / "current")
+    Path("/etc/sorter/reload.toml").write_text(f'inbox = "{folder}/inbox"\nmodel = "{models}/current"\n')
+    run("systemctl", "start", "sorter@reload")
+    process = show("sorter@reload", "MainPID")
+
+    def events(name: str) -> list[dict[str, Any]]:
+        return [event for event in journal("sorter@reload.service") if event["event"] == name]
+
+    def sort(photos: list[Path]) -> None:
+        wanted = len(events("photo.sorted")) + len(photos)
+        drop(photos, folder / "inbox")
+        wait_for(lambda: len(events("photo.sorted")) == wanted, "the sorted photos")
+
+    def reload(target: Path, event: str) -> None:
+        before = len(events(event))
+        run("ln", "-sfn", target, models / "current")
+        run("systemctl", "reload", "sorter@reload")
+        wait_for(lambda: len(events(event)) > before, event)
+
+    sort(PHOTOS[:5])
+    reload(models / "second", "model.reloaded")
+    sort(PHOTOS[5:10])
+    reload(models / "broken", "model.refused")
+    sort(PHOTOS[10:15])
+    reload(shipped, "model.reloaded")
+    sort(PHOTOS[15:20])
+    used = [event["model"] for event in events("photo.sorted")]
+    assert used == ["catdog-resnet50"] * 5 + ["second"] * 10 + ["catdog-resnet50"] * 5
+    assert show("sorter@reload", "MainPID") == process
+    assert digests(*photos_below(folder)) == digests(*PHOTOS[:20])
+    run("systemctl", "stop", "sorter@reload")
+    assert ENDS.read_text().splitlines()[-1] == "sorter@reload.service success 0"
+
+
 def a_second_instance_waits_while_its_disk_is_full_and_continues() -> None:
     wait_for(lambda: show("sorter@full", "ActiveState") == "active", "the second instance")
     filler = FULL / "sorted" / ".filler"

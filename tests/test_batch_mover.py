@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import make_tree, read_tree
+from conftest import RUN, make_tree, read_tree
 
 from sorter.decisions import Decision, Outcome
 from sorter.decoding.decoded import Decoded
-from sorter.history.store import History, Run
+from sorter.history.store import History
 from sorter.inbox.scan import Inbox
 from sorter.moving import batch_mover, copies
 from sorter.moving.batch_mover import BatchMover
@@ -50,12 +50,10 @@ def seconds_to_move(inbox: Path, output: Path) -> float:
     for name in content:
         os.utime(inbox / name)
     photos = Inbox(inbox, recursive=False, excluded=frozenset(), settle_seconds=0).scan(time.time() + 10)
-    batch = [Decision(Decoded(photo, "pixels"), "sorted", "cats", "cat", 0.9) for photo in photos]
+    batch = [Decision(Decoded(photo, "pixels"), "sorted", "cats", "cat", 0.9, run=RUN) for photo in photos]
     history = History(output)
-    history.begin(Run("r", "0", "test"))
-    mover = BatchMover(
-        Mover(output, settle_seconds=SETTLE_SECONDS), history, run="r", patient=True, stopping=threading.Event()
-    )
+    history.begin(RUN)
+    mover = BatchMover(Mover(output, settle_seconds=SETTLE_SECONDS), history, patient=True, stopping=threading.Event())
     outcomes: list[Outcome] = []
     started = time.monotonic()
     mover.move(batch, outcomes.append)

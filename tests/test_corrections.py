@@ -69,15 +69,16 @@ class Library:
         with contextlib.closing(History(self.output)) as history:
             run = Run(uuid4().hex[:12], "0", "model")
             history.begin(run)
-            batch_mover = BatchMover(Mover(self.output), history, run=run.id, patient=False, stopping=threading.Event())
+            batch_mover = BatchMover(Mover(self.output), history, patient=False, stopping=threading.Event())
             for name in names:
                 decoded, folder = Decoded(found[name], "pixels"), f"{label}s"
                 if name.endswith(".xmp"):
-                    decision = Decision(decoded, "sidecar", folder, name=name, follows=name.replace(".xmp", ".jpg"))
+                    photo = name.replace(".xmp", ".jpg")
+                    decision = Decision(decoded, "sidecar", folder, name=name, follows=photo, run=run)
                 else:
-                    decision = Decision(decoded, "sorted", folder, label, 0.75)
+                    decision = Decision(decoded, "sorted", folder, label, 0.75, run=run)
                 batch_mover.move([decision], lambda _: None)
-            history.finish(run)
+            history.finish()
 
     @contextlib.contextmanager
     def reader(self) -> Iterator[HistoryReader]:

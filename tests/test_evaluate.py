@@ -123,18 +123,20 @@ SAMPLES = [Sample(Path(f"{i}.jpg"), label) for i, label in enumerate([0, 1, 1, 0
 
 
 def test_the_accuracy_is_the_share_whose_likeliest_class_is_right_with_its_interval() -> None:
-    result = evaluation(ANSWERS, SAMPLES, data="by hand", role="test")
+    result = evaluation(ANSWERS, labels_of(SAMPLES), data="by hand", role="test")
     assert (result.photos, result.right, result.accuracy) == (4, 2, 0.5)
     assert result.accuracy_interval_95 == wilson(2, 4)
 
 
 def test_the_log_loss_is_the_mean_negative_logarithm_at_the_labels() -> None:
     expected = -sum(math.log(p) for p in (0.9, 0.8, 0.4, 0.3)) / 4
-    assert evaluation(ANSWERS, SAMPLES, data="by hand", role="test").log_loss == pytest.approx(expected, abs=5e-5)
+    assert evaluation(ANSWERS, labels_of(SAMPLES), data="by hand", role="test").log_loss == pytest.approx(
+        expected, abs=5e-5
+    )
 
 
 def test_a_mistake_at_full_confidence_costs_a_finite_amount() -> None:
-    result = evaluation(np.array([[1, 0]], np.float32), [Sample(NOWHERE, 1)], data="by hand", role="test")
+    result = evaluation(np.array([[1, 0]], np.float32), np.array([1]), data="by hand", role="test")
     assert result.log_loss == pytest.approx(-math.log(1e-7), abs=1e-3)
 
 

@@ -113,7 +113,7 @@ steps = {
     "intend": lambda: history.intend([move(1)]),
     "settle": lambda: history.settle([move(1)], []),
     "intend again": lambda: history.intend([move(2)]),
-    "finish": lambda: history.finish(RUN),
+    "finish": lambda: history.finish(),
 }
 for name, step in steps.items():
     os.write(2, f"step {name}.".encode())

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Running, make_tree, photo, read_tree
+from conftest import RUN, Running, make_tree, photo, read_tree
 from structlog.testing import capture_logs
 
 from sorter.decisions import Decision, Outcome
 from sorter.decoding.decoded import Decoded
 from sorter.errors import ConfigurationError
 from sorter.files.photo import Identity, Photo
+from sorter.history.store import Run
 from sorter.service import hook
 
 Start = Callable[..., Running]
@@ -39,11 +40,11 @@ def recorder(folder: Path) -> tuple[str, Callable[[], list[dict[str, Any]]]]:
     return command, lambda: [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
 
 
-def moved(count: int = 1) -> list[Outcome]:
+def moved(count: int = 1, run: Run = RUN) -> list[Outcome]:
     outcomes = []
     for number in range(count):
         of = Photo(Path("/inbox"), f"{number}.jpg", Identity(0, 0, 0, 0, 0), 0.0)
-        decision = Decision(Decoded(of, "pixels", 0), "sorted", "cats", "cat", 0.98765)
+        decision = Decision(Decoded(of, "pixels", 0), "sorted", "cats", "cat", 0.98765, run=run)
         outcomes.append(Outcome(of, "sorted", decision, f"/out/cats/{number}.jpg"))
     return outcomes
 
@@ -52,7 +53,7 @@ def call(command: str, *, limit: float = 10, monkeypatch: pytest.MonkeyPatch) ->
     """The warnings after one batch."""
     monkeypatch.setattr(hook, "LIMIT_SECONDS", limit)
     with capture_logs() as logs:
-        running = hook.Hook(hook.split(command), {"run": "1"})
+        running = hook.Hook(hook.split(command), {})
         running.notify_batch(moved())
         running.close()
     return logs
@@ -176,6 +177,14 @@ def test_the_end_of_a_commands_long_output_is_kept(tmp_path: Path, monkeypatch: 
     assert len(warning["detail"]) <= 1000
 
 
+def test_photos_of_two_models_come_in_two_calls(tmp_path: Path) -> None:
+    command, calls = recorder(tmp_path)
+    running = hook.Hook(hook.split(command), {})
+    running.notify_batch([*moved(2), *moved(1, Run("later", "0", "second"))])
+    running.close()
+    assert [(c["run"], c["model"], len(c["photos"])) for c in calls()] == [("run", "model", 2), ("later", "second", 1)]
+
+
 def test_a_program_that_is_removed_meanwhile_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = script(tmp_path, "true")
     words = hook.split(command)
@@ -189,7 +198,7 @@ def test_a_program_that_is_removed_meanwhile_is_a_warning(tmp_path: Path, monkey
 
 def test_a_call_that_fails_for_any_reason_is_followed_by_others() -> None:
     with capture_logs() as logs:
-        running = hook.Hook(["true"], {"run": object()})  # which is not JSON
+        running = hook.Hook(["true"], {"link": object()})  # which is not JSON
         for count in (1, 2):
             running.notify_batch(moved(count))
             until = time.monotonic() + 10

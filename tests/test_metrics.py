@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import RedGreenEngine, Running, make_tree, photo, pipeline_to, plain
+from conftest import RUN, RedGreenEngine, Running, make_tree, photo, pipeline_to, plain
 
+import sorter
 from sorter.classifier.manifest import Manifest
 from sorter.errors import ConfigurationError
 from sorter.inbox.scan import Inbox
 from sorter.inbox.watcher import Watcher
+from sorter.pipeline.model_in_use import ModelInUse
 from sorter.service.counters import Counters
 from sorter.settings import Settings
 
@@ -46,7 +48,7 @@ def ask(port: int) -> Values:
 
 def test_metrics_are_served_for_this_machine_as_they_are_at_each_scrape(tmp_path: Path, manifest: Manifest) -> None:
     port = free_port()
-    metrics = Metrics(port, {"version": "1", "model": "test", "engine": "openvino"})
+    metrics = Metrics(port, ModelInUse(RedGreenEngine(), manifest, 0.0, RUN))
     inbox = Inbox(make_tree(tmp_path, {"a.jpg": photo()}), recursive=False, excluded=frozenset(), settle_seconds=0)
     counters, settings = Counters(), Settings(inbox=tmp_path, batch_size=4)
     pipeline = pipeline_to(tmp_path, RedGreenEngine(), manifest, settings, measures=metrics)
@@ -67,10 +69,14 @@ def test_metrics_are_served_for_this_machine_as_they_are_at_each_scrape(tmp_path
     assert values["sorter_photos_total", ",skipped"] == 3
     assert values["sorter_batch_size_photos_sum", ""] == 1
     assert [values["sorter_stage_seconds_count", stage] for stage in ("decode", "classify", "move")] == [1, 1, 1]
+    assert [labels for name, labels in values if name == "sorter_info"] == [f"test,test,{sorter.__version__}"]
+    other = manifest.model_copy(update={"name": "second"})
+    metrics.describe(ModelInUse(RedGreenEngine(), other, 0.0, RUN))
+    assert [labels for name, labels in ask(port) if name == "sorter_info"] == [f"test,second,{sorter.__version__}"]
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10)
     with pytest.raises(ConfigurationError, match=f"--metrics-port {port} cannot be used .*: choose another port"):
-        Metrics(port, {})
+        Metrics(port, ModelInUse(RedGreenEngine(), manifest, 0.0, RUN))
 
 
 @pytest.mark.long

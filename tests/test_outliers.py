@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from conftest import SHARED, make_tree, plain, small_manifest
+from conftest import RUN, SHARED, make_tree, plain, small_manifest
 from pictures import encoded, smooth
 from PIL import Image, ImageDraw
 from pydantic import ValidationError
@@ -269,11 +269,11 @@ def test_the_detector_s_layer_is_found_in_every_kind_of_network(
 def test_only_distances_above_the_threshold_make_a_photo_unsure(tmp_path: Path) -> None:
     described = small_manifest().model_copy(update={"neither": DESCRIBED})
     decoded = Decoded(Photo(tmp_path, "a.jpg", Identity(0, 0, 0, 0, 0), 0.0), "pixels")
-    far = decide(decoded, [0.1, 0.9], described, 0.0, 1, 0.1)
+    far = decide(decoded, [0.1, 0.9], described, 0.0, 1, 0.1, run=RUN)
     assert (far.kind, far.folder, far.label) == ("unsure", "unsure", "dog")
     assert far.detail == "looks like neither cat nor dog"
-    assert decide(decoded, [0.1, 0.9], described, 0.0, 1, 0.0).kind == "sorted"
-    assert decide(decoded, [0.1, 0.9], described, 0.0, 1).kind == "sorted"
+    assert decide(decoded, [0.1, 0.9], described, 0.0, 1, 0.0, run=RUN).kind == "sorted"
+    assert decide(decoded, [0.1, 0.9], described, 0.0, 1, run=RUN).kind == "sorted"
 
 
 def sort(inbox: Path, *flags: str) -> subprocess.CompletedProcess[str]:

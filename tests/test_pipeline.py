@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, hashes, make_tree, photo, pipeline_to, plain, read_tree
+from conftest import GREEN, LONG_AGO, RED, RUN, RedGreenEngine, hashes, make_tree, photo, pipeline_to, plain, read_tree
 
 from sorter.classifier.manifest import Manifest
 from sorter.deadlines import STEP_SECONDS, Deadline
@@ -342,7 +342,7 @@ def test_a_stage_is_overdue_when_no_step_was_finished_in_time() -> None:
 
 def test_a_photo_without_pixels_fails_stays_or_gets_another_look() -> None:
     def kind(verdict: Verdict, reason: Reason | None = None, *, mtime: float = 0) -> str:
-        return decide_unclassified(Decoded(some_photo(mtime=mtime), verdict, reason=reason), now=1000).kind
+        return decide_unclassified(Decoded(some_photo(mtime=mtime), verdict, reason=reason), 1000, RUN).kind
 
     assert kind("failed", Reason.CORRUPT) == "failed"
     assert kind("failed", Reason.TRUNCATED) == "failed"
@@ -367,7 +367,7 @@ def test_what_is_broken_but_complete_fails_at_once() -> None:
 
 def test_the_likeliest_class_decides_and_a_threshold_is_met_exactly(manifest: Manifest) -> None:
     any_photo = decoded(Reason.CORRUPT, mtime=0, seen=0)
-    assert decide(any_photo, [0.2, 0.8], manifest, 0.0, 1).folder == "dogs"
-    assert decide(any_photo, [0.75, 0.25], manifest, 0.75, 1).folder == "cats"
-    unsure = decide(any_photo, [0.7, 0.3], manifest, 0.75, 1)
+    assert decide(any_photo, [0.2, 0.8], manifest, 0.0, 1, run=RUN).folder == "dogs"
+    assert decide(any_photo, [0.75, 0.25], manifest, 0.75, 1, run=RUN).folder == "cats"
+    unsure = decide(any_photo, [0.7, 0.3], manifest, 0.75, 1, run=RUN)
     assert (unsure.folder, unsure.label, unsure.confidence) == ("unsure", "cat", 0.7)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import GREEN, LONG_AGO, RED, RedGreenEngine, Running, make_tree, photo, pipeline_to, plain, read_tree
+from conftest import GREEN, LONG_AGO, RED, RUN, RedGreenEngine, Running, make_tree, photo, pipeline_to, plain, read_tree
 from test_undo import described, sort, undo
 
 from sorter.classifier.manifest import Manifest
@@ -381,7 +381,7 @@ def test_a_name_that_is_too_long_in_the_new_place_is_left_and_holds_up_nothing(
     pipeline = pipeline_to(inbox, RedGreenEngine(), manifest, Settings(inbox=inbox, once=True))
     sidecar = Inbox(inbox, recursive=False, excluded=frozenset(), settle_seconds=0).look("b.xmp", time.time())
     assert sidecar is not None
-    pipeline.follow([Decision(Decoded(sidecar, "skipped"), "sidecar", "cats", name=f"{long}-12.xmp")])
+    pipeline.follow([Decision(Decoded(sidecar, "skipped"), "sidecar", "cats", name=f"{long}-12.xmp", run=RUN)])
     (outcome,) = pipeline.outcomes(timeout_seconds=10)
     pipeline.close()
     assert (outcome.kind, outcome.detail) == ("left", "cannot be moved: File name too long")

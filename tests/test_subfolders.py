@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import GREEN, LONG_AGO, RED, make_tree, photo, plain, read_tree
+from conftest import GREEN, LONG_AGO, RED, RUN, make_tree, photo, plain, read_tree
 from test_retry import BROWN, Folders
 from test_undo import sort, sorter, undo
 
@@ -24,7 +24,7 @@ from sorter.errors import StorageError
 from sorter.files import FOLDER
 from sorter.files.atomic import StayedError
 from sorter.history.reader import Counts
-from sorter.history.store import History, Run
+from sorter.history.store import History
 from sorter.inbox.scan import Inbox
 from sorter.moving import mover as mover_module
 from sorter.moving.batch_mover import BatchMover
@@ -267,13 +267,13 @@ def test_a_move_into_a_subfolder_that_a_crash_cut_short_is_finished_or_withdrawn
     (folders.output / FOLDER).mkdir(parents=True)
     (found,) = Inbox(folders.inbox, recursive=True, excluded=frozenset(), settle_seconds=0).scan(LONG_AGO + 10)
     history = History(folders.output)
-    history.begin(Run("r", "0", "test"))
-    mover = BatchMover(Mover(folders.output), history, run="r", patient=False, stopping=threading.Event())
+    history.begin(RUN)
+    mover = BatchMover(Mover(folders.output), history, patient=False, stopping=threading.Event())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(History if moved else Mover, "settle" if moved else "move", power_cut)
         patch.setattr(History, "settle", power_cut)
         with pytest.raises(KeyboardInterrupt):
-            mover.move([Decision(Decoded(found, "pixels"), "sorted", "cats", "cat", 0.9)], lambda _: None)
+            mover.move([Decision(Decoded(found, "pixels"), "sorted", "cats", "cat", 0.9, run=RUN)], lambda _: None)
     assert recover(history, folders.output) == Recovered(int(moved), int(not moved), ())
     history.close()
     assert [entry.destination for entry in folders.undoable()] == (

@@ -168,6 +168,7 @@ INSTALL = "make_install_installs_a_service_that_verifies"
 SORT = "dropped_photos_are_sorted_and_the_journal_is_json"
 BUSY = "an_instance_whose_folder_another_sorter_has_is_restarted_until_it_is_free"
 LATE = "an_instance_waits_for_an_inbox_that_is_not_there_yet"
+RELOAD = "a_reload_takes_the_model_that_a_link_names_and_refuses_a_broken_one"
 STEPS = [
     INSTALL,
     SORT,
@@ -193,6 +194,15 @@ def test_a_real_systemd_starts_the_installed_service_and_it_sorts(tmp_path: Path
     results = _boot(tmp_path / "host", _some_photos(40), [INSTALL, SORT], 100)
     assert _first_error(results) is None
     assert list(results) == [INSTALL, SORT]
+
+
+@pytest.mark.shared
+@pytest.mark.long
+@pytest.mark.timeout(300)
+def test_a_real_systemd_reloads_the_service_with_another_model(tmp_path: Path) -> None:
+    results = _boot(tmp_path / "host", _some_photos(40), [INSTALL, SORT, RELOAD], 200)
+    assert _first_error(results) is None
+    assert list(results) == [INSTALL, SORT, RELOAD]
 
 
 @pytest.mark.shared

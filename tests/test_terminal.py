@@ -90,7 +90,7 @@ def test_a_daemon_without_a_terminal_goes_on_after_sighup(tmp_path: Path, start:
     running = start("run", "--inbox", inbox, "--settle-seconds", "0.1", NOTIFY_SOCKET="/nobody/listens")
     running.wait_for_event("photo.sorted")
     running.process.send_signal(signal.SIGHUP)
-    running.wait_for_event("signal.ignored")
+    running.wait_for_event("model.unchanged")
     make_tree(inbox, {"b.jpg": photo(2)})
     running.wait_for_event("photo.sorted", 2)
     running.process.send_signal(signal.SIGTERM)

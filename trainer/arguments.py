@@ -48,17 +48,47 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 def _add_fit(commands: Any) -> None:
     fit = commands.add_parser(
         "fit",
-        help="make a model folder from a dataset",
-        description="Make a model folder, including report.html, from a dataset of labelled photos.",
+        help="make a model folder from a dataset, or a better one from corrections",
+        description="Make a model folder, including report.html, from a dataset of labelled photos. Or, with "
+        "--corrections, fit the head of a model further on what was said in sorter review.",
         formatter_class=_formatter,
     )
     data = fit.add_argument_group("data")
     _add_dataset(data)
     data.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")
     data.add_argument("--resume", action="store_true", help="continue from the checkpoint in the output folder")
+    _add_corrections(fit.add_argument_group("corrections"))
     _add_network(fit.add_argument_group("network"))
     _add_fitting(fit.add_argument_group("fitting"))
     _add_machine(fit.add_argument_group("machine"))
+
+
+def _add_corrections(group: Any) -> None:
+    group.add_argument(
+        "--corrections",
+        type=Path,
+        metavar="DIR",
+        help="output folder of sorter, with the history of its photos and of the verdicts on them",
+    )
+    group.add_argument(
+        "--base",
+        type=Path,
+        default=SHIPPED_MODEL,
+        metavar="DIR",
+        help="model folder whose head is fitted further (default: the shipped one)",
+    )
+    group.add_argument("--state-dir", type=Path, metavar="DIR", help="where the history is, if sorter has --state-dir")
+
+
+def without_corrections(options: argparse.Namespace) -> list[str]:
+    """The given flags that fit a new model, and mean nothing where one is fitted further on corrections."""
+    defaults = build_parser().parse_args(["fit", "--output", "model"])
+    known = {"command", "output", "data", "corrections", "base", "state_dir", "seed", "num_workers", "tensorboard"}
+    return [
+        "--" + name.replace("_", "-")
+        for name, default in vars(defaults).items()
+        if name not in known and getattr(options, name) != default
+    ]
 
 
 def _add_network(network: Any) -> None:
@@ -114,9 +144,7 @@ def _add_machine(machine: Any) -> None:
 
 
 def _add_dataset(group: Any) -> None:
-    group.add_argument(
-        "--data", type=Path, required=True, metavar="DIR|ZIP", help="dataset, in any layout of trainer/README.md"
-    )
+    group.add_argument("--data", type=Path, metavar="DIR|ZIP", help="dataset, in any layout of trainer/README.md")
     group.add_argument(
         "--calibration",
         type=Path,

@@ -11,9 +11,9 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from sorter.classifier.manifest import FORMAT_VERSION, MANIFEST, Class, Manifest
+from sorter.classifier.manifest import FORMAT_VERSION, MANIFEST, Class, Manifest, Printable
 from sorter.errors import ConfigurationError
 from sorter.files.replaced import unfinished
 from trainer.data import inspection, layouts, others, split
@@ -37,7 +37,7 @@ def build(options: Options, reporter: Reporter) -> Manifest | None:
         ConfigurationError: the data, the weights or the output folder cannot be used.
     """
     started = time.monotonic()
-    _check_output(options.output, resume=options.resume)
+    check_output(options.output, resume=options.resume)
     with parallel.joined(options.device) as (group, device):
         own_reporter = reporter if group.is_first else Reporter()
         dataset = group.first_then_others(lambda: load(options.source, options.workers, options.cache, own_reporter))
@@ -60,7 +60,7 @@ def build(options: Options, reporter: Reporter) -> Manifest | None:
     return packed.manifest
 
 
-def _check_output(folder: Path, *, resume: bool) -> None:
+def check_output(folder: Path, *, resume: bool) -> None:
     """Refuse a folder in which something would be overwritten: a checkpoint, a finished model, or other files."""
     unfinished_run = folder / checkpoint.NAME
     if unfinished_run.exists() and not resume:
@@ -114,30 +114,35 @@ def describe_part(source: Source, dataset: Dataset, part: str) -> str:
 
 
 def _described(options: Options, dataset: Dataset) -> Manifest:
-    """The manifest before anything is fitted or measured, so that an impossible one costs nobody a fit.
+    """The manifest before anything is fitted or measured, so that an impossible one costs nobody a fit."""
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        name=name_of(options.output),
+        architecture=options.architecture,
+        head_hidden=options.head_hidden,
+        classes=dataset.classes,
+        input=options.input,
+        temperature=1.0,
+        training={
+            "command": options.command,
+            "data": f"{options.source.data.resolve().name}, {split.describe(dataset)}",
+            "weights": Path(options.weights).name,
+            "recipe": options.recipe.name,
+            "seed": options.seed,
+        },
+        files={},
+    )
+
+
+def name_of(output: Path) -> str:
+    """The name of a model: its folder's.
 
     Raises:
-        ConfigurationError: the output folder's name cannot be the model's.
+        ConfigurationError: the folder's name cannot be a model's.
     """
-    name = options.output.resolve().name
+    name = output.resolve().name
     try:
-        return Manifest(
-            format_version=FORMAT_VERSION,
-            name=name,
-            architecture=options.architecture,
-            head_hidden=options.head_hidden,
-            classes=dataset.classes,
-            input=options.input,
-            temperature=1.0,
-            training={
-                "command": options.command,
-                "data": f"{options.source.data.resolve().name}, {split.describe(dataset)}",
-                "weights": Path(options.weights).name,
-                "recipe": options.recipe.name,
-                "seed": options.seed,
-            },
-            files={},
-        )
+        return TypeAdapter(Printable).validate_python(name)
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise ConfigurationError(

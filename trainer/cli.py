@@ -19,7 +19,8 @@ from rich.progress import track
 from sorter import extras
 from sorter.classifier import manifest
 from sorter.errors import ConfigurationError, ExitCode, SorterError
-from trainer.arguments import build_parser
+from sorter.settings import SHIPPED_MODEL
+from trainer.arguments import build_parser, without_corrections
 
 if TYPE_CHECKING:
     from sorter.classifier.manifest import Evaluation
@@ -55,12 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"trainer: {where}: {error.strerror}; free some space or check its permissions\n")
         return int(ExitCode.STOPPED)
     except KeyboardInterrupt:
-        hint = "; run the same command with --resume to continue" if options.command == "fit" else ""
+        resumable = options.command == "fit" and options.corrections is None
+        hint = "; run the same command with --resume to continue" if resumable else ""
         sys.stderr.write(f"trainer: interrupted{hint}\n")
         return int(ExitCode.INCOMPLETE)
 
 
 def _fit(options: argparse.Namespace) -> ExitCode:
+    if options.corrections is not None:
+        return _learn(options)
+    if options.data is None:
+        raise ConfigurationError(
+            "there is nothing to fit on: give a dataset with --data, or the output of sorter with --corrections"
+        )
+    if options.state_dir is not None or options.base != SHIPPED_MODEL:
+        raise ConfigurationError("--base and --state-dir go with --corrections: give it, or drop them")
     from trainer import build
     from trainer.progress import open_reporter
 
@@ -77,6 +87,43 @@ def _fit(options: argparse.Namespace) -> ExitCode:
     _print_coverage(rates, written.evaluations[0].photos)
     print(f"model folder {options.output}, report {options.output / 'report.html'}")
     print(f"try it: sorter run --once --model {shlex.quote(str(options.output))} --inbox DIR")
+    return ExitCode.DONE
+
+
+def _learn(options: argparse.Namespace) -> ExitCode:
+    if unused := without_corrections(options):
+        raise ConfigurationError(
+            f"{unused[0]} is of no use with --corrections, which keeps the network of --base: drop it"
+        )
+    from sorter.processors import available_cpus
+    from trainer import learn
+    from trainer.progress import open_reporter
+
+    learned = learn.learn(
+        learn.Options(
+            corrections=options.corrections,
+            state_dir=options.state_dir,
+            base=options.base,
+            data=options.data,
+            output=options.output,
+            seed=options.seed,
+            workers=options.num_workers or available_cpus(),
+            cache=_cache(),
+            command=options.command_line,
+        ),
+        open_reporter(options.tensorboard),
+    )
+    for line in learned.comparison.table():
+        print(line)
+    if learned.neither and learned.caught is not None:
+        print(f"--catch-neither catches {learned.caught} of {learned.neither} photos that you called neither")
+    if learned.manifest is None:
+        for reason in learned.comparison.reasons_against():
+            print(f"not better: {reason}")
+        print(f"{options.output} was not written: go on with {options.base}")
+        return ExitCode.INCOMPLETE
+    print(f"model folder {options.output}")
+    print(f"use it: sorter run --model {shlex.quote(str(options.output))} --inbox DIR")
     return ExitCode.DONE
 
 
@@ -139,13 +186,13 @@ def _evaluate(options: argparse.Namespace) -> ExitCode:
     lowest, *higher = cascade.levels(passes)
     readable, answers = _classify(options, model, samples, lowest)
     by_level = [answers, *(_classify(options, model, readable, each)[1] for each in higher)]
-    result = metrics.evaluation(answers, readable, data=data, role="test")
     labels = labels_of(readable)
+    result = metrics.evaluation(answers, labels, data=data, role="test")
     # Of the full-size pass, because the low-resolution pass has a temperature of its own.
     full = by_level[-1]
     untempered = metrics.softmax(metrics.log(full), 1 / model.temperature_of(engine))
     before, after = (metrics.calibration_error(each, labels) for each in (untempered, full))
-    coverage = metrics.risk_coverage(lambda threshold: by_level[cascade.level(passes, threshold)], labels)
+    coverage = metrics.risk_coverage(partial(cascade.at, by_level, passes), labels)
     if options.csv is not None:
         evaluate.write_answers(options.csv, readable, answers, model.classes)
     if options.json:

@@ -116,13 +116,14 @@ def move(folder: Path, output: Path, manifest: Manifest, batch_size: int) -> flo
     output.mkdir()
     history, run = History(output), Run("bench", __version__, manifest.name)
     history.begin(run)
-    mover = BatchMover(Mover(output), history, run=run.id, patient=False, stopping=threading.Event())
+    mover = BatchMover(Mover(output), history, patient=False, stopping=threading.Event())
     chosen = manifest.classes[0]
     started = time.perf_counter()
     for start in range(0, len(photos), batch_size):
         decoded = [Decoded(photo, "pixels") for photo in photos[start : start + batch_size]]
         mover.move(
-            [Decision(d, "sorted", chosen.folder, chosen.label, 1.0, batch_size) for d in decoded], lambda _: None
+            [Decision(d, "sorted", chosen.folder, chosen.label, 1.0, batch_size, run=run) for d in decoded],
+            lambda _: None,
         )
     seconds = time.perf_counter() - started
     history.close()

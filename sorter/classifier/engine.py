@@ -73,6 +73,10 @@ class Engine(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Give back memory and threads. No thread uses the engine any more."""
+        ...
+
 
 def open_engine(
     folder: Path,

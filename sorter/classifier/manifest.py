@@ -5,6 +5,7 @@
     openvino.xml, .bin    the same network for OpenVINO, with 8 bits if it was accurate enough
     openvino-fp16.xml, .bin   otherwise
     neither.safetensors   the outlier detector, if there is one
+    guard.safetensors     features of the calibration photos, for the trainer
     README.md             the model card, for people
 
 `read` verifies version and digests before anything is used, `write` makes a folder that `read` accepts. Nothing is ever

@@ -8,6 +8,7 @@ decoder borrows one of them for a moment.
 """
 
 import contextlib
+import functools
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -58,7 +59,7 @@ class OpenVinoEngine:
     ) -> None:
         compiler = _Compiler(folder, manifest, detector)
         self.precision, self.unused_gpu, self._detector = compiler.precision, "", detector
-        threads = ThreadPoolExecutor(compiler.streams, thread_name_prefix="openvino")
+        threads = self._threads = ThreadPoolExecutor(compiler.streams, thread_name_prefix="openvino")
 
         def opened(size: int, temperature: float, threshold: float, farthest: float | None) -> _Pass:
             compiled = compiler.compiled(size)
@@ -88,6 +89,11 @@ class OpenVinoEngine:
         """Classify a batch, with the cascade, and measure the distances from what the network computes on the way."""
         assert self._detector is not None, "opened with catch_neither"
         return self._answers(pixels)
+
+    def close(self) -> None:
+        """Give back memory and threads. No thread uses the engine any more."""
+        self._threads.shutdown()
+        self._passes.clear()  # OpenVINO frees a network with the last object that refers to it
 
     def _answers(self, pixels: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Probabilities, (N, C), and distances, (N,), which are 0 without a detector."""
@@ -146,6 +152,16 @@ class _Pass:
         return probabilities, distances, is_final
 
 
+@functools.cache
+def _core() -> openvino.Core:
+    """OpenVINO, once for the process.
+
+    Its plugin for CPUs gives a signal stack to the thread that loads it, and unmaps that stack with the last network,
+    in whichever thread this is: the next signal would kill the process.
+    """
+    return openvino.Core()
+
+
 class _Compiler:
     """Compiles a model folder's network for this CPU, or takes it from the cache.
 
@@ -167,7 +183,7 @@ class _Compiler:
         self._digests = [manifest.files[name] for name in files]
         self._side, self._hidden_layers = manifest.input.size, len(manifest.head_hidden)
         self._detector = detector
-        self._core = openvino.Core()
+        self._core = _core()
         has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         self.precision = "int8" if files == OPENVINO_INT8 else "bf16" if has_bf16 else "fp32"
         self.streams = available_cpus()

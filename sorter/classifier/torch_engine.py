@@ -92,6 +92,13 @@ class TorchEngine:
         outputs = self._outputs(pixels)
         return outputs[:, : self._classes], self._detector(outputs[:, self._classes :]) - np.float32(self._farthest)
 
+    def close(self) -> None:
+        """Give back memory. No thread uses the engine any more."""
+        del self._classifier, self._slots
+        if self._on_cuda:
+            with self._on_device():
+                torch.cuda.empty_cache()
+
     def _outputs(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Probabilities, (N, C), or with a detector (N, C + W). Batches that exhaust memory are halved for good."""
         outputs = []

@@ -8,6 +8,7 @@ from typing import Any
 from sorter.errors import ConfigurationError
 from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import SIDECAR
+from sorter.history.verdicts_reader import PhotoVerdict
 
 
 def check_run(reader: HistoryReader, run: str) -> None:
@@ -24,7 +25,7 @@ def to_json(entry: Entry) -> dict[str, Any]:
     """An entry for a line of JSON."""
     return {
         "id": entry.id,
-        "time": datetime.fromtimestamp(entry.done).astimezone().isoformat(timespec="seconds"),
+        "time": _iso_time(entry.done),
         "run": entry.run,
         "kind": entry.kind,
         "path": entry.source,
@@ -38,6 +39,24 @@ def to_json(entry: Entry) -> dict[str, Any]:
         "linked": entry.linked,
         "corrected": entry.corrected,
     }
+
+
+def verdict_to_json(verdict: PhotoVerdict) -> dict[str, Any]:
+    """A verdict for a line of JSON or a row of a CSV."""
+    return {
+        "time": _iso_time(verdict.at),
+        "path": verdict.path,
+        "label": verdict.label,
+        "how": verdict.how,
+        "label_was": verdict.label_was,
+        "confidence": verdict.confidence,
+        "model": verdict.model or None,
+        "digest": verdict.digest.hex(),
+    }
+
+
+def _iso_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
 def why(entry: Entry) -> str:

@@ -57,11 +57,27 @@ def check(settings: Settings) -> tuple[Settings, Manifest, list[str] | None]:
         raise ConfigurationError(
             f"--sidecar-suffixes {min(photos)}: such files are photos; name endings of other files"
         )
-    model = manifests.read(settings.model)
-    settings = decided(settings, model)
+    settings, model = read_model(settings)
     if settings.metrics_port:
         extras.require("prometheus_client", "metrics", "--metrics-port")
     return settings, model, None if settings.on_sorted is None else hook.split(settings.on_sorted)
+
+
+def read_model(settings: Settings) -> tuple[Settings, Manifest]:
+    """Read and verify the model folder, and resolve the settings that depend on the model.
+
+    Returns:
+        The settings, with the folder itself where `--model` is a link, and with the threshold; the manifest.
+
+    Raises:
+        ConfigurationError, ModelError: a sentence about what is wrong and what to do.
+    """
+    # Followed once: the link may be replaced before the weights are opened, and they must be those of the manifest.
+    real = os.path.realpath(settings.model)
+    if real != os.path.abspath(settings.model):
+        settings = settings.model_copy(update={"model": Path(real)})
+    manifest = manifests.read(settings.model)
+    return decided(settings, manifest), manifest
 
 
 def destinations(manifest: Manifest) -> list[str]:

@@ -12,13 +12,11 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import structlog
 
 import sorter
 from sorter import logs
-from sorter.classifier.manifest import Manifest
 from sorter.cli import console, preflight
 from sorter.decisions import Outcome
 from sorter.errors import ConfigurationError, ExitCode, ModelError, NotNowError, StorageError
@@ -38,7 +36,7 @@ from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
 if TYPE_CHECKING:
-    from sorter.classifier.engine import Engine
+    from sorter.pipeline.model_in_use import ModelInUse
     from sorter.pipeline.pipeline import Pipeline
     from sorter.service.loop import Service
     from sorter.service.metrics import Metrics
@@ -65,35 +63,37 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
     """
     if as_json and not settings.dry_run:
         raise ConfigurationError("--json prints planned moves: use it together with --dry-run")
-    settings, model, command = preflight.check(settings)
+    given = settings
+    settings, manifest, command = preflight.check(given)
     late = not settings.once and not preflight.inbox_exists(settings)
     if not late:
-        preflight.check_folders(settings, model)
+        preflight.check_folders(settings, manifest)
     stream = logs.configure(settings.log_format, settings.log_level)
+    shutdown = Shutdown(idle_code=ExitCode.INCOMPLETE if settings.once else ExitCode.DONE)
+    shutdown.listen()
 
     # Imported here because they take long, and most mistakes have been reported by now.
     from sorter.decoding.decoders import default_workers
+    from sorter.pipeline.model_in_use import ModelInUse
     from sorter.pipeline.pipeline import Pipeline
     from sorter.service.loop import Service
+    from sorter.service.reload import Reloader
 
-    shutdown = Shutdown(idle_code=ExitCode.INCOMPLETE if settings.once else ExitCode.DONE)
-    shutdown.listen()
     # Everything that ends with `ExitCode.USAGE` comes before the first change to a folder.
-    engine = preflight.open_engine(settings, model)
+    engine = preflight.open_engine(settings, manifest)
     if late:
         _wait_for_inbox(settings)
-        preflight.check_folders(settings, model)
-    inbox, output = preflight.watched(settings, model), settings.output_folder.absolute()
-    this_run = Run(uuid4().hex[:12], sorter.__version__, model.name)
-    log_fields: dict[str, object] = {"run": this_run.id, "model": model.name}
-    log_fields |= {name: True for name in ("dry_run", "link") if getattr(settings, name)}
-    metrics = _serve_metrics(settings, model, engine)
+        preflight.check_folders(settings, manifest)
+    inbox, output = preflight.watched(settings, manifest), settings.output_folder.absolute()
+    model = ModelInUse.in_new_run(engine, manifest, settings.min_confidence)
+    log_fields = {name: True for name in ("dry_run", "link") if getattr(settings, name)}
+    metrics = _serve_metrics(settings, model)
     with ExitStack() as stack:
         inbox_lock, history, waiting = None, None, 0
         if not settings.dry_run:
-            inbox_lock, history, waiting = _open_folders(settings, inbox.root, output, this_run, stack)
+            inbox_lock, history, waiting = _open_folders(settings, inbox.root, output, model.run, stack)
             inodes.look((inbox.root, output))
-        _log_start(settings, model, engine, inbox.root, output, log_fields)
+        _log_start(settings, model, inbox.root, output, log_fields)
         mover = Mover(output, inbox.selection.sidecars, settle_seconds=settings.settle_seconds, link=settings.link)
         shutdown.move_lock = mover.lock
         reader = _open_reader(output, settings.state_dir, stack, beside_writer=history is not None)
@@ -102,11 +102,9 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
             shutdown.restore_terminal = stream.show_cursor
         hook = None if command is None or settings.dry_run else _start_hook(command, log_fields, shutdown, stack)
         pipeline = Pipeline.start(
-            engine,
             model,
             mover,
             history,
-            this_run.id,
             settings,
             workers=default_workers(),
             on_moved=_ignore if hook is None else hook.notify_batch,
@@ -127,15 +125,23 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
             history=reader,
         )
         service.counters.left += waiting
+        reloader = Reloader(
+            pipeline,
+            shutdown,
+            read=partial(preflight.read_model, given),
+            open_engine=preflight.open_engine,
+            on_reloaded=_ignore if metrics is None else metrics.describe,
+        )
+        stack.callback(reloader.close)
         try:
             counters = service.run_once() if settings.once else _watch(service, inbox, pipeline, metrics)
         except (ConfigurationError, ModelError) as error:
             raise StorageError(str(error)) from error  # by now photos may have been touched: a restart may help
         if history is not None:
             with suppress(StorageError):  # every photo is recorded; only the end of the run is not
-                history.finish(this_run)
+                history.finish()
     if settings.once and not as_json:
-        text = console.summary(counters, preflight.destinations(model), dry_run=settings.dry_run)
+        text = console.summary(counters, preflight.destinations(manifest), dry_run=settings.dry_run)
         console.say(text, sys.stdout, flush=True)
     return counters.exit_code if settings.once else ExitCode.DONE
 
@@ -161,13 +167,12 @@ def _watch(service: "Service", inbox: Inbox, pipeline: "Pipeline", metrics: "Met
     return service.run(watcher)
 
 
-def _serve_metrics(settings: Settings, model: Manifest, engine: "Engine") -> "Metrics | None":
+def _serve_metrics(settings: Settings, model: "ModelInUse") -> "Metrics | None":
     if not settings.metrics_port or settings.once:
         return None
     from sorter.service.metrics import Metrics  # needs the extra `metrics`
 
-    info = {"version": sorter.__version__, "model": model.name, "engine": engine.name}
-    return Metrics(settings.metrics_port, info)
+    return Metrics(settings.metrics_port, model)
 
 
 def _open_folders(
@@ -238,19 +243,19 @@ def _open_history(inbox: Path, output: Path, state_dir: Path | None, run: Run, s
     return history, len(found.waiting)
 
 
-def _log_start(
-    settings: Settings, model: Manifest, engine: "Engine", inbox: Path, output: Path, log_fields: dict[str, object]
-) -> None:
-    log = structlog.get_logger()
+def _log_start(settings: Settings, model: "ModelInUse", inbox: Path, output: Path, log_fields: dict[str, bool]) -> None:
+    log, engine = structlog.get_logger(), model.engine
     log.info(
         "service.started",
+        run=model.run.id,
+        model=model.manifest.name,
         **log_fields,
         version=sorter.__version__,
         engine=engine.name,
         device=engine.device,
         precision=engine.precision,
         batch_size=settings.batch_size,
-        accuracy=model.accuracy,
+        accuracy=model.manifest.accuracy,
         inbox=str(inbox),
         output=str(output),
     )
@@ -289,7 +294,7 @@ def _printer(settings: Settings, *, as_json: bool) -> Callable[[Outcome], None]:
     return _ignore
 
 
-def _start_hook(command: Sequence[str], log_fields: dict[str, object], shutdown: Shutdown, stack: ExitStack) -> Hook:
+def _start_hook(command: Sequence[str], log_fields: dict[str, bool], shutdown: Shutdown, stack: ExitStack) -> Hook:
     """Start the thread that runs `--on-sorted`; the stack ends it after the pipeline, with the inbox still locked."""
     hook = Hook(command, log_fields)
     stack.callback(hook.close)

@@ -32,7 +32,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `sorter undo`."""
     group = parser.add_argument_group("what to restore")
     which = group.add_mutually_exclusive_group(required=True)
-    which.add_argument("--last", action="store_true", help="photos that the last run sorted")
+    which.add_argument(
+        "--last", action="store_true", help="photos that the last run sorted; after a change of its model, since that"
+    )
     which.add_argument("--run", metavar="ID", help="photos that this run sorted; sorter history lists the IDs")
     which.add_argument(
         "--since", metavar="WHEN", type=options.point_in_time, help=f"photos sorted from then on: {options.WHEN}"

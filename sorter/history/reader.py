@@ -236,7 +236,11 @@ class HistoryReader:
 
     def _in_output(self, condition: str, values: Sequence[object]) -> list[Entry]:
         """The photos and sidecars that were sorted and not restored."""
-        return [self._entry(row) for row in self._database.rows(f"{_ENTRY}{_UNDOABLE}{condition}", values)]
+        return self._moves(f"{_UNDOABLE}{condition}", values)
+
+    def _moves(self, condition: str, values: Sequence[object]) -> list[Entry]:
+        """The moves that are done and that a condition holds for."""
+        return [self._entry(row) for row in self._database.rows(f"{_ENTRY}{condition}", values)]
 
     def last_sorted(self, root: Path, names: Sequence[str], since: float) -> Entry | None:
         """The last photo with one of these names that was sorted, if it still is where it went.

@@ -53,7 +53,7 @@ _INSERT_VERDICT = (
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One process, from its start to its end.
+    """One process with one model: from its start, or from a change of its model, to the next change or its end.
 
     Attributes:
         id: unique; moves name it.
@@ -152,7 +152,7 @@ class History:
     def __init__(self, output: Path, state_dir: Path | None = None) -> None:
         self.path = state_folder(output, state_dir) / HISTORY
         self._file: tuple[int, int] | None = None  # device and inode of the open file
-        self._run: Run | None = None
+        self._runs: list[Run] = []  # begun here, the present one last
         try:
             self._connect()
         except sqlite3.DatabaseError as error:
@@ -212,8 +212,8 @@ class History:
                 # Its disk was away, or somebody removed the file: nobody would find what is written to the open one.
                 self._connection.close()
                 self._connect()
-                if self._run is not None:
-                    self._insert(self._run)
+                for run in self._runs:
+                    self._insert(run)
             with self._transaction(durably=durably):
                 yield
         except (sqlite3.DatabaseError, ConfigurationError) as error:
@@ -225,14 +225,17 @@ class History:
         self._connection.close()
 
     def begin(self, run: Run) -> None:
-        """Record that a run has started.
+        """Record that a run has started, which ends the one before; does nothing for a run that has begun already.
 
         Raises:
             StorageError: the history cannot be written.
         """
+        if run in self._runs:
+            return
         with self._writing():
             self._insert(run)
-        self._run = run
+            self._end_present_run()
+        self._runs.append(run)
 
     def _insert(self, run: Run) -> None:
         self._connection.execute(
@@ -240,14 +243,18 @@ class History:
             (run.id, time.time(), run.version, run.model, run.kind),
         )
 
-    def finish(self, run: Run) -> None:
-        """Record that a run has ended, and was not killed.
+    def finish(self) -> None:
+        """Record that the present run has ended, and was not killed.
 
         Raises:
             StorageError: the history cannot be written.
         """
         with self._writing():
-            self._connection.execute("UPDATE runs SET finished = ? WHERE id = ?", (time.time(), run.id))
+            self._end_present_run()
+
+    def _end_present_run(self) -> None:
+        present = [(time.time(), run.id) for run in self._runs[-1:]]
+        self._connection.executemany("UPDATE runs SET finished = ? WHERE id = ?", present)
 
     def intend(self, moves: Sequence[Move], judgements: Sequence[Judgement] = ()) -> None:
         """Record what is about to happen, and the verdicts that ask for it, durably, in one transaction.

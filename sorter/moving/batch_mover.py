@@ -33,7 +33,6 @@ class BatchMover:
 
     Args:
         history: None for a dry run, which determines destinations and changes nothing.
-        run: the ID of this process's run in the history.
         patient: if the storage fails, wait and try again, as a daemon does, instead of raising.
         stopping: ends the waiting.
         flat: put photos from subfolders directly into `cats/`, instead of into the same subfolders there.
@@ -44,12 +43,11 @@ class BatchMover:
         mover: Mover,
         history: History | None,
         *,
-        run: str,
         patient: bool,
         stopping: threading.Event,
         flat: bool = False,
     ) -> None:
-        self._mover, self._history, self._run = mover, history, run
+        self._mover, self._history = mover, history
         self._patient, self._stopping, self._flat = patient, stopping, flat
         self._storage_failed = False  # since the last copy that was made ahead
         self.blocked: str | None = None
@@ -93,6 +91,8 @@ class BatchMover:
         try:
             # First, because the history must not be created in the empty mount point of an output that is away.
             self._patiently(lambda: self._mover.check_output(plans[0].photo.root))
+            for run in dict.fromkeys(decision.run for decision in batch):
+                self._patiently(partial(history.begin, run))
             self._patiently(lambda: history.intend(moves))
             self._copy_ahead(plans)
             for number, (decision, plan) in enumerate(zip(batch, plans, strict=True), 1):
@@ -172,7 +172,7 @@ class BatchMover:
         decoded = decision.decoded
         return Move(
             token=plan.token,
-            run=self._run,
+            run=decision.run.id,
             # Resolved, so that it is found later under whatever path the inbox is named then.
             root=Path(os.path.realpath(plan.photo.root)),
             source=plan.photo.name,

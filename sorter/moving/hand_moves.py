@@ -121,7 +121,7 @@ class HandMoves:
                 history.record(recorded, judgements)
             count += sum(move.kind != SIDECAR for move in recorded)
         if has_begun:
-            history.finish(run)
+            history.finish()
         return count
 
     def _digest(self, stray: Stray) -> bytes:

@@ -155,7 +155,7 @@ class Undo:
             if self._stopping.is_set():
                 break
             yield from self._batch(batch)
-        self._history.finish(self._run)
+        self._history.finish()
 
     def _batch(self, entries: Sequence[Entry]) -> list[Undone]:
         results: list[Undone] = []

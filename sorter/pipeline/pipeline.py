@@ -16,8 +16,6 @@ from typing import Self
 
 import numpy as np
 
-from sorter.classifier.engine import Engine
-from sorter.classifier.manifest import Manifest
 from sorter.decisions import Decision, Outcome
 from sorter.decoding.decoders import Decoders
 from sorter.decoding.images import Limits
@@ -28,6 +26,7 @@ from sorter.moving.mover import Mover
 from sorter.pipeline.batcher import Batcher
 from sorter.pipeline.classify_stage import ClassifyStage
 from sorter.pipeline.measures import Measures
+from sorter.pipeline.model_in_use import ModelInUse
 from sorter.pipeline.move_stage import MoveStage
 from sorter.settings import Settings
 
@@ -64,16 +63,19 @@ class Pipeline:
 
     Attributes:
         in_flight: photos submitted whose outcome has not been taken yet.
+        model: decides on the next batches.
     """
 
     def __init__(
         self,
+        model: ModelInUse,
         decoders: Decoders,
         batcher: Batcher,
         classifying: Sequence[ClassifyStage],
         moving: MoveStage,
         failure: _Failure,
     ) -> None:
+        self.model = model
         self._decoders, self._batcher = decoders, batcher
         self._classifying, self._moving, self._failure = classifying, moving, failure
         self._classify_threads = [self._thread("classify", stage.run) for stage in classifying]
@@ -84,11 +86,9 @@ class Pipeline:
     @classmethod
     def start(
         cls,
-        engine: Engine,
-        manifest: Manifest,
+        model: ModelInUse,
         mover: Mover,
         history: History | None,
-        run: str,
         settings: Settings,
         workers: int,
         on_moved: Callable[[Sequence[Outcome]], None] = lambda _: None,
@@ -98,11 +98,9 @@ class Pipeline:
         """Start the decoder processes and the threads of the other stages.
 
         Args:
-            engine: classifies; used by `engine.concurrency` threads.
-            manifest: of the engine's model.
+            model: classifies, in `engine.concurrency` threads, until `replace_model`.
             mover: moves; used by one thread only.
             history: records; used by that thread only; None for a dry run.
-            run: the id of this process in the history.
             settings: batch size, waiting time, limits.
             workers: decoder processes.
             on_moved: called with what was moved of each batch, in the mover's thread, which it must not hold up.
@@ -110,6 +108,7 @@ class Pipeline:
             sorted_again: the folder that is the inbox, where that is `unsure` or `failed`.
         """
         failure, measures = _Failure(), measures or Measures()
+        concurrency, seen = model.engine.concurrency, model.manifest.input
         batcher = Batcher(
             batch_size=settings.batch_size,
             max_wait_seconds=float("inf") if settings.once else settings.max_wait_ms / 1000,
@@ -118,11 +117,11 @@ class Pipeline:
             stopping=failure.stopping,
         )
         # Those in the engine, one batch that is ready and one that is being filled, so that no stage waits for rows.
-        rows = (engine.concurrency + 2) * settings.batch_size + workers
+        rows = (concurrency + 2) * settings.batch_size + workers
         decoders = Decoders(
             workers=workers,
             rows=rows,
-            preprocessing=manifest.input.preprocessing,
+            preprocessing=seen.preprocessing,
             limits=Limits(settings.max_megapixels, settings.max_jpeg_megapixels),
             max_bytes=int(settings.max_megabytes * 1e6),
             timeout_seconds=settings.decode_timeout_seconds,
@@ -130,18 +129,14 @@ class Pipeline:
             fail=failure.record,
             on_progress=batcher.decoding.progress,
         )
-        side = manifest.input.size
         patient = not settings.once
-        batch_mover = BatchMover(
-            mover, history, run=run, patient=patient, stopping=failure.stopping, flat=settings.flat
-        )
+        batch_mover = BatchMover(mover, history, patient=patient, stopping=failure.stopping, flat=settings.flat)
         moving = MoveStage(batch_mover, on_moved, measures)
         classifying = [
             ClassifyStage(
-                engine,
-                manifest,
-                settings,
-                pixels=np.frombuffer(decoders.pixels, np.uint8).reshape(rows, side, side, 3),
+                model,
+                catch_neither=settings.catch_neither,
+                pixels=np.frombuffer(decoders.pixels, np.uint8).reshape(rows, seen.size, seen.size, 3),
                 release=decoders.release,
                 batcher=batcher,
                 moving=moving,
@@ -149,12 +144,25 @@ class Pipeline:
                 stopping=failure.stopping,
                 sorted_again=sorted_again,
             )
-            for _ in range(engine.concurrency)
+            for _ in range(concurrency)
         ]
-        pipeline = cls(decoders, batcher, classifying, moving, failure)
+        pipeline = cls(model, decoders, batcher, classifying, moving, failure)
         for thread in (*pipeline._classify_threads, pipeline._move_thread):
             thread.start()
         return pipeline
+
+    def replace_model(self, model: ModelInUse) -> None:
+        """Classify with another model from the next batches on, and close the one before; from any one thread.
+
+        Each decision names the run of its model, whatever is decided, moved and recorded meanwhile.
+
+        Args:
+            model: of the same classes and the same input as the one before.
+        """
+        before, self.model = self.model, model
+        for stage in self._classifying:
+            stage.replace_model(model)
+        before.engine.close()
 
     @property
     def backlog(self) -> bool:

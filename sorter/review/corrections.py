@@ -123,7 +123,7 @@ class Corrections:
         has_begun, self._has_begun = self._has_begun, False
         try:
             if has_begun:
-                self._history.finish(self._run)
+                self._history.finish()
         finally:
             self._reader.close()
             self._history.close()

@@ -14,7 +14,7 @@ import structlog
 from sorter.decisions import Decision, Outcome
 from sorter.files import UNSURE
 from sorter.files.photo import Identity, Photo, opened_folder
-from sorter.history.store import SIDECAR
+from sorter.history.store import SIDECAR, Run
 from sorter.service.counters import Counters
 
 _UNKNOWN = Identity(0, 0, 0, 0, 0)
@@ -64,7 +64,7 @@ class Accounting:
     """Counts and logs what becomes of each file.
 
     Args:
-        log_fields: in every log line about a moved file.
+        log_fields: in every log line about a moved file, beside its run and its model.
         once: the inbox is listed only once, so nothing has to be remembered for the next time.
         dry_run: photos stay where they are, and are not reported again.
         on_outcome: called after each outcome, for a progress bar.
@@ -111,7 +111,8 @@ class Accounting:
                 self._moved_from.add((photo.root, os.path.dirname(photo.name)))
             if outcome.kind == SIDECAR:
                 self.counters.sidecars += 1
-                log.info("sidecar.moved", path=photo.path, destination=outcome.destination, **self._log_fields)
+                fields = self._fields(decision.run)
+                log.info("sidecar.moved", path=photo.path, destination=outcome.destination, **fields)
             else:
                 self._record_photo(outcome)
         self._on_outcome(self.counters)
@@ -123,7 +124,7 @@ class Accounting:
         self._on_decision(outcome)
         self._ignore(outcome.photo)
         reason = decision.decoded.reason or decision.detail or f"{decision.label} {decision.confidence:.1%}"
-        log.info("photo.kept", path=outcome.photo.path, reason=str(reason), **self._log_fields)
+        log.info("photo.kept", path=outcome.photo.path, reason=str(reason), **self._fields(decision.run))
 
     def _record_photo(self, outcome: Outcome) -> None:
         photo, decision = outcome.photo, outcome.decision
@@ -132,7 +133,7 @@ class Accounting:
         self._on_decision(outcome)
         if self._dry_run:
             self._ignore(photo)
-        fields = {"path": photo.path, "destination": outcome.destination, **self._log_fields}
+        fields = {"path": photo.path, "destination": outcome.destination, **self._fields(decision.run)}
         if decision.kind == "failed":
             decoded = decision.decoded
             log.warning("photo.failed", **fields, reason=str(decoded.reason), detail=decoded.detail)
@@ -154,11 +155,11 @@ class Accounting:
         self._ignore(photo)
         log.info("photo.skipped", path=photo.path, reason="sorter undo put it back; --include-undone sorts it")
 
-    def keep_neither(self, photo: Photo) -> None:
+    def keep_neither(self, photo: Photo, run: Run) -> None:
         """Account for a photo in `unsure/` of which a person said that it shows none of the classes."""
         self.counters.kept[UNSURE] += 1
         self._ignore(photo)
-        log.info("photo.kept", path=photo.path, reason="a person sees none of the classes", **self._log_fields)
+        log.info("photo.kept", path=photo.path, reason="a person sees none of the classes", **self._fields(run))
 
     def skip_linked(self, photo: Photo) -> None:
         """Account for a photo that an earlier run linked."""
@@ -222,18 +223,22 @@ class Accounting:
             reason="still changing, or cut short and new: may still be written",
         )
 
-    def finish(self) -> None:
-        """Log what the run did, however it ended."""
-        counters = self.counters
+    def finish(self, run: Run) -> None:
+        """Log what the process did, however it ended.
+
+        Args:
+            run: the last one, where the model was replaced.
+        """
+        counters, fields = self.counters, self._fields(run)
         counters.seconds = time.monotonic() - counters.started
         emptied = sorted(place for place in self._moved_from if place[1] and _is_empty(*place))
         counters.emptied = [folder for _, folder in emptied]
         if emptied:
             first = [os.path.join(*place) for place in emptied[:NAMED_FOLDERS]]
-            log.info("inbox.emptied", **self._log_fields, folders=len(emptied), first=first)
+            log.info("inbox.emptied", **fields, folders=len(emptied), first=first)
         log.info(
             "run.finished",
-            **self._log_fields,
+            **fields,
             folders=dict(counters.folders),
             kept=counters.kept.total(),
             sidecars=counters.sidecars,
@@ -245,6 +250,9 @@ class Accounting:
             waited=round(counters.waited, 3),
             photos_per_second=round(counters.photos_per_second, 1),
         )
+
+    def _fields(self, run: Run) -> dict[str, Any]:
+        return {"run": run.id, "model": run.model, **self._log_fields}
 
     def _ignore(self, photo: Photo) -> None:
         if not self._once:

@@ -1,11 +1,13 @@
 """The command that runs after each batch, `--on-sorted`.
 
 In: the outcomes of each batch, from the mover's thread. Out: one call of the command for each batch, with JSON on its
-standard input, in a thread of its own. Batches that are moved while the command runs share the next call, so no more
-waits than is sorted within `LIMIT_SECONDS`. Whatever the command does, sorting goes on, and the exit code is the same.
+standard input, in a thread of its own. Batches that are moved while the command runs share the next call, or, if the
+model was replaced meanwhile, the next two: no more waits than is sorted within `LIMIT_SECONDS`. Whatever the command
+does, sorting goes on, and the exit code is the same.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import select
@@ -23,6 +25,7 @@ import structlog
 
 from sorter.decisions import Outcome, described
 from sorter.errors import ConfigurationError
+from sorter.history.store import Run
 
 LIMIT_SECONDS = 30.0
 """A command that takes longer is killed, with everything it started. Twice this, for the call that is running and the
@@ -61,7 +64,7 @@ class Hook:
 
     Args:
         words: the program and its arguments, see `split`.
-        fields: what each call gets in addition to the photos: `run` and `model`.
+        fields: what each call gets in addition to `run`, `model` and the photos.
     """
 
     def __init__(self, words: Sequence[str], fields: dict[str, Any]) -> None:
@@ -80,7 +83,10 @@ class Hook:
             self._changed.notify()
 
     def close(self) -> None:
-        """Call the command for what still waits, and end: after two calls at most; idempotent."""
+        """Call the command for what still waits, and end; idempotent.
+
+        That takes two calls at most, or three if the model was replaced during the one that is running.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -97,7 +103,8 @@ class Hook:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
-                moved, self._waiting = self._waiting, []
+                moved = [*itertools.takewhile(self._is_of_next_run, self._waiting)]
+                del self._waiting[: len(moved)]
             if not moved:
                 return
             try:
@@ -108,13 +115,17 @@ class Hook:
                 detail = output.decode(errors="backslashreplace").strip()
                 log.warning("hook.failed", command=self._words[0], reason=problem, detail=detail, photos=len(moved))
 
+    def _is_of_next_run(self, outcome: Outcome) -> bool:
+        return _run(outcome) == _run(self._waiting[0])
+
     def _call(self, moved: Sequence[Outcome]) -> tuple[str, bytes]:
-        """Run the command once.
+        """Run the command once, for photos of one run.
 
         Returns:
             What went wrong, empty if nothing did, and the end of the command's standard error.
         """
-        content = self._fields | {"photos": [described(outcome) for outcome in moved]}
+        run = _run(moved[0])
+        content = {"run": run.id, "model": run.model, **self._fields, "photos": [described(o) for o in moved]}
         # A file, not a pipe: then a command that reads slowly, or not at all, delays nothing.
         with tempfile.TemporaryFile() as stdin:
             stdin.write(json.dumps(content).encode())
@@ -141,6 +152,11 @@ class Hook:
         if code == 0:
             return "", output
         return f"ended with {code}" if code > 0 else f"was ended by signal {-code}", output
+
+
+def _run(outcome: Outcome) -> Run:
+    assert outcome.decision is not None, "it was moved"
+    return outcome.decision.run
 
 
 def _follow(process: subprocess.Popen[bytes], errors: int, deadline: float) -> tuple[bytes, bool]:

@@ -41,7 +41,7 @@ class Service:
         shutdown: says when to end.
         lock: of the inbox, already held; where the inbox is replaced, the daemon takes the new one's before it sorts a
             photo. None for a dry run.
-        log_fields: in every log line about a moved file.
+        log_fields: in every log line about a moved file, beside its run and its model.
         history: what was sorted and undone before; None if there is none yet.
         on_outcome: called after each photo, for a progress bar.
         on_waiting: called with the number of files that are being waited for.
@@ -113,9 +113,6 @@ class Service:
         try:
             while not self._shutdown.requested:
                 self._notify(watcher.trouble)
-                if self._shutdown.hung_up:
-                    self._shutdown.hung_up = False
-                    log.info("signal.ignored", signal="SIGHUP")
                 watcher.supervise(time.monotonic())
                 if watcher.take_rescan() or time.monotonic() >= rescanned + self._rescan_seconds(watcher):
                     self._rescan()
@@ -224,10 +221,10 @@ class Service:
         elif self._was_linked(photo):
             self._accounting.skip_linked(photo)
         elif self._history is not None and self._history.is_neither(photo):
-            self._accounting.keep_neither(photo)
+            self._accounting.keep_neither(photo, self._pipeline.model.run)
         elif self._was_restored(photo):
             self._accounting.skip_put_back(photo)
-        elif self._sidecars.follow_sorted(photo):
+        elif self._sidecars.follow_sorted(photo, self._pipeline.model.run):
             self._account()
         elif not self._inbox.selection.includes(photo.name):  # a sidecar without a photo
             self._accounting.ignored.add(photo)
@@ -267,7 +264,7 @@ class Service:
     def _account(self, *, timeout_seconds: float = 0.0) -> None:
         """Account for what the pipeline has finished, and have sidecars follow."""
         for outcome in self._pipeline.outcomes(timeout_seconds=timeout_seconds):
-            photo, destination = outcome.photo, outcome.destination
+            photo, decision, destination = outcome.photo, outcome.decision, outcome.destination
             self._in_hand.discard(photo.name)
             if outcome.kind == "again" or (outcome.kind == "left" and not self._settings.once):
                 self._retries.add(outcome, time.time())
@@ -277,9 +274,11 @@ class Service:
                 self._replaced.discard(photo.name)
                 self._look_at_once.add(photo.name)
             self._accounting.record(outcome)
-            if destination is not None and outcome.kind != SIDECAR and not self._settings.dry_run:
-                self._sidecars.follow(photo, destination)
-            if destination is not None and self._settings.link and not self._settings.once:
+            if decision is None or destination is None:
+                continue
+            if outcome.kind != SIDECAR and not self._settings.dry_run:
+                self._sidecars.follow(photo, destination, decision.run)
+            if self._settings.link and not self._settings.once:
                 self._ignore_linked(photo)
         self._sidecars.hand_over(self._pipeline)
 
@@ -329,7 +328,7 @@ class Service:
             self._account()
         finally:
             self._pipeline.close()
-            self._accounting.finish()
+            self._accounting.finish(self._pipeline.model.run)
 
 
 def _sleep(seconds: float) -> float:

@@ -16,10 +16,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
+import sorter
 from sorter.errors import ConfigurationError
 from sorter.files import FAILED, UNSURE
 from sorter.inbox.watcher import Watcher
 from sorter.pipeline.measures import Measures
+from sorter.pipeline.model_in_use import ModelInUse
 from sorter.pipeline.pipeline import Pipeline
 from sorter.service.counters import Counters
 
@@ -35,15 +37,16 @@ class Metrics(Measures):
 
     Args:
         port: on 127.0.0.1; served from now on.
-        info: `version`, `model` and `engine`.
+        model: named beside the sorter's version.
 
     Raises:
         ConfigurationError: the port is taken, or this user may not open it.
     """
 
-    def __init__(self, port: int, info: dict[str, str]) -> None:
+    def __init__(self, port: int, model: ModelInUse) -> None:
         self._registry = CollectorRegistry()
-        Info("sorter", "Version, model and engine.", registry=self._registry).info(info)
+        self._info = Info("sorter", "Version, model and engine.", registry=self._registry)
+        self.describe(model)
         seconds = Histogram(
             "sorter_stage_seconds",
             "Time in a stage: decode for each photo, classify and move for each batch.",
@@ -70,6 +73,10 @@ class Metrics(Measures):
         # It ends with the process; ending it earlier would cost regular wake-ups.
         serve = self._server.serve_forever
         threading.Thread(target=serve, args=(_POLL_SECONDS,), name="metrics", daemon=True).start()
+
+    def describe(self, model: ModelInUse) -> None:
+        """Publish the model's name and engine from now on."""
+        self._info.info({"version": sorter.__version__, "model": model.manifest.name, "engine": model.engine.name})
 
     def watch(self, counters: Counters, pipeline: Pipeline, watcher: Watcher) -> None:
         """Publish their counts too from now on."""

@@ -1,6 +1,7 @@
-"""SIGTERM, SIGINT and SIGHUP, for one process: whether to end, and how soon."""
+"""SIGTERM, SIGINT and SIGHUP, for one process: whether to end, how soon, and whether to take a new model."""
 
 import os
+import queue
 import signal
 import threading
 from collections.abc import Callable
@@ -12,14 +13,14 @@ _MOVE_SECONDS = 2.0  # how long a second signal lets the move in hand take
 class Shutdown:
     """The first SIGTERM or SIGINT asks for an end after the current batch; a second one ends the process at once.
 
-    SIGHUP is like the first where there is a terminal, because it closes. A service has none, and goes on.
+    SIGHUP is like the first where there is a terminal, because it closes. A service has none, and takes a new model.
 
     Args:
         idle_code: the exit code while nothing is in hand yet.
 
     Attributes:
         requested: whether to end.
-        hung_up: whether there was a SIGHUP that does not ask for an end.
+        reloads: filled with an item for each SIGHUP that asks for a new model.
         wake: ends the loop's sleep.
         move_lock: held while one photo moves; None while nothing can be in hand.
         kill_children: ends what would outlive this process.
@@ -27,8 +28,10 @@ class Shutdown:
     """
 
     def __init__(self, idle_code: int) -> None:
-        # Not a threading.Event: the thread that the handler interrupts may be the one that holds its lock.
-        self.requested = self.hung_up = False
+        # Not a threading.Event: the thread that the handler interrupts may be the one that holds its lock. To put
+        # something into a SimpleQueue needs none.
+        self.requested = False
+        self.reloads: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self.wake: Callable[[], None] = lambda: None
         self.move_lock: threading.Lock | None = None
         self.kill_children: Callable[[], None] = lambda: None
@@ -40,11 +43,10 @@ class Shutdown:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(signal.SIGHUP, self._handle if _has_terminal() else self._note_hangup)
+            signal.signal(signal.SIGHUP, self._handle if _has_terminal() else self._request_reload)
 
-    def _note_hangup(self, _number: int, _frame: FrameType | None) -> None:
-        self.hung_up = True
-        self.wake()
+    def _request_reload(self, _number: int, _frame: FrameType | None) -> None:
+        self.reloads.put(True)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.move_lock is None:

@@ -13,7 +13,7 @@ from sorter.decisions import Decision
 from sorter.decoding.decoded import Decoded
 from sorter.files.photo import Photo
 from sorter.history.reader import Entry, HistoryReader
-from sorter.history.store import SIDECAR
+from sorter.history.store import SIDECAR, Run
 from sorter.inbox.scan import Inbox
 from sorter.inbox.sidecars import LATE_SECONDS, FolderListing
 from sorter.pipeline.pipeline import Pipeline
@@ -74,8 +74,13 @@ class SidecarFollower:
         waits = any(name in self._in_hand or self._last_link(file, name) is None for name in names)
         return waits or (bool(names) and self._last_link(file, file.name) is not None)
 
-    def follow_sorted(self, file: Photo) -> bool:
-        """Have a sidecar follow its photo, if that was sorted lately; False if it is not one, or was not."""
+    def follow_sorted(self, file: Photo, run: Run) -> bool:
+        """Have a sidecar follow its photo, if that was sorted lately; False if it is not one, or was not.
+
+        Args:
+            file: that may be a sidecar.
+            run: the present one.
+        """
         folder, base = os.path.split(file.name)
         if self._history is None:
             return False
@@ -83,12 +88,18 @@ class SidecarFollower:
             names = [os.path.join(folder, name) for name in photos]
             entry = self._history.last_sorted(file.root, names, time.time() - LATE_SECONDS)
             if entry is not None:
-                self._follow(file, entry.name, entry.place)
+                self._follow(file, entry.name, entry.place, run)
                 return True
         return False
 
-    def follow(self, photo: Photo, destination: str) -> None:
-        """Have the sidecars beside a photo follow it; one that another photo shares waits for that one."""
+    def follow(self, photo: Photo, destination: str, run: Run) -> None:
+        """Have the sidecars beside a photo follow it; one that another photo shares waits for that one.
+
+        Args:
+            photo: that was sorted.
+            destination: where it is now.
+            run: that sorted it.
+        """
         folder, base = os.path.split(photo.name)
         for name in self._listing(folder).sidecars(base):
             sidecar = self._inbox.look(os.path.join(folder, name), time.time())
@@ -99,7 +110,7 @@ class SidecarFollower:
                 others = [o for o in others if self._last_link(photo, os.path.join(folder, o)) is None]
             if not any(self._names.fits_as_well(name, other, base) for other in others):
                 self._accounting.ignored.discard(sidecar)  # it may have arrived before its photo
-                self._follow(sidecar, photo.name, os.path.relpath(destination, self._output))
+                self._follow(sidecar, photo.name, os.path.relpath(destination, self._output), run)
 
     def _last_link(self, beside: Photo, name: str) -> Entry | None:
         """The link that was made to a file of the inbox."""
@@ -116,7 +127,7 @@ class SidecarFollower:
             del self._listings[next(iter(self._listings))]
         return self._listings.setdefault(folder, FolderListing(self._inbox.root, folder, self._names))
 
-    def _follow(self, sidecar: Photo, photo: str, place: str) -> None:
+    def _follow(self, sidecar: Photo, photo: str, place: str, run: Run) -> None:
         """Have a sidecar follow its photo to a place in the output."""
         folder, _, new = place.partition("/")
         inner, base = os.path.split(new)
@@ -126,5 +137,5 @@ class SidecarFollower:
             self._accounting.leave(sidecar, f"cannot follow its photo: {taken} exists")
             return
         decoded = Decoded(sidecar, "skipped")
-        self._pending.append(Decision(decoded, SIDECAR, folder, name=name, follows=new))
+        self._pending.append(Decision(decoded, SIDECAR, folder, name=name, follows=new, run=run))
         self._in_hand.add(sidecar.name)

@@ -39,9 +39,9 @@ BATCH_SIZE = 2
 CLASSES = (Class(label="cat", folder="cats"), Class(label="dog", folder="dogs"))
 
 
-def decide(photo: Photo) -> Decision:
+def decide(photo: Photo, run: Run) -> Decision:
     folder = "dogs" if photo.name.startswith("deep/") else "cats"
-    return Decision(Decoded(photo, "pixels"), "sorted", folder, folder[:-1], 0.9, BATCH_SIZE)
+    return Decision(Decoded(photo, "pixels"), "sorted", folder, folder[:-1], 0.9, BATCH_SIZE, run=run)
 
 
 def without_links() -> None:
@@ -51,7 +51,9 @@ def without_links() -> None:
         inodes.distrust(device)
 
 
-def sort(inbox: Path, output: Path, decide: Callable[[Photo], Decision | None] = decide, *, link: bool = False) -> int:
+def sort(
+    inbox: Path, output: Path, decide: Callable[[Photo, Run], Decision | None] = decide, *, link: bool = False
+) -> int:
     make_folder(output)
     for folder in (inbox, output):
         Lock(folder).take()
@@ -59,7 +61,7 @@ def sort(inbox: Path, output: Path, decide: Callable[[Photo], Decision | None] =
     recover(history, output)
     run = Run(str(time.time_ns()), "0", "constant")
     history.begin(run)
-    mover = BatchMover(Mover(output, link=link), history, run=run.id, patient=False, stopping=threading.Event())
+    mover = BatchMover(Mover(output, link=link), history, patient=False, stopping=threading.Event())
     excluded = frozenset({str(output / "cats"), str(output / "dogs")})
     photos = sorted(Inbox(inbox, recursive=True, excluded=excluded, settle_seconds=0).scan(time.time()), key=str)
     if link:
@@ -68,10 +70,10 @@ def sort(inbox: Path, output: Path, decide: Callable[[Photo], Decision | None] =
         reader.close()
     outcomes: list[Outcome] = []
     for start in range(0, len(photos), BATCH_SIZE):
-        decisions = map(decide, photos[start : start + BATCH_SIZE])
+        decisions = [decide(photo, run) for photo in photos[start : start + BATCH_SIZE]]
         if batch := [decision for decision in decisions if decision is not None]:
             mover.move(batch, outcomes.append)
-    history.finish(run)
+    history.finish()
     history.close()
     return 0 if all(outcome.destination for outcome in outcomes) else 3
 

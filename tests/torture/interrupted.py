@@ -76,7 +76,7 @@ class Interrupted:
         else:
             self._tell({"effect": dataclasses.asdict(effect)})
 
-    def _decide(self, photo: Photo) -> Decision | None:
+    def _decide(self, photo: Photo, run: history.Run) -> Decision | None:
         try:
             descriptor = open_file(photo)
         except OSError:
@@ -88,7 +88,7 @@ class Interrupted:
             content = file.read()
         folder = "cats" if content.startswith("c") else "dogs"
         self._tell({"judged": content})
-        return Decision(Decoded(dataclasses.replace(photo, identity=identity), "pixels"), "sorted", folder)
+        return Decision(Decoded(dataclasses.replace(photo, identity=identity), "pixels"), "sorted", folder, run=run)
 
     def _tell(self, line: dict[str, Any]) -> None:
         os.write(self._report, json.dumps(line).encode() + b"\n")

@@ -18,7 +18,8 @@ def labelled_photos(data: Path, classes: Sequence[Class]) -> list[Sample]:
 
     Args:
         data: a folder with one subfolder for each class, named by its label or its folder, at any depth; or one with
-            `labels.csv` (columns `name` and `label`) beside the photos; or such a CSV itself.
+            `labels.csv` (columns `name` and `label`) beside the photos; or such a CSV itself, where an empty label is
+            that of a photo of none of the classes, which is left out.
         classes: the model's.
 
     Raises:
@@ -44,9 +45,14 @@ def labelled_photos(data: Path, classes: Sequence[Class]) -> list[Sample]:
 
 def _from_table(table: Path, index: dict[str, int]) -> list[Sample]:
     try:
-        with table.open(newline="", encoding="utf-8-sig") as rows:
-            return [Sample(table.parent / row["name"], index[row["label"].lower()]) for row in csv.DictReader(rows)]
-    except (OSError, UnicodeDecodeError) as error:
+        # Names are bytes, as `sorter history --verdicts --csv` writes them.
+        with table.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as rows:
+            return [
+                Sample(table.parent / row["name"], index[row["label"].lower()])
+                for row in csv.DictReader(rows)
+                if row["label"] != ""
+            ]
+    except (OSError, csv.Error) as error:
         raise ConfigurationError(f"cannot read {table} ({error}): give a CSV file") from None
     except (KeyError, AttributeError):
         raise ConfigurationError(

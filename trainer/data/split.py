@@ -102,6 +102,26 @@ def divide(found: Found, inspected: dict[Path, Inspection], calibration: Sequenc
     )
 
 
+def without_copies(
+    samples: Sequence[Sample], held_out: Sequence[Sample], inspected: dict[Path, Inspection]
+) -> tuple[list[Sample], list[Duplicate]]:
+    """Leave out photos that show the same as a held-out photo."""
+    by_digest = {inspected[sample.path].digest: sample.path for sample in held_out}
+    hashes = _hashes(held_out, inspected)
+    kept, duplicates = [], []
+    for sample, own in zip(samples, _hashes(samples, inspected), strict=True):
+        exact = by_digest.get(inspected[sample.path].digest)
+        if exact is not None:
+            duplicates.append(Duplicate(sample.path, exact, "exact"))
+            continue
+        distances = near_copies.distances(hashes, own)
+        if len(distances) and distances.min() <= near_copies.MAX_BITS:
+            duplicates.append(Duplicate(sample.path, held_out[int(distances.argmin())].path, "near"))
+            continue
+        kept.append(sample)
+    return kept, duplicates
+
+
 def _draw_missing(parts: dict[Part, list[Sample]], inspected: dict[Path, Inspection], seed: int) -> None:
     """Draw the parts that are empty from the training part."""
     draw = random.Random(seed)  # noqa: S311
@@ -127,7 +147,7 @@ def _leave_out_copies(parts: dict[Part, list[Sample]], inspected: dict[Path, Ins
     held_out, duplicates = list(parts["test"]), []
     others: tuple[Part, ...] = ("calibration", "validation", "training")
     for part in others:
-        parts[part], found = _without_copies(parts[part], held_out, inspected)
+        parts[part], found = without_copies(parts[part], held_out, inspected)
         duplicates += found
         held_out += parts[part]
     return duplicates
@@ -191,26 +211,6 @@ def _without_contradictions(
         )
     left_out = {sample.path for sample in contradictory}
     return [sample for sample in samples if sample.path not in left_out], pairs
-
-
-def _without_copies(
-    samples: Sequence[Sample], held_out: Sequence[Sample], inspected: dict[Path, Inspection]
-) -> tuple[list[Sample], list[Duplicate]]:
-    """Leave out photos that show the same as a held-out photo."""
-    by_digest = {inspected[sample.path].digest: sample.path for sample in held_out}
-    hashes = _hashes(held_out, inspected)
-    kept, duplicates = [], []
-    for sample, own in zip(samples, _hashes(samples, inspected), strict=True):
-        exact = by_digest.get(inspected[sample.path].digest)
-        if exact is not None:
-            duplicates.append(Duplicate(sample.path, exact, "exact"))
-            continue
-        distances = near_copies.distances(hashes, own)
-        if len(distances) and distances.min() <= near_copies.MAX_BITS:
-            duplicates.append(Duplicate(sample.path, held_out[int(distances.argmin())].path, "near"))
-            continue
-        kept.append(sample)
-    return kept, duplicates
 
 
 def _hashes(samples: Sequence[Sample], inspected: dict[Path, Inspection]) -> npt.NDArray[np.uint64]:

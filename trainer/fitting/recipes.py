@@ -103,6 +103,9 @@ _NOTEBOOK = Stage(
     anneal=False,
     average=False,
 )
+VERDICTS = Stage(inputs="features", trains="head", epochs=20, batch_size=256, lr=1e-3, dropout=0.2)
+"""Fits a model's head further, on verdicts and on photos against forgetting. It has no patience: the photos that are
+held out are there to judge, and not to choose an epoch by."""
 
 RECIPES = {
     recipe.name: recipe

@@ -179,3 +179,8 @@ def levels(passes: Sequence[LowResolutionPass]) -> list[float]:
 def level(passes: Sequence[LowResolutionPass], threshold: float) -> int:
     """Which of the `levels` a confidence threshold is on."""
     return max(number for number, lowest in enumerate(levels(passes)) if threshold >= lowest)
+
+
+def at(by_level: Sequence[Floats], passes: Sequence[LowResolutionPass], threshold: float) -> Floats:
+    """Of the answers on each of the `levels`, (N, C) each, those that the engine gives with a confidence threshold."""
+    return by_level[level(passes, threshold)]

@@ -74,8 +74,8 @@ def networks(
     int8_logits = answers(on_openvino(quantised), calibration, described.preprocessing)
     int8 = compare(int8_logits, logits, labels_of(calibration))
     if is_good_enough(int8):
-        return Networks(weights | _saved(quantised, OPENVINO_INT8), int8, quantised, int8_logits)
-    return Networks(weights | _saved(converted, OPENVINO_FP16), int8, converted, logits)
+        return Networks(weights | saved(quantised, OPENVINO_INT8), int8, quantised, int8_logits)
+    return Networks(weights | saved(converted, OPENVINO_FP16), int8, converted, logits)
 
 
 def compare(int8_logits: Floats, logits: Floats, labels: Labels) -> Int8:
@@ -109,7 +109,8 @@ def _quantise(model: openvino.Model, training: Sequence[Sample], preprocessing: 
     return quantised
 
 
-def _saved(model: openvino.Model, names: tuple[str, str]) -> dict[str, bytes]:
+def saved(model: openvino.Model, names: tuple[str, str]) -> dict[str, bytes]:
+    """The content of a network's files, graph and weights, by name."""
     with tempfile.TemporaryDirectory() as folder:
         openvino.save_model(model, Path(folder) / names[0])  # compresses floats to 16 bits
         return {name: (Path(folder) / name).read_bytes() for name in names}

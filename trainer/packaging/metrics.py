@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import binom, binomtest
 
 from sorter.classifier.manifest import Coverage, Evaluation
-from trainer.data.layouts import Sample, labels_of
+from trainer.data.layouts import Sample
 
 ERROR_RATES = (0.005, 0.01, 0.02, 0.05)
 THRESHOLDS = (*(round(1 - 10 ** (-step / 20), 6) for step in range(100, 0, -1)), 0.0)
@@ -75,18 +75,16 @@ def calibration_error(probabilities: Floats, labels: Labels) -> float:
     return round(float(np.abs(gaps).sum()) / len(labels), 4)
 
 
-def evaluation(
-    probabilities: Floats, samples: Sequence[Sample], *, data: str, role: Literal["calibration", "test"]
-) -> Evaluation:
+def evaluation(probabilities: Floats, labels: Labels, *, data: str, role: Literal["calibration", "test"]) -> Evaluation:
     """Everything that the manifest says about one set of photos.
 
     Args:
-        probabilities: of the samples, (N, C).
-        samples: the photos.
+        probabilities: of the photos, (N, C).
+        labels: of the photos, (N,).
         data: describes them to the manifest's reader.
         role: whether anything was chosen on them.
     """
-    labels, called = labels_of(samples), probabilities.argmax(1)
+    called = probabilities.argmax(1)
     right = int((called == labels).sum())
     confusion = np.zeros((probabilities.shape[1], probabilities.shape[1]), int)
     np.add.at(confusion, (labels, called), 1)

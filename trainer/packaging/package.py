@@ -4,7 +4,7 @@ In: a network and a dataset. Out: a folder that `sorter run --model` takes.
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,11 @@ from torch import nn
 
 from sorter.classifier import manifest as manifest_module
 from sorter.classifier.engine import open_engine
-from sorter.classifier.manifest import FORMAT_VERSION, NEITHER, EngineName, ErrorRates, LowResolutionPass, Manifest
+from sorter.classifier.manifest import FORMAT_VERSION, NEITHER, EngineName, ErrorRates, Manifest
 from trainer.data.layouts import Sample, labels_of
 from trainer.data.split import Dataset
 from trainer.fitting import features
-from trainer.packaging import cascade, export, metrics, outliers, report
+from trainer.packaging import cascade, export, guard, metrics, outliers, report
 from trainer.packaging.metrics import Floats
 from trainer.packaging.outliers import Distances
 from trainer.progress import Reporter
@@ -87,6 +87,7 @@ def write(
         }
     )
     draft, files, caught = _with_detector(networks, draft, dataset, max_lost, reporter)
+    files |= {guard.FILE: guard.measure(networks.best, draft, dataset.calibration, reporter).as_file()}
     complete, tested = _measured(draft, files, dataset, describe, reporter)
     reporter.say("writing the model folder")
     written = manifest_module.write(folder, complete, files, report.card(complete))
@@ -145,10 +146,10 @@ def _measured(
         draft = manifest_module.write(Path(scratch), draft, files, card="")
         tables, calibrated = _error_rates(Path(scratch), draft, calibration, reporter)
         # The test part is used once, here, after everything has been chosen.
-        tested = _answers(Path(scratch), draft, dataset.test, "testing", reporter)
+        tested = answers(Path(scratch), draft, dataset.test, "testing", reporter)
     evaluations = (
-        metrics.evaluation(calibrated, calibration, data=describe("calibration"), role="calibration"),
-        metrics.evaluation(tested, dataset.test, data=describe("test"), role="test"),
+        metrics.evaluation(calibrated, labels_of(calibration), data=describe("calibration"), role="calibration"),
+        metrics.evaluation(tested, labels_of(dataset.test), data=describe("test"), role="test"),
     )
     return draft.model_copy(update={"error_rates": tables, "evaluations": evaluations}), tested
 
@@ -164,26 +165,22 @@ def _error_rates(
         calibration: the photos.
         reporter: shows progress.
     """
-    labels, tables, answers = labels_of(calibration), [], []
+    labels, tables, calibrated = labels_of(calibration), [], []
     for catch_neither in (False, True) if draft.neither is not None else (False,):
         for name in _ENGINES:
             passes = draft.cascade if name == "openvino" else ()
             title = f"measuring {name}" + (" with --catch-neither" if catch_neither else "")
             by_level = [
-                _answers(folder, draft, calibration, title, reporter, lowest, name, catch_neither=catch_neither)
+                answers(folder, draft, calibration, title, reporter, lowest, name, catch_neither=catch_neither)
                 for lowest in cascade.levels(passes)
             ]
-            answers.append(by_level[0])
-            rates = metrics.risk_coverage(partial(_at, by_level, passes), labels)
+            calibrated.append(by_level[0])
+            rates = metrics.risk_coverage(partial(cascade.at, by_level, passes), labels)
             tables.append(ErrorRates(engine=name, catch_neither=catch_neither, rates=rates))
-    return tuple(tables), answers[0]
+    return tuple(tables), calibrated[0]
 
 
-def _at(by_level: list[Floats], passes: Sequence[LowResolutionPass], threshold: float) -> Floats:
-    return by_level[cascade.level(passes, threshold)]
-
-
-def _answers(
+def answers(
     folder: Path,
     draft: Manifest,
     samples: tuple[Sample, ...],
@@ -199,11 +196,11 @@ def _answers(
     batches = reporter.tracker(title)(
         features.batches(samples, draft.input.preprocessing), -(-len(samples) // features.BATCH)
     )
-    answers = []
+    found = []
     for pixels in batches:
         if not catch_neither:
-            answers.append(opened.classify(pixels))
+            found.append(opened.classify(pixels))
             continue
         probabilities, distances = opened.classify_with_distance(pixels)
-        answers.append(np.where(distances[:, None] > 0, np.float32(-1), probabilities))
-    return np.concatenate(answers)
+        found.append(np.where(distances[:, None] > 0, np.float32(-1), probabilities))
+    return np.concatenate(found)
