@@ -9,6 +9,7 @@ its place, or that was changed, is not looked for.
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -17,7 +18,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 import sorter
-from sorter.files import FAILED, UNSURE, inodes
+from sorter.files import FAILED, UNSURE
 from sorter.files.atomic import new_token
 from sorter.files.photo import Identity, Photo, open_file
 from sorter.history.places_reader import PlacesReader
@@ -73,10 +74,9 @@ class HandMoves:
         Raises:
             ConfigurationError: the history cannot be read.
         """
-        inodes.look((self._output,))
         known = KnownPlaces(self._reader)
         self._newest = known.newest
-        strays = [stray for folder in sorted(self._labels) for stray in known.strays(self._output, folder)]
+        strays = [stray for folder in sorted(self._labels) for stray in known.strays(self._output, folder, self._takes)]
         if not strays:
             return []
         found: list[HandMove] = []
@@ -86,9 +86,8 @@ class HandMoves:
             rows = [Row(entry, *files[entry.id], self._reader.digests(entry)) for entry in entries]
             found += [HandMove(row.entry, stray) for row, stray in match(rows, some, self._digest, common)]
         found.sort(key=lambda move: move.entry.id)
-        taken = {move.stray.place for move in found}
-        free = {stray.place: stray for stray in strays if stray.is_unrecorded and stray.place not in taken}
-        return [each for move in found for each in (move, *self._moved_along(move, free))]
+        taken: set[str] = set()
+        return [each for move in found for each in (move, *self._moved_along(move, taken))]
 
     def record(self, moves: Sequence[HandMove], history: History) -> int:
         """Record what was found, and the verdicts that lie in it; what is not so any more is left out.
@@ -138,21 +137,34 @@ class HandMoves:
                 raise OSError(f"{stray.place} has changed")
         return digest
 
-    def _moved_along(self, photo: HandMove, free: dict[str, Stray]) -> Iterator[HandMove]:
+    def _takes(self, name: str) -> bool:
+        return not self._sidecars.is_sidecar(name)
+
+    def _moved_along(self, photo: HandMove, taken: set[str]) -> Iterator[HandMove]:
         """The sidecars of a photo that are beside it again; those that stayed behind are where the history has them."""
         folder, base = os.path.split(photo.stray.place)
         for sidecar in self._reader.sidecars(photo.entry):
             own = _base(sidecar.place)
             names = [self._sidecars.renamed(own, _base(photo.entry.place), base)]
             names += [own] if self._sidecars.rank(own, base) is not None else []
-            stray = next(filter(None, (free.get(f"{folder}/{name}") for name in names)), None)
+            found = filter(None, (self._look(f"{folder}/{name}") for name in names))
+            stray = next((stray for stray in found if stray.place not in taken), None)
             if stray is None or os.path.lexists(sidecar.destination):
                 continue
             # Its owner's programs write to it; then it is the photo's if no other photo there could own it.
             owners = FolderListing(self._output, folder, self._sidecars).photos(stray.base)
             if sidecar.has_version(stray.status) or owners == [base]:
-                del free[stray.place]
+                taken.add(stray.place)
                 yield HandMove(sidecar, stray)
+
+    def _look(self, place: str) -> Stray | None:
+        """A file that the history has never had at its place."""
+        try:
+            status = os.lstat(self._output / place)
+        except OSError:
+            return None
+        is_new = stat.S_ISREG(status.st_mode) and not self._reader.has_newer(place, 0)
+        return Stray(place, status, is_unrecorded=True) if is_new else None
 
     def _is_so(self, move: HandMove) -> bool:
         """Whether a file is still where it was found, and the history has nothing newer of it."""

@@ -10,7 +10,7 @@ import stat
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,9 +72,16 @@ class KnownPlaces:
         self.newest = last
         """The `id` of the last move."""
 
-    def strays(self, output: Path, folder: str) -> Iterator[Stray]:
-        """The files in a folder of the output, and in those inside it, that the history does not expect there."""
-        for inner, device, files in _listed(output, folder):
+    def strays(self, output: Path, folder: str, takes: Callable[[str], bool]) -> Iterator[Stray]:
+        """The files in a folder of the output, and in those inside it, that the history does not expect there.
+
+        Args:
+            output: of the history.
+            folder: such as `cats`.
+            takes: whether a file may be a photo, by its name. One that has the size of no photo is none either.
+        """
+        sizes = np.unique(self._sizes[self._is_photo != 0])
+        for inner, device, files in _listed(output, folder, takes):
             paths = [os.fsencode(f"{inner}/{name}") for name, _ in files]
             for number, is_unrecorded in self._unexpected(paths, [inode for _, inode in files], device):
                 place = os.fsdecode(paths[number])
@@ -82,7 +89,8 @@ class KnownPlaces:
                     status = os.lstat(output / place)
                 except OSError:  # moved on meanwhile
                     continue
-                if stat.S_ISREG(status.st_mode):
+                at = int(np.searchsorted(sizes, status.st_size))
+                if stat.S_ISREG(status.st_mode) and at < len(sizes) and sizes[at] == status.st_size:
                     yield Stray(place, status, is_unrecorded)
 
     def _unexpected(self, paths: Sequence[bytes], numbers: Sequence[int], device: int) -> Iterator[tuple[int, bool]]:
@@ -140,7 +148,9 @@ class KnownPlaces:
         return {id_: (self._devices[number], _unsigned(inode)) for id_, number, inode in rows}, common
 
 
-def _listed(output: Path, folder: str) -> Iterator[tuple[str, int, list[tuple[str, int]]]]:
+def _listed(
+    output: Path, folder: str, takes: Callable[[str], bool]
+) -> Iterator[tuple[str, int, list[tuple[str, int]]]]:
     """A folder and those inside it, with their device, and the names and inode numbers of some files at a time."""
     folders = [folder]
     while folders:
@@ -154,7 +164,7 @@ def _listed(output: Path, folder: str) -> Iterator[tuple[str, int, list[tuple[st
                         continue
                     if entry.is_dir(follow_symlinks=False):
                         folders.append(f"{inner}/{entry.name}")
-                    else:
+                    elif takes(entry.name):
                         files.append((entry.name, entry.inode()))
                     if len(files) == _AT_ONCE:
                         yield inner, device, files
