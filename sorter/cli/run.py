@@ -9,9 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
 
 import structlog
@@ -38,8 +39,7 @@ from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
 if TYPE_CHECKING:
-    from sorter.classifier.engine import Engine
-    from sorter.pipeline.pipeline import Pipeline
+    from sorter.pipeline.pipeline import Stages
     from sorter.service.loop import Service
     from sorter.service.metrics import Metrics
 
@@ -50,6 +50,44 @@ _PATIENCE_SECONDS = 2.0
 _FULL_SECONDS = 2.0
 
 
+class Described(Protocol):
+    """What a log says of an engine, here or on other machines; as in `Engine`."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def device(self) -> str: ...  # noqa: D102
+    @property
+    def precision(self) -> str: ...  # noqa: D102
+    @property
+    def unused_gpu(self) -> str: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model that is ready to decide on photos.
+
+    Attributes:
+        engine: what runs it.
+        start: starts the pipeline, with the arguments of `Pipeline.start` after the engine.
+    """
+
+    engine: Described
+    start: "Callable[..., Stages]"
+
+
+def open_here(settings: Settings, model: Manifest, _stack: ExitStack) -> Opened:
+    """Load the model in this process.
+
+    Raises:
+        ConfigurationError, ModelError, NotNowError: as `preflight.open_engine`.
+    """
+    from sorter.pipeline.pipeline import Pipeline  # takes long to import, and most mistakes have been reported by now
+
+    engine = preflight.open_engine(settings, model)
+    return Opened(engine, partial(Pipeline.start, engine))
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `sorter run`."""
     parser.add_argument_group("what to print").add_argument(
@@ -57,8 +95,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(settings: Settings, *, as_json: bool) -> ExitCode:
+def run(
+    settings: Settings, *, as_json: bool, open_model: Callable[[Settings, Manifest, ExitStack], Opened] = open_here
+) -> ExitCode:
     """Sort the inbox: once, or until told to stop.
+
+    Args:
+        open_model: makes the model ready, and has the stack end what it started.
 
     Raises:
         SorterError: something is wrong, or sorting cannot continue.
@@ -73,22 +116,23 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
 
     # Imported here because they take long, and most mistakes have been reported by now.
     from sorter.decoding.decoders import default_workers
-    from sorter.pipeline.pipeline import Pipeline
     from sorter.service.loop import Service
 
     shutdown = Shutdown(idle_code=ExitCode.INCOMPLETE if settings.once else ExitCode.DONE)
     shutdown.listen()
-    # Everything that ends with `ExitCode.USAGE` comes before the first change to a folder.
-    engine = preflight.open_engine(settings, model)
-    if late:
-        _wait_for_inbox(settings)
-        preflight.check_folders(settings, model)
-    inbox, output = preflight.watched(settings, model), settings.output_folder.absolute()
-    this_run = Run(uuid4().hex[:12], sorter.__version__, model.name)
-    log_fields: dict[str, object] = {"run": this_run.id, "model": model.name}
-    log_fields |= {name: True for name in ("dry_run", "link") if getattr(settings, name)}
-    metrics = _serve_metrics(settings, model, engine)
     with ExitStack() as stack:
+        # Everything that ends with `ExitCode.USAGE` comes before the first change to a folder.
+        opened = open_model(settings, model, stack)
+        engine = opened.engine
+        shutdown.listen()  # again, because Ray takes the signals
+        if late:
+            _wait_for_inbox(settings)
+            preflight.check_folders(settings, model)
+        inbox, output = preflight.watched(settings, model), settings.output_folder.absolute()
+        this_run = Run(uuid4().hex[:12], sorter.__version__, model.name)
+        log_fields: dict[str, object] = {"run": this_run.id, "model": model.name}
+        log_fields |= {name: True for name in ("dry_run", "link") if getattr(settings, name)}
+        metrics = _serve_metrics(settings, model, engine)
         inbox_lock, history, waiting = None, None, 0
         if not settings.dry_run:
             inbox_lock, history, waiting = _open_folders(settings, inbox.root, output, this_run, stack)
@@ -101,8 +145,7 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
         if bar is not None:
             shutdown.restore_terminal = stream.show_cursor
         hook = None if command is None or settings.dry_run else _start_hook(command, log_fields, shutdown, stack)
-        pipeline = Pipeline.start(
-            engine,
+        pipeline = opened.start(
             model,
             mover,
             history,
@@ -152,7 +195,7 @@ def _wait_for_inbox(settings: Settings) -> None:
         time.sleep(_INBOX_SECONDS)
 
 
-def _watch(service: "Service", inbox: Inbox, pipeline: "Pipeline", metrics: "Metrics | None") -> Counters:
+def _watch(service: "Service", inbox: Inbox, pipeline: "Stages", metrics: "Metrics | None") -> Counters:
     from sorter.inbox.watcher import Watcher
 
     watcher = Watcher(inbox)
@@ -161,7 +204,7 @@ def _watch(service: "Service", inbox: Inbox, pipeline: "Pipeline", metrics: "Met
     return service.run(watcher)
 
 
-def _serve_metrics(settings: Settings, model: Manifest, engine: "Engine") -> "Metrics | None":
+def _serve_metrics(settings: Settings, model: Manifest, engine: Described) -> "Metrics | None":
     if not settings.metrics_port or settings.once:
         return None
     from sorter.service.metrics import Metrics  # needs the extra `metrics`
@@ -239,7 +282,7 @@ def _open_history(inbox: Path, output: Path, state_dir: Path | None, run: Run, s
 
 
 def _log_start(
-    settings: Settings, model: Manifest, engine: "Engine", inbox: Path, output: Path, log_fields: dict[str, object]
+    settings: Settings, model: Manifest, engine: Described, inbox: Path, output: Path, log_fields: dict[str, object]
 ) -> None:
     log = structlog.get_logger()
     log.info(
