@@ -4,10 +4,8 @@ import argparse
 import re
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 from sorter import extras
-from sorter.classifier import manifest as manifests
 from sorter.classifier.manifest import Manifest
 from sorter.cli import check as check_command
 from sorter.cli import options, preflight
@@ -57,9 +55,21 @@ def cluster(
     if not _URL.match(inbox):
         return _with_folders(settings, action, address, workers, decide_only=decide_only)
     _refuse_of_folders(settings)
-    for module in ("boto3", "pyarrow"):
+    for module in ("boto3", "pyarrow", "ray"):
         extras.require(module, "cluster", "sorter cluster with an object store")
-    raise NotImplementedError
+    from sorter.cli import object_store
+
+    urls = (_url(inbox), _url(output))
+    if action == "run":
+        return object_store.run(settings, *urls, address=address, nodes=workers, decide_only=decide_only)
+    if action == "check":
+        return object_store.check(settings, *urls)
+    return {"status": object_store.status, "undo": object_store.undo}[action](settings, *urls, job)
+
+
+def _url(path: str) -> str:
+    """A URL that has been taken for a path, and has lost a slash."""
+    return _URL.sub(r"\1://", path)
 
 
 def _check_options(

@@ -101,6 +101,8 @@ def run(
     """Sort the inbox: once, or until told to stop.
 
     Args:
+        settings: all of them.
+        as_json: print the decisions of a dry run as JSON.
         open_model: makes the model ready, and has the stack end what it started.
 
     Raises:

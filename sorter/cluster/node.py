@@ -13,6 +13,7 @@ from typing import Any, Literal
 import sorter
 from sorter.classifier import engine, manifest
 from sorter.cluster.deciding import Decider
+from sorter.cluster.stores import Mode
 from sorter.decisions import Outcome
 from sorter.errors import ConfigurationError, ModelError
 from sorter.files.photo import Identity, Photo
@@ -30,6 +31,7 @@ class Setup:
         model_digest: of the model's manifest, and so of the whole model.
         engine: which one the threshold was measured with; empty if that does not matter.
         workers: decoder processes.
+        place: for an object store, where the job's objects are.
     """
 
     version: str
@@ -37,16 +39,38 @@ class Setup:
     model_digest: str
     engine: str
     workers: int
+    place: "Place | None" = None
 
 
-def setup(settings: Settings, engine_name: str, workers: int) -> Setup:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a job's objects and files are.
+
+    Attributes:
+        inbox, output: URLs of buckets.
+        inbox_prefix, output_prefix: of keys; empty, or with a slash at the end.
+        folder: prefix of the job's own files in the output's bucket.
+        mode: what the output's bucket was found to do.
+        decide_only: move nothing.
+    """
+
+    inbox: str
+    inbox_prefix: str
+    output: str
+    output_prefix: str
+    folder: str
+    mode: Mode
+    decide_only: bool = False
+
+
+def setup(settings: Settings, engine_name: str, workers: int, place: Place | None = None) -> Setup:
     """What the nodes are told."""
     values = settings.model_dump()
     if settings.model == SHIPPED_MODEL:
         values["model"] = None
     else:
         values["model"] = settings.model.absolute()
-    return Setup(sorter.__version__, values, model_digest(settings.model), engine_name, workers)
+    return Setup(sorter.__version__, values, model_digest(settings.model), engine_name, workers, place)
 
 
 def model_digest(model: Path) -> str:
@@ -101,7 +125,7 @@ class Node:
         host = os.uname().nodename
         if given.version != sorter.__version__:
             raise ConfigurationError(
-                f"the node {host} has sorter {sorter.__version__}, and this is {given.version}: install the same version"
+                f"the node {host} has sorter {sorter.__version__}, and this is {given.version}: install the same"
             )
         values = dict(given.settings)
         values["model"] = values["model"] or SHIPPED_MODEL

@@ -1,7 +1,7 @@
 """Nodes decide on the photos of a folder that all machines share; this process moves them, as `sorter run` does.
 
-In: settled photos. Out: an `Outcome` for each. It stands in for the pipeline of one machine: everything before and after
-decoding and classifying (scan, sidecars, locks, history, recovery, undo) is what it is there.
+In: settled photos. Out: an `Outcome` for each. It stands in for the pipeline of one machine: everything before and
+after decoding and classifying (scan, sidecars, locks, history, recovery, undo) is what it is there.
 
     submit → chunks → [nodes: decode, classify] → decisions → [MoveStage (a thread)] → outcomes
 """
