@@ -14,8 +14,15 @@ from urllib.parse import urlsplit
 from sorter.errors import ConfigurationError
 from sorter.extras import require
 
-Mode = Literal["copy", "multipart"]
-"""How a store copies an object to a free name only: in one request, or as the last step of a multipart upload."""
+Mode = Literal["copy", "multipart", "upload"]
+"""How a store copies an object to a free name only: in one request; as the last step of a multipart upload; or not at
+all, so that the bytes have to come here and go back."""
+
+MARK = "sorter-move"
+"""The name in a copy's metadata of the token that says which move made it."""
+
+MODIFIED = "sorter-modified"
+"""The name in a copy's metadata of the time at which its first original was written: the store gives it another one."""
 
 ARCHIVED = frozenset({"GLACIER", "DEEP_ARCHIVE"})
 """Storage classes whose objects cannot be read until somebody pays for their restoration."""
@@ -99,18 +106,16 @@ class Store(Protocol):
         """
         ...
 
-    def copy_new(
-        self, item: StoredObject, source: "Store", key: str, marks: Mapping[str, str], mode: Mode
-    ) -> str | None:
-        """Copy exactly this version to a key of this bucket if that is free, inside the store.
+    def copy_new(self, item: StoredObject, source: "Store", key: str, token: str, mode: Mode) -> str | None:
+        """Copy exactly this version to a key of this bucket if that is free.
 
-        Metadata, headers, tags, storage class and encryption are kept, and `marks` are added to the metadata.
+        Metadata, headers, tags, storage class and encryption are kept; `MARK` and `MODIFIED` are added to the metadata.
 
         Args:
             item: what to copy; its key is one of `source`.
             source: the bucket that has it, which may be this one.
             key: where to.
-            marks: metadata to add.
+            token: of the move, for `MARK`.
             mode: what `probe` found.
 
         Returns:
@@ -123,6 +128,10 @@ class Store(Protocol):
 
     def delete_exact(self, item: StoredObject) -> Literal["deleted", "gone", "changed"]:
         """Delete an object if it still is this version; `gone` if there is none, `changed` if there is another."""
+        ...
+
+    def remove_own(self, key: str) -> None:
+        """Delete an object of the sorter's own, below a `.sorter/`, whatever version it is."""
         ...
 
 
