@@ -185,8 +185,11 @@ def _known(settings: Settings, inbox: str, output: str, job_id: str | None) -> J
 def _probe(job: Job) -> Mode:
     """How objects are moved; a store that cannot do it safely is refused."""
     mode = probe(job.output, job.output_prefix)
-    # Objects are deleted there, and come back to it.
-    return mode if job.inbox.url == job.output.url else max(mode, probe(job.inbox, job.inbox_prefix))
+    if job.inbox.url != job.output.url and (other := probe(job.inbox, job.inbox_prefix)) != mode:
+        raise ConfigurationError(
+            f"{job.inbox.url} and {job.output.url} are of different kinds ({other}, {mode}): use buckets of one store"
+        )
+    return mode
 
 
 def _bar(settings: Settings, stream: logs.LogStream, stack: ExitStack, total: int) -> Callable[[int], None]:

@@ -1,4 +1,4 @@
-"""One inbox in an object store, sorted by many nodes: what a job is, what is left of it, and the loop that deals it out.
+"""One inbox in an object store, sorted by many nodes: what a job is, what is left of it, and the loop that deals it.
 
 In: URLs and settings. Out: every shard finished, or a reason why not. The job's files are all that it remembers:
 whoever runs the same command again, anywhere, goes on from there.

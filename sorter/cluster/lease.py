@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+from uuid import uuid4
 
 from sorter.cluster.stores import Store
 from sorter.errors import NotNowError, SorterError, StoreError
@@ -80,6 +81,7 @@ class Lease:
         self._store, self._folder = store, folder
         self._ending = threading.Event()
         self._error: SorterError | None = None
+        self._token = uuid4().hex
         last = holder(store, folder)
         self._number = last.number
         if last.is_fresh or not self._renew():
@@ -120,9 +122,11 @@ class Lease:
             "host": os.uname().nodename,
             "boot": _boot(),
             "released": released,
+            "token": self._token,
         }
-        key = f"{self._folder}lease/{self._number + 1:08d}.json"
-        if not self._store.put_new(key, json.dumps(content).encode()):
+        key, data = f"{self._folder}lease/{self._number + 1:08d}.json", json.dumps(content).encode()
+        # If the answer to a first try was lost, the second one finds the key taken, by this process.
+        if not self._store.put_new(key, data) and self._store.read(key) != data:
             return False
         self._number += 1
         return True

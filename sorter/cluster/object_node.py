@@ -7,17 +7,17 @@ on the same shard: the first decisions that were written are what all of them go
 import os
 import queue
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 
+from sorter.cluster.families import families
 from sorter.cluster.node import Description, Node, Place, Setup
 from sorter.cluster.object_mover import ObjectMover
 from sorter.cluster.scratch import Scratch
 from sorter.cluster.shard_mover import PHOTOS, TRANSFERS, ShardMover
-from sorter.cluster.shards import Attempt, Decided, JobFiles, MovedRow
+from sorter.cluster.shards import Decided, JobFiles, MovedRow
 from sorter.cluster.stores import StoredObject, open_store
 from sorter.decisions import Outcome
 from sorter.errors import ChangedError, ObjectError, Reason
@@ -27,6 +27,7 @@ from sorter.inbox.sidecars import SidecarNames, is_photo
 
 MAX_DEATHS = 3
 """So often a shard may kill its node before it is halved, and a single photo before it is blamed."""
+_RETURNED = "returned/"  # attempts that ended, without a result
 _FINISHED_BEFORE = 3600.0  # an object is complete once it is listed: its copy must not look as if it just arrived
 
 
@@ -72,12 +73,10 @@ class ObjectNode(Node):
         """
         decisions = self._files.read_decisions(name)
         if decisions is None:
-            host = f"{os.uname().nodename} {os.getpid()}"
-            number = self._files.begin_attempt(name, Attempt(host, datetime.now(UTC)))
+            number = self._files.begin_attempt(name, f"process {os.getpid()} on {os.uname().nodename}")
             if number <= MAX_DEATHS or self._deaths(name, number) < MAX_DEATHS:
                 decisions = self._decided(name, number)
-            elif halves := self._files.split(name):
-                self._files.put_moves(name, [])
+            elif halves := self._files.split(name, self._sidecars):
                 return Result(halves=tuple(halves))
             else:
                 decisions = self._files.put_decisions(name, self._blamed(self._files.read_shard(name)))
@@ -97,18 +96,14 @@ class ObjectNode(Node):
 
     def _deaths(self, name: str, number: int) -> int:
         """How many attempts before this one ended without a word."""
-        marks = sum(item.key.endswith(_RETURNED) for item in self._output.list(self._attempt(name, "")))
-        return number - 1 - marks
-
-    def _attempt(self, name: str, number: str) -> str:
-        return f"{self._files.folder}attempts/{name}.{number}"
+        return number - 1 - sum(1 for _ in self._output.list(f"{self._files.folder}{_RETURNED}{name}."))
 
     def _decided(self, name: str, number: int) -> list[Decided]:
         try:
             return self._files.put_decisions(name, self._decide(self._files.read_shard(name)))
         except Exception:
             # The shard did not kill anything: the store or the model's machine was the reason.
-            self._output.put_new(self._attempt(name, f"{number}{_RETURNED}"), b"")
+            self._output.put_new(f"{self._files.folder}{_RETURNED}{name}.{number}", b"")
             raise
 
     def _decide(self, items: Sequence[StoredObject]) -> list[Decided]:
@@ -155,22 +150,17 @@ class ObjectNode(Node):
         return f"{self._place.output_prefix}{folder}/{key.removeprefix(self._place.inbox_prefix)}"
 
     def _followers(self, items: Sequence[StoredObject]) -> dict[str, str]:
-        """The sidecars among the objects, and the photo of each, by key."""
-        names = self._sidecars
-        folders: dict[str, list[str]] = defaultdict(list)
-        for item in items:
-            folder, _, base = item.key.rpartition("/")
-            folders[folder].append(base)
+        """The sidecars among the objects, and the photo of each, by key; the last of those that fit equally well."""
         found: dict[str, str] = {}
-        for folder, bases in folders.items():
-            photos = [base for base in bases if is_photo(base)]
-            for base in filter(names.is_sidecar, bases):
-                ranks = {photo: names.rank(base, photo) for photo in photos if photo != base}
+        for family in families(items, self._sidecars):
+            names = {item.key: item.key.rpartition("/")[2] for item in family}
+            photos = [key for key, name in names.items() if is_photo(name)]
+            for key, name in names.items():
+                ranks = {photo: self._sidecars.rank(name, names[photo]) for photo in photos if photo != key}
                 fitting = [(rank, photo) for photo, rank in ranks.items() if rank is not None]
-                if fitting:
+                if fitting and self._sidecars.is_sidecar(name):
                     best = min(rank for rank, _ in fitting)
-                    photo = max(photo for rank, photo in fitting if rank == best)
-                    found[_joined(folder, base)] = _joined(folder, photo)
+                    found[key] = max(photo for rank, photo in fitting if rank == best)
         return found
 
     def _following(self, row: Decided, photo: Decided | None) -> Decided:
@@ -237,9 +227,6 @@ class ObjectNode(Node):
             reason=None if reason is None else str(reason),
             detail=decision.detail or decision.decoded.detail or None,
         )
-
-
-_RETURNED = ".returned"
 
 
 def _joined(folder: str, base: str) -> str:
