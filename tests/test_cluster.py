@@ -1,6 +1,7 @@
 """What the cluster's parts promise without a cluster or a store: deciding, scratch space, nodes, flags, refusals."""
 
 import fcntl
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from pathlib import Path
 import pytest
 from conftest import GREEN, RED, RedGreenEngine, make_tree, plain
 
-from sorter import extras
 from sorter.classifier.manifest import Manifest
 from sorter.cli.main import main
 from sorter.cluster.deciding import Decider
@@ -197,10 +197,9 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(flags: str, said: str, cap
 
 
 def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    missing = {"ray", "boto3", "pyarrow"}
-    found = extras.importlib.util.find_spec
+    missing, found = {"ray", "boto3", "pyarrow"}, importlib.util.find_spec
     monkeypatch.setattr(
-        extras.importlib.util, "find_spec", lambda name, *rest: None if name in missing else found(name, *rest)
+        importlib.util, "find_spec", lambda name, *rest: None if name in missing else found(name, *rest)
     )
     for place in ("s3://photos/in", "."):
         assert main(["cluster", "run", "--inbox", place]) == 2

@@ -19,8 +19,8 @@ from sorter.classifier.manifest import Manifest
 from sorter.cluster import shard_mover
 from sorter.cluster.listing import list_new
 from sorter.cluster.node import Place, model_digest
-from sorter.cluster.object_node import Result
 from sorter.cluster.pool import Finished, Pool, Task
+from sorter.cluster.shard_sorter import Result
 from sorter.cluster.shards import JobFiles
 from sorter.cluster.stores import Mode, Store
 from sorter.errors import ConfigurationError, NotNowError

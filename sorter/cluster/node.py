@@ -115,6 +115,7 @@ class Node:
     """One node. Ray calls its methods from several threads; `begin` comes first."""
 
     _decider: Decider
+    _settings: Settings
 
     def begin(self, given: Setup) -> Description:
         """Load the model.
@@ -147,7 +148,7 @@ class Node:
                 f"the node {host} runs the model with {opened.name}, and --max-error-rate was measured with "
                 f"{given.engine}: set --engine and --device"
             )
-        self._settings, self._model = settings, model
+        self._settings = settings
         self._decider = Decider(opened, model, settings, given.workers)
         return Description(opened.name, opened.device, opened.precision, opened.unused_gpu)
 
