@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Server:
         """The same server behind another address."""
         return Server(endpoint, self.user, self.secret)
 
+    @cached_property
     def client(self) -> Any:
         """A plain client, with which the tests look at the server past the sorter's code."""
         return boto3.session.Session().client(
