@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 TOKEN = "ab" * 32
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
@@ -95,7 +96,7 @@ def processes(name: str, parent: int) -> list[int]:
 def main(count: int) -> None:
     from ray.cluster_utils import Cluster
 
-    small = {"object_store_memory": 80_000_000, "include_dashboard": False}
+    small: dict[str, Any] = {"object_store_memory": 80_000_000, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
     nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(count)]
     print(f"> {cluster.address}", flush=True)
@@ -105,7 +106,7 @@ def main(count: int) -> None:
         else:
             cluster.remove_node(nodes.pop(0), allow_graceful=False)
         print("> done", flush=True)
-    cluster.shutdown()
+    cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class Photos:
     """A bucket of its own, with an inbox."""
 
     def __init__(self, server: Server, name: str) -> None:
-        self.server, self.bucket, self.client = server, name, server.client()
+        self.server, self.bucket, self.client = server, name, server.client
         self.client.create_bucket(Bucket=name)
         self.urls = ("--inbox", f"s3://{name}/in", "--output", f"s3://{name}/sorted")
 
