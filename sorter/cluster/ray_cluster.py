@@ -7,13 +7,14 @@ to the cluster without its token, unless the user's environment says otherwise.
 import contextlib
 import os
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sorter import extras
+from sorter.cluster.scratch import PrivateFolder
 from sorter.errors import ConfigurationError, NotNowError
 from sorter.processors import available_cpus
 
@@ -56,25 +57,27 @@ def connected(address: str | None) -> Iterator[Any]:
     folder = None
     try:
         if address is None:
-            folder = tempfile.mkdtemp(prefix=_LOCAL_PREFIX)
+            folder = PrivateFolder(Path(tempfile.gettempdir()), _LOCAL_PREFIX)
             ray.init(
                 num_cpus=available_cpus(),
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
-                _temp_dir=folder,
+                _temp_dir=str(folder.path),
                 **quiet,
             )
         else:
             ray.init(address=address, **quiet)
     except Exception as error:  # whatever Ray and gRPC raise here
-        _remove(folder)
+        if folder is not None:
+            folder.close()
         where = "Ray did not start on this machine" if address is None else f"there is no Ray cluster at {address}"
         raise NotNowError(f"{where} ({_first_line(error)}): start it, or check --address and RAY_AUTH_TOKEN") from error
     try:
         yield ray
     finally:
         ray.shutdown()
-        _remove(folder)
+        if folder is not None:
+            folder.close()
 
 
 def shape(ray: Any, device: str, nodes: int | None) -> Shape:
@@ -111,11 +114,6 @@ def _prepare_environment(*, local: bool) -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # otherwise Ray writes one to the home folder
     # A node that uses no GPU may still look at one that Ray does not know of.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-
-
-def _remove(folder: str | None) -> None:
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _first_line(error: Exception) -> str:

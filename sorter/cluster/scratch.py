@@ -15,8 +15,30 @@ IN_FLIGHT_BYTES = 1_000_000_000
 """So much of an inbox lies in the folder at a time; a single photo may be larger."""
 
 _IN_MEMORY = Path("/dev/shm")  # noqa: S108
-_PREFIX = "sorter-node-"
 _LOCK = "lock"
+
+
+class PrivateFolder:
+    """A new folder for this process. What killed processes left of the same kind is removed.
+
+    Args:
+        parent: a folder for temporary files.
+        prefix: of its name, for this kind.
+    """
+
+    def __init__(self, parent: Path, prefix: str) -> None:
+        _remove_abandoned(parent, prefix)
+        self.path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        # Held as long as this process lives, however it ends; named once it is held, or another process might take it.
+        unnamed = self.path / f"{_LOCK}.new"
+        self._lock = os.open(unnamed, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unnamed.rename(self.path / _LOCK)
+
+    def close(self) -> None:
+        """Remove it."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
 
 
 class Scratch:
@@ -27,12 +49,8 @@ class Scratch:
     """
 
     def __init__(self, limit_bytes: int = IN_FLIGHT_BYTES) -> None:
-        parent = _parent(limit_bytes)
-        _remove_abandoned(parent)
-        self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        # Held as long as this process lives, however it ends.
-        self._lock = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._private = PrivateFolder(_parent(limit_bytes), "sorter-node-")
+        self.folder = self._private.path
         self._limit_bytes, self._reserved_bytes, self._count = limit_bytes, 0, 0
         self._free = threading.Condition()
 
@@ -60,8 +78,7 @@ class Scratch:
 
     def close(self) -> None:
         """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._lock)
+        self._private.close()
 
 
 def _parent(limit_bytes: int) -> Path:
@@ -72,8 +89,8 @@ def _parent(limit_bytes: int) -> Path:
     return Path(tempfile.gettempdir())
 
 
-def _remove_abandoned(parent: Path) -> None:
-    for folder in parent.glob(f"{_PREFIX}*"):
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    for folder in parent.glob(f"{prefix}*"):
         with suppress(OSError):
             descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
