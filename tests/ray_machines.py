@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 TOKEN = "ab" * 32
-ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": TOKEN,
+    "RAY_worker_niceness": "0",
+}
 
 
 class Machines:

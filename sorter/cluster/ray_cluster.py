@@ -112,6 +112,8 @@ def _prepare_environment(*, local: bool) -> None:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if local and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # otherwise Ray writes one to the home folder
+    # By default Ray's workers give way to everything else on the machine; here they are as nice as the command is.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     # A node that uses no GPU may still look at one that Ray does not know of.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
