@@ -60,13 +60,13 @@ def run(
         totals = Totals(Counter())
         if to_do:
             ray = stack.enter_context(ray_cluster.connected(address))
+            shutdown.listen()  # again, because Ray takes the signals
             shape = ray_cluster.shape(ray, settings.device, nodes)
             place = job.place(mode, decide_only=decide_only)
             setup = node.setup(settings, preflight.measured_engine(settings, model), shape.cpus, place)
             pool = Pool(ray, shape, setup, ObjectNode)
             stack.callback(pool.finish)
             pool.await_first()
-            shutdown.listen()  # again, because Ray takes the signals
             shutdown.move_lock = threading.Lock()  # a second signal ends it at once: the same command goes on
             show = _bar(settings, stream, stack, (len(to_do) - 1) * SHARD_ROWS + len(job.files.read_shard(to_do[-1])))
             loop = jobs.Run(
