@@ -205,6 +205,8 @@ class Run:
                 self._give(self._waiting.pop())
             for finished in pool.wait(_WAIT_SECONDS):
                 self._receive(finished)
+            if self._stopping():
+                pool.drop_waiting()
             pool.check_progress()
             self._check()
             self._on_progress(self.totals, pool.photos)

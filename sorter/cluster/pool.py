@@ -123,6 +123,10 @@ class Pool:
             self._queue.append(task)
         self._assign()
 
+    def drop_waiting(self) -> None:
+        """Forget the tasks that no node has begun."""
+        self._queue.clear()
+
     def wait(self, timeout_seconds: float) -> Iterator[Finished]:
         """The tasks that have ended, waiting for the first.
 

@@ -16,7 +16,7 @@ from typing import Self
 from sorter.classifier.manifest import Manifest
 from sorter.cluster.node import Judged
 from sorter.cluster.pool import TASKS_PER_NODE, Finished, Pool, Task
-from sorter.decisions import Decided, Decision, Outcome
+from sorter.decisions import Decided, Decision, Outcome, kept
 from sorter.decoding.decoded import Decoded
 from sorter.errors import Reason
 from sorter.files import FAILED
@@ -46,8 +46,8 @@ class _Chunk:
 class RemotePipeline:
     """The running stages. Used by one thread, the service's loop; built by `start`."""
 
-    def __init__(self, pool: Pool, moving: MoveStage, stopping: threading.Event) -> None:
-        self._pool, self._moving, self._stopping = pool, moving, stopping
+    def __init__(self, pool: Pool, moving: MoveStage, stopping: threading.Event, sorted_again: str | None) -> None:
+        self._pool, self._moving, self._stopping, self._sorted_again = pool, moving, stopping, sorted_again
         self._forming: list[Photo] = []
         self._chunks: queue.Queue[_Chunk] = queue.Queue()
         # Photos of a few chunks for each node, so that none is idle, and memory stays constant.
@@ -78,7 +78,7 @@ class RemotePipeline:
         """Start the threads; the arguments are those of `Pipeline.start`, with the nodes in place of the engine."""
         stopping = threading.Event()
         batch_mover = BatchMover(mover, history, run=run, patient=False, stopping=stopping, flat=settings.flat)
-        pipeline = cls(pool, MoveStage(batch_mover, on_moved, measures or Measures()), stopping)
+        pipeline = cls(pool, MoveStage(batch_mover, on_moved, measures or Measures()), stopping, sorted_again)
         for thread in pipeline._threads:
             thread.start()
         return pipeline
@@ -210,7 +210,8 @@ class RemotePipeline:
         chunk: _Chunk = finished.task.tag
         if not finished.died:
             by_name = {photo.name: photo for photo in chunk.photos}
-            self._move([_decided(by_name[judged.name], judged) for judged in finished.result])
+            decided = [_decided(by_name[judged.name], judged) for judged in finished.result]
+            self._move([kept(item, self._sorted_again) for item in decided])
             return
         photos, deaths = chunk.photos, chunk.deaths + 1
         if deaths < MAX_DEATHS:

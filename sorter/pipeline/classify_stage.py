@@ -14,7 +14,7 @@ import numpy.typing as npt
 from sorter.classifier.engine import Engine
 from sorter.classifier.manifest import Manifest
 from sorter.deadlines import Deadline
-from sorter.decisions import Decided, Decision, Outcome, decide, decide_unclassified, unanswered
+from sorter.decisions import Decided, decide, decide_unclassified, kept, unanswered
 from sorter.decoding.decoded import Decoded
 from sorter.pipeline.batcher import Batcher
 from sorter.pipeline.measures import Measures
@@ -65,12 +65,7 @@ class ClassifyStage:
                 decided += self._classify(ready)
             for decoded in ready:
                 self._release(decoded.row)
-            self._moving.put([self._kept(item) for item in decided])
-
-    def _kept(self, item: Decided) -> Decided:
-        if isinstance(item, Decision) and item.folder == self._sorted_again:
-            return Outcome(item.decoded.photo, "kept", item)
-        return item
+            self._moving.put([kept(item, self._sorted_again) for item in decided])
 
     def _classify(self, ready: list[Decoded]) -> list[Decided]:
         rows = [decoded.row for decoded in ready]
