@@ -156,9 +156,9 @@ def test_it_goes_on_after_every_kill_and_no_photo_is_lost_or_there_twice(
 ) -> None:
     """Actors, machines and commands die; what is finished is never fetched again."""
     generator = random.Random(7)
-    files = {photo.name: photo.read_bytes() for photo in samples(shared, 400)}
+    files = {photo.name: photo.read_bytes() for photo in samples(shared, 800)}
     bucket.put(files)
-    job = small_shards(bucket, 10)
+    job = small_shards(bucket, 8)
     killed, finished_at_start = Counter[str](), dict[int, set[str]]()
     with machines(2, tmp_path) as cluster:
         commands = 0
@@ -166,7 +166,7 @@ def test_it_goes_on_after_every_kill_and_no_photo_is_lost_or_there_twice(
             finished_at_start[len(line.requests)] = job.files.finished("moves")
             command = bucket.start("run", "--address", cluster.address, "--workers", "2", server=line.server)
             commands += 1
-            _kill_until_it_ends(command, cluster, generator, killed, last=killed["command"] >= 5)
+            _kill_until_it_ends(command, cluster, line, generator, killed, commands)
             _, err = command.communicate()
             if command.returncode != -signal.SIGKILL:
                 break
@@ -184,31 +184,46 @@ def test_it_goes_on_after_every_kill_and_no_photo_is_lost_or_there_twice(
         f"{len(files)} photos, {killed['actor']} actors, {killed['machine']} machines and {killed['command']} commands "
         f"killed: 0 lost, 0 twice, 0 of finished shards fetched again; {commands} commands"
     )
-    assert killed["command"] == 5
+    assert killed == {"actor": 20, "machine": 2, "command": 5}
 
 
 def _kill_until_it_ends(
-    command: "subprocess.Popen[str]", cluster: Machines, generator: random.Random, killed: Counter[str], *, last: bool
+    command: "subprocess.Popen[str]",
+    cluster: Machines,
+    line: Line,
+    generator: random.Random,
+    killed: Counter[str],
+    commands: int,
 ) -> None:
-    """Kill what can be killed at random moments; the command too, unless it is to be the last one."""
-    begun = time.monotonic()
-    while command.poll() is None:
-        time.sleep(generator.uniform(0.5, 4.0))
-        actors = processes(NODE, cluster.pid)
-        if not actors:
-            continue
-        if killed["machine"] < 2 and killed["actor"] >= 3 * (killed["machine"] + 1):
-            cluster.kill()
-            cluster.add()
-            killed["machine"] += 1
-        elif not last and time.monotonic() > begun + generator.uniform(10, 40):
+    """Kill nodes at random moments of their work; after every third one a machine, up to two, and five commands."""
+    before = killed["actor"]
+    while _worked_on(line, command):
+        time.sleep(generator.uniform(0, 0.4))
+        if killed["command"] < 5 and killed["actor"] >= before + 3:
+            if killed["machine"] < min(2, commands):
+                cluster.kill()
+                cluster.add()
+                killed["machine"] += 1
             command.kill()
             killed["command"] += 1
             return
-        elif killed["actor"] < 20:
+        actors = processes(NODE, cluster.pid)
+        if killed["actor"] < 20 and actors:
             with suppress(ProcessLookupError):
                 os.kill(generator.choice(actors), signal.SIGKILL)
                 killed["actor"] += 1
+
+
+def _worked_on(line: Line, command: "subprocess.Popen[str]") -> bool:
+    """Wait until a photo is fetched, copied or deleted; False if the command has ended before."""
+    seen = len(line.requests)
+    while command.poll() is None:
+        for request in line.requests[seen:]:
+            is_work = request.operation in ("GetObject", "CopyObject", "DeleteObject")
+            if is_work and ".sorter/" not in request.path:
+                return True
+        time.sleep(0.02)
+    return False
 
 
 def test_undo_after_a_job_brings_every_photo_back(bucket: Photos, strict_moto: Server) -> None:
