@@ -23,8 +23,10 @@ NODE = "ray::Node"
 
 
 def start(inbox: Path, output: Path, *flags: str) -> "subprocess.Popen[str]":
+    places = ("--inbox", inbox, "--output", output)
+    # Fewer lines than a pipe holds, because nobody reads it meanwhile.
     return subprocess.Popen(
-        [sys.executable, "-m", "sorter", "cluster", "run", "--inbox", inbox, "--output", output, *flags],
+        [sys.executable, "-m", "sorter", *["cluster", "run", "--log-level", "warning"], *places, *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
