@@ -169,6 +169,19 @@ def test_tags_and_the_storage_class_arrive_and_archived_or_locked_objects_stay(p
     assert [item.key for item in place.store.list("")] == ["cats/a.jpg", "in/b.jpg"]
 
 
+@pytest.mark.parametrize("place", ["swift-multipart", "moto-copy", "moto-multipart"], indirect=True)
+def test_a_large_object_is_copied_in_parts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sorter.cluster.s3.PART_BYTES", 5 << 20)  # the least that a part may have
+    film = os.urandom((12 << 20) + 1)
+    item = place.put("in/film.mov", film, Metadata={"a": "b"})
+    place.line.reset()
+    moved = place.mover.move(item, "cats/film.mov")
+    assert place.line.operations().count("UploadPartCopy") == 3
+    assert str(moved.etag).endswith('-3"')
+    assert place.tree() == {"cats/film.mov": film}
+    assert place.client.head_object(Bucket=place.bucket, Key="cats/film.mov")["Metadata"]["a"] == "b"
+
+
 @both
 def test_metadata_without_room_for_the_mark_leaves_the_photo(place: Place) -> None:
     item = place.put("in/a.jpg", b"photo", Metadata={f"note{number}": "x" * 240 for number in range(8)})
