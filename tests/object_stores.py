@@ -70,10 +70,10 @@ def free_port() -> int:
 
 @contextmanager
 def process(command: list[str | Path], log: Path, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A server in a process group of its own, which ends with the block."""
+    """A server in a process group of its own, which ends with the block, or with the tests if these are killed."""
     with log.open("ab") as file:
         running = subprocess.Popen(
-            [*map(str, command)],
+            ["setpriv", "--pdeathsig", "KILL", *map(str, command)],
             stdout=file,
             stderr=file,
             stdin=subprocess.DEVNULL,

@@ -56,8 +56,8 @@ class Machines:
 
 
 @contextmanager
-def machines(count: int, folder: Path) -> Iterator[Machines]:
-    """A cluster with so many machines of one CPU each."""
+def machines(count: int, folder: Path, environment: dict[str, str]) -> Iterator[Machines]:
+    """A cluster with so many machines of one CPU each; its nodes have this environment, not the command's."""
     with (folder / "ray.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, __file__, str(count)],
@@ -65,7 +65,7 @@ def machines(count: int, folder: Path) -> Iterator[Machines]:
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, **environment},
             start_new_session=True,
         )
     with process:

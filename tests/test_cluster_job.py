@@ -160,7 +160,7 @@ def test_it_goes_on_after_every_kill_and_no_photo_is_lost_or_there_twice(
     bucket.put(files)
     job = small_shards(bucket, 8)
     killed, finished_at_start = Counter[str](), dict[int, set[str]]()
-    with machines(2, tmp_path) as cluster:
+    with machines(2, tmp_path, line.server.environment) as cluster:
         commands = 0
         while True:
             finished_at_start[len(line.requests)] = job.files.finished("moves")
@@ -264,7 +264,7 @@ def test_two_commands_at_once_whose_lease_was_removed_by_hand_move_each_photo_on
     files = {photo.name: photo.read_bytes() for photo in samples(shared, 100)}
     bucket.put(files)
     job = small_shards(bucket, 10)
-    with machines(2, tmp_path) as cluster:
+    with machines(2, tmp_path, bucket.server.environment) as cluster:
         flags = ("--address", cluster.address, "--workers", "1")
         first = bucket.start("run", *flags)
         while not any(".sorter/cluster" in item.key and "/lease/" in item.key for item in job.output.list("sorted/")):
@@ -292,7 +292,7 @@ def test_a_stopped_node_that_goes_on_after_others_have_finished_its_shard_change
     stopped: list[int] = []
     lock = threading.Lock()
 
-    with machines(1, tmp_path) as cluster:
+    with machines(1, tmp_path, line.server.environment) as cluster:
 
         def stop(request: Request) -> None:
             """At the first copy, all nodes that there are stand still."""

@@ -50,7 +50,7 @@ def test_kills_of_nodes_and_of_the_command_lose_nothing_and_undo_brings_everythi
     files[next(iter(files)).replace(".jpg", ".xmp")] = b"<xmp>"
     inbox, output = make_tree(tmp_path / "in", files), tmp_path / "out"
     before = hashes(inbox)
-    with machines(2, tmp_path) as cluster:
+    with machines(2, tmp_path, {}) as cluster:
         flags = ("--recursive", "--address", cluster.address, "--workers", "2")
         while True:
             command = start(inbox, output, *flags)

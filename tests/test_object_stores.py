@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,6 +94,15 @@ def test_the_probe_finds_how_a_store_copies_and_leaves_nothing(place: Place) -> 
     assert "Uploads" not in place.client.list_multipart_uploads(Bucket=place.bucket)
 
 
+@swift_only
+def test_the_probe_refuses_a_bucket_of_swift_with_versions(place: Place) -> None:
+    enabled = {"Status": "Enabled"}
+    place.client.put_bucket_versioning(Bucket=place.bucket, VersioningConfiguration=enabled)
+    with pytest.raises(UnsafeStoreError):
+        probe(place.store, "")
+    assert list(place.store.list("")) == []
+
+
 def test_the_probe_refuses_a_store_that_deletes_whatever_is_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,6 +177,19 @@ def test_tags_and_the_storage_class_arrive_and_archived_or_locked_objects_stay(p
     with pytest.raises(ObjectError):
         place.store.download(archived, Path(os.devnull))
     assert [item.key for item in place.store.list("")] == ["cats/a.jpg", "in/b.jpg"]
+
+
+@pytest.mark.parametrize("place", ["swift-multipart", "moto-copy", "moto-multipart"], indirect=True)
+def test_a_large_object_is_copied_in_parts(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sorter.cluster.s3.PART_BYTES", 5 << 20)  # the least that a part may have
+    film = os.urandom((12 << 20) + 1)
+    item = place.put("in/film.mov", film, Metadata={"a": "b"})
+    place.line.reset()
+    moved = place.mover.move(item, "cats/film.mov")
+    assert place.line.operations().count("UploadPartCopy") == 3
+    assert str(moved.etag).endswith('-3"')
+    assert place.tree() == {"cats/film.mov": film}
+    assert place.client.head_object(Bucket=place.bucket, Key="cats/film.mov")["Metadata"]["a"] == "b"
 
 
 @both
@@ -505,6 +528,23 @@ def test_two_nodes_at_a_shard_killed_at_random_lose_nothing_and_move_nothing_twi
         f"kills, {len(photos) - shards} photos moved: lost 0, twice 0, strangers' kept {2 * shards} of {2 * shards}, "
         f"replaced kept {shards} of {shards}, metadata kept"
     )
+
+
+@pytest.mark.parametrize("place", ["moto-copy"], indirect=True)
+def test_what_replaces_an_object_in_the_instant_of_its_deletion_is_kept(place: Place) -> None:
+    chance = random.Random(1)
+
+    def overwrite(key: str) -> None:
+        time.sleep(chance.random() * 0.03)
+        place.client.put_object(Bucket=place.bucket, Key=key, Body=b"new")
+
+    with ThreadPoolExecutor() as pool:
+        for number in range(50):
+            item = place.put(f"{number}.jpg", b"old")
+            overwriting = pool.submit(overwrite, item.key)
+            place.store.delete_exact(item)
+            overwriting.result()
+    assert place.tree() == {f"{number}.jpg": b"new" for number in range(50)}
 
 
 @both

@@ -27,10 +27,12 @@ ATTEMPTS = 8
 """At each request, with pauses that grow to 20 s: about half a minute in all."""
 
 CONNECTIONS = 64
-COPY_BYTES = 5 << 30
-"""The most that one request copies: 5 GiB."""
+UPLOAD_BYTES = 5 << 30
+"""The most that one request writes."""
 
 PART_BYTES = 1 << 30
+"""The most that is copied by one request, which has to be answered within a minute."""
+
 METADATA_BYTES = 2_048
 """S3's limit for the names and values of an object's metadata together."""
 
@@ -146,13 +148,13 @@ class S3Store:
         origin = {"CopySource": {"Bucket": source.bucket, "Key": item.key}, "CopySourceIfMatch": item.etag}
         try:
             with self._answering(item.key):
-                if mode == "copy" and item.size <= COPY_BYTES:
+                if mode == "copy" and item.size <= PART_BYTES:
                     arguments = {**origin, **properties, "MetadataDirective": "REPLACE", "IfNoneMatch": "*"}
                     answer = _settled(lambda: self._client.copy_object(Bucket=self.bucket, Key=key, **arguments))
                     return str(answer["CopyObjectResult"]["ETag"])
-                if tags := source._tags(item.key, found.get("TagCount")):
+                if tags := source._tags(item.key):
                     properties["Tagging"] = tags
-                if mode == "multipart" and item.size > 0:
+                if mode != "upload" and item.size > 0:
                     return self._copy_in_parts(item, origin, key, properties)
                 return self._copy_through_here(item, source, key, properties)
         except (_MissingError, _RefusedError):
@@ -177,7 +179,7 @@ class S3Store:
 
     def _copy_through_here(self, item: StoredObject, source: "S3Store", key: str, properties: dict[str, Any]) -> str:
         """Download an object and upload it: also for empty ones, which have no parts."""
-        if item.size > COPY_BYTES:
+        if item.size > UPLOAD_BYTES:
             raise ObjectError("it has more than 5 GiB, which this store does not copy")
         with tempfile.SpooledTemporaryFile(MEMORY_BYTES) as file:
             source._fetch(item.key, file, IfMatch=item.etag)
@@ -215,25 +217,21 @@ class S3Store:
     def _head(self, key: str) -> dict[str, Any] | None:
         try:
             with self._answering(key):
-                return dict(self._client.head_object(Bucket=self.bucket, Key=key))
+                found = dict(self._client.head_object(Bucket=self.bucket, Key=key))
         except _MissingError:
             return None
+        # They were headers, and some servers write these with capitals.
+        return found | {"Metadata": {name.lower(): value for name, value in found["Metadata"].items()}}
 
-    def _tags(self, key: str, count: int | None) -> str:
-        """An object's tags as a query string. Amazon says how many there are; other servers may have to be asked."""
-        if count == 0 or (count is None and self._is_amazon):
-            return ""
+    def _tags(self, key: str) -> str:
+        """An object's tags as a query string."""
         try:
             tags = self._client.get_object_tagging(Bucket=self.bucket, Key=key)["TagSet"]
         except exceptions.ClientError as error:
-            if _status(error) in (405, 501):  # it has no tags
+            if _status(error) in (404, 405, 501):  # there are none, or the store does not know any
                 return ""
             raise
         return urlencode([(tag["Key"], tag["Value"]) for tag in tags])
-
-    @property
-    def _is_amazon(self) -> bool:
-        return ".amazonaws.com" in self._client.meta.endpoint_url
 
     def _put(self, key: str, data: bytes, condition: dict[str, str]) -> bool:
         try:
@@ -283,11 +281,13 @@ class S3Store:
             return ConfigurationError(f"{self.url} refuses the credentials ({said}): check boto3's configuration")
         if status == 404:
             return _MissingError()
-        if status == 501:
+        if status == 501 and key is None:
             return _UnsupportedError(f"{self.url} has no conditional {error.operation_name} ({said})")
         if status in (409, 412):
             return _RefusedError()
-        if key is not None and (status in (400, 403, 405) or (status == 500 and error.operation_name == "GetObject")):
+        if key is not None and (
+            status in (400, 403, 405, 501) or (status == 500 and error.operation_name == "GetObject")
+        ):
             return ObjectError(f"the store refuses it ({said})")
         return StoreError(f"{self.url} refuses {error.operation_name} ({said}): check its state and permissions")
 
