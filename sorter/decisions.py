@@ -108,6 +108,18 @@ def unanswered(decoded: Decoded) -> Outcome:
     return Outcome(decoded.photo, "left", detail="the model's answer is not a number: try --device cpu")
 
 
+def kept(item: Decided, sorted_again: str | None) -> Decided:
+    """Keep a photo where it is if that is where it belongs.
+
+    Args:
+        item: what was decided.
+        sorted_again: that folder's name, `unsure` or `failed`; None for any other inbox.
+    """
+    if isinstance(item, Decision) and item.folder == sorted_again:
+        return Outcome(item.decoded.photo, "kept", item)
+    return item
+
+
 def decide_unclassified(decoded: Decoded, now: float, run: Run) -> Decided:
     """Decide on a photo that has no pixels to classify: it fails, stays, or gets another look.
 

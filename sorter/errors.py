@@ -4,10 +4,14 @@
     ├── ConfigurationError  2   a setting, a flag, the inbox or the output is wrong
     ├── ModelError          2   the model folder cannot be used
     ├── NotNowError         4   something else has the folder or the GPU, or the inbox is not there yet
-    └── StorageError        1   the disk or the folder no longer accepts photos
-        └── InboxGoneError  1   the inbox vanished while it was being sorted
+    ├── StorageError        1   the disk or the folder no longer accepts photos
+    │   └── InboxGoneError  1   the inbox vanished while it was being sorted
+    └── StoreError          1   the object store does not answer, or refuses
+        └── UnsafeStoreError 2  it ignores a condition that a safe move needs
 
     PhotoError                  one photo cannot be decoded; it never ends the program
+    ObjectError                 one object cannot be read or moved; it never ends the program
+    └── ChangedError            it is gone, or another version took its place
 
 Exit codes: 0 done, 1 could not continue, 2 wrong configuration, model or usage, 3 done but photos failed or stayed, 4
 not now: the same command may work later. A service manager restarts after 1 and 4, and not after 2.
@@ -56,6 +60,24 @@ class StorageError(SorterError):
 
 class InboxGoneError(StorageError):
     """The inbox has vanished or can no longer be listed."""
+
+
+class StoreError(SorterError):
+    """An object store does not answer, or refuses. Every object is intact, under its old key, its new one or both."""
+
+
+class UnsafeStoreError(StoreError):
+    """An object store ignores or lacks a condition without which a move could overwrite or lose an object."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ObjectError(Exception):
+    """One object cannot be read or moved; its message says why, for a person. It is where it was."""
+
+
+class ChangedError(ObjectError):
+    """An object is gone, or another version took its place."""
 
 
 class Reason(StrEnum):

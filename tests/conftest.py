@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
@@ -30,6 +30,9 @@ from sorter.pipeline.measures import Measures
 from sorter.pipeline.model_in_use import ModelInUse
 from sorter.pipeline.pipeline import Pipeline
 from sorter.settings import SHIPPED_MODEL, Settings
+
+if TYPE_CHECKING:
+    from object_stores import Server
 
 RUN = Run("run", "0", "model")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -221,6 +224,24 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the photos in ../shared/data, which are not part of the project")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def swift(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
+    """OpenStack Swift, for the tests of one process: it takes 4 s to start, so only long tests use it."""
+    import object_stores
+
+    with object_stores.swift(tmp_path_factory.mktemp("swift")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def strict_moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Server"]:
+    """moto with the conditions of Amazon's CopyObject."""
+    import object_stores
+
+    with object_stores.moto(tmp_path_factory.mktemp("moto"), strict=True) as server:
+        yield server
 
 
 class Running:

@@ -29,8 +29,11 @@ class Bar:
         """Show how many files have been dealt with."""
         done = counters.folders.total() + counters.kept.total() + counters.skipped + counters.left
         done += counters.put_back + counters.linked_before
-        speed = done / max(time.monotonic() - counters.started - counters.waited, 0.001)
-        self._progress.update(self._task, completed=done, speed=f"{speed:.1f} photos/s")
+        self.show(done, done / max(time.monotonic() - counters.started - counters.waited, 0.001))
+
+    def show(self, done: int, per_second: float) -> None:
+        """Show how many files have been dealt with, and how fast."""
+        self._progress.update(self._task, completed=done, speed=f"{per_second:.1f} photos/s")
 
     def waiting(self, files: int) -> None:
         """Show that only files that are still changing are left."""

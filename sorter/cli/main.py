@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import structlog
 
 from sorter import logs, settings
-from sorter.cli import bench, check, console, history, retry, review, run, shell_help, status, undo
+from sorter.cli import bench, check, cluster, console, history, retry, review, run, shell_help, status, undo
 from sorter.cli.parser import EVERY_GROUP, FOLDERS, Command, Parser, build
 from sorter.errors import ExitCode, SorterError
 from sorter.settings import Settings
@@ -75,6 +75,13 @@ COMMANDS = {
         usage=_FOLDER_FLAGS,
         add_options=review.add_options,
     ),
+    "cluster": Command(
+        "sort with many machines, in an object store or on a disk that they share",
+        cluster.cluster,
+        groups=EVERY_GROUP,
+        usage="run|status|undo|check [--inbox URL] [--output URL]",
+        add_options=cluster.add_options,
+    ),
     "bench": Command(
         "measure how fast this machine sorts, on copies of photos",
         bench.bench,
@@ -123,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.discard(sys.stdout)
     except Exception as error:
         as_json = log_format == "json"
-        if name in ("run", "retry") and as_json and not structlog.is_configured():
+        if name in ("run", "retry", "cluster") and as_json and not structlog.is_configured():
             logs.configure("json", "info")
         _report(error, as_json=as_json, with_traceback=log_level == "debug")
         return int(error.exit_code if isinstance(error, SorterError) else ExitCode.STOPPED)

@@ -171,6 +171,15 @@ def _measured_rates(settings: Settings, manifest: Manifest) -> tuple[Coverage, .
     )
 
 
+def measured_engine(settings: Settings, manifest: Manifest) -> str:
+    """The engine with which `--max-error-rate` became a threshold; empty if there is none to keep to."""
+    if settings.max_error_rate is None:
+        return ""
+    from sorter.classifier import engine  # imports libraries that take a while
+
+    return engine.choose(settings.model, manifest, settings.engine, settings.device)
+
+
 def open_engine(settings: Settings, manifest: Manifest) -> "Engine":
     """Load the model, and let it answer once.
 

@@ -9,14 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
 import sorter
 from sorter import logs
+from sorter.classifier.manifest import Manifest
 from sorter.cli import console, preflight
 from sorter.decisions import Outcome
 from sorter.errors import ConfigurationError, ExitCode, ModelError, NotNowError, StorageError
@@ -36,8 +38,7 @@ from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
 if TYPE_CHECKING:
-    from sorter.pipeline.model_in_use import ModelInUse
-    from sorter.pipeline.pipeline import Pipeline
+    from sorter.pipeline.pipeline import Stages
     from sorter.service.loop import Service
     from sorter.service.metrics import Metrics
 
@@ -48,6 +49,49 @@ _PATIENCE_SECONDS = 2.0
 _FULL_SECONDS = 2.0
 
 
+class Described(Protocol):
+    """What a log says of an engine, here or on other machines; as in `Engine`."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def device(self) -> str: ...  # noqa: D102
+    @property
+    def precision(self) -> str: ...  # noqa: D102
+    @property
+    def unused_gpu(self) -> str: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model that is ready to decide on photos.
+
+    Attributes:
+        engine: what runs it.
+        run: names the model in the history and the log, until another one replaces it.
+        start: starts the pipeline, with the arguments of `Pipeline.start` after the model.
+    """
+
+    engine: Described
+    run: Run
+    start: "Callable[..., Stages]"
+
+
+def open_here(settings: Settings, manifest: Manifest, _stack: ExitStack) -> Opened:
+    """Load the model in this process.
+
+    Raises:
+        ConfigurationError, ModelError, NotNowError: as `preflight.open_engine`.
+    """
+    # Imported here because they take long, and most mistakes have been reported by now.
+    from sorter.pipeline.model_in_use import ModelInUse
+    from sorter.pipeline.pipeline import Pipeline
+
+    engine = preflight.open_engine(settings, manifest)
+    model = ModelInUse.in_new_run(engine, manifest, settings.min_confidence)
+    return Opened(engine, model.run, partial(Pipeline.start, model))
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `sorter run`."""
     parser.add_argument_group("what to print").add_argument(
@@ -55,8 +99,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(settings: Settings, *, as_json: bool) -> ExitCode:
+def run(
+    settings: Settings, *, as_json: bool, open_model: Callable[[Settings, Manifest, ExitStack], Opened] = open_here
+) -> ExitCode:
     """Sort the inbox: once, or until told to stop.
+
+    Args:
+        settings: all of them.
+        as_json: print the decisions of a dry run as JSON.
+        open_model: makes the model ready, and has the stack end what it started.
 
     Raises:
         SorterError: something is wrong, or sorting cannot continue.
@@ -74,26 +125,25 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
 
     # Imported here because they take long, and most mistakes have been reported by now.
     from sorter.decoding.decoders import default_workers
-    from sorter.pipeline.model_in_use import ModelInUse
     from sorter.pipeline.pipeline import Pipeline
     from sorter.service.loop import Service
     from sorter.service.reload import Reloader
 
-    # Everything that ends with `ExitCode.USAGE` comes before the first change to a folder.
-    engine = preflight.open_engine(settings, manifest)
-    if late:
-        _wait_for_inbox(settings)
-        preflight.check_folders(settings, manifest)
-    inbox, output = preflight.watched(settings, manifest), settings.output_folder.absolute()
-    model = ModelInUse.in_new_run(engine, manifest, settings.min_confidence)
-    log_fields = {name: True for name in ("dry_run", "link") if getattr(settings, name)}
-    metrics = _serve_metrics(settings, model)
     with ExitStack() as stack:
+        # Everything that ends with `ExitCode.USAGE` comes before the first change to a folder.
+        opened = open_model(settings, manifest, stack)
+        shutdown.listen()  # again, because Ray takes the signals
+        if late:
+            _wait_for_inbox(settings)
+            preflight.check_folders(settings, manifest)
+        inbox, output = preflight.watched(settings, manifest), settings.output_folder.absolute()
+        log_fields = {name: True for name in ("dry_run", "link") if getattr(settings, name)}
+        metrics = _serve_metrics(settings, _info(manifest, opened.engine))
         inbox_lock, history, waiting = None, None, 0
         if not settings.dry_run:
-            inbox_lock, history, waiting = _open_folders(settings, inbox.root, output, model.run, stack)
+            inbox_lock, history, waiting = _open_folders(settings, inbox.root, output, opened.run, stack)
             inodes.look((inbox.root, output))
-        _log_start(settings, model, inbox.root, output, log_fields)
+        _log_start(settings, manifest, opened, inbox.root, output, log_fields)
         mover = Mover(output, inbox.selection.sidecars, settle_seconds=settings.settle_seconds, link=settings.link)
         shutdown.move_lock = mover.lock
         reader = _open_reader(output, settings.state_dir, stack, beside_writer=history is not None)
@@ -101,8 +151,7 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
         if bar is not None:
             shutdown.restore_terminal = stream.show_cursor
         hook = None if command is None or settings.dry_run else _start_hook(command, log_fields, shutdown, stack)
-        pipeline = Pipeline.start(
-            model,
+        pipeline = opened.start(
             mover,
             history,
             settings,
@@ -125,14 +174,15 @@ def run(settings: Settings, *, as_json: bool) -> ExitCode:
             history=reader,
         )
         service.counters.left += waiting
-        reloader = Reloader(
-            pipeline,
-            shutdown,
-            read=partial(preflight.read_model, given),
-            open_engine=preflight.open_engine,
-            on_reloaded=_ignore if metrics is None else lambda model: metrics.describe(_info(model)),
-        )
-        stack.callback(reloader.close)
+        if isinstance(pipeline, Pipeline):
+            reloader = Reloader(
+                pipeline,
+                shutdown,
+                read=partial(preflight.read_model, given),
+                open_engine=preflight.open_engine,
+                on_reloaded=_ignore if metrics is None else lambda m: metrics.describe(_info(m.manifest, m.engine)),
+            )
+            stack.callback(reloader.close)
         try:
             counters = service.run_once() if settings.once else _watch(service, inbox, pipeline, metrics)
         except (ConfigurationError, ModelError) as error:
@@ -158,7 +208,7 @@ def _wait_for_inbox(settings: Settings) -> None:
         time.sleep(_INBOX_SECONDS)
 
 
-def _watch(service: "Service", inbox: Inbox, pipeline: "Pipeline", metrics: "Metrics | None") -> Counters:
+def _watch(service: "Service", inbox: Inbox, pipeline: "Stages", metrics: "Metrics | None") -> Counters:
     from sorter.inbox.watcher import Watcher
 
     watcher = Watcher(inbox)
@@ -167,16 +217,16 @@ def _watch(service: "Service", inbox: Inbox, pipeline: "Pipeline", metrics: "Met
     return service.run(watcher)
 
 
-def _serve_metrics(settings: Settings, model: "ModelInUse") -> "Metrics | None":
+def _serve_metrics(settings: Settings, info: dict[str, str]) -> "Metrics | None":
     if not settings.metrics_port or settings.once:
         return None
     from sorter.service.metrics import Metrics  # needs the extra `metrics`
 
-    return Metrics(settings.metrics_port, _info(model))
+    return Metrics(settings.metrics_port, info)
 
 
-def _info(model: "ModelInUse") -> dict[str, str]:
-    return {"version": sorter.__version__, "model": model.manifest.name, "engine": model.engine.name}
+def _info(manifest: Manifest, engine: Described) -> dict[str, str]:
+    return {"version": sorter.__version__, "model": manifest.name, "engine": engine.name}
 
 
 def _open_folders(
@@ -247,19 +297,21 @@ def _open_history(inbox: Path, output: Path, state_dir: Path | None, run: Run, s
     return history, len(found.waiting)
 
 
-def _log_start(settings: Settings, model: "ModelInUse", inbox: Path, output: Path, log_fields: dict[str, bool]) -> None:
-    log, engine = structlog.get_logger(), model.engine
+def _log_start(
+    settings: Settings, manifest: Manifest, opened: Opened, inbox: Path, output: Path, log_fields: dict[str, bool]
+) -> None:
+    log, engine = structlog.get_logger(), opened.engine
     log.info(
         "service.started",
-        run=model.run.id,
-        model=model.manifest.name,
+        run=opened.run.id,
+        model=manifest.name,
         **log_fields,
         version=sorter.__version__,
         engine=engine.name,
         device=engine.device,
         precision=engine.precision,
         batch_size=settings.batch_size,
-        accuracy=model.manifest.accuracy,
+        accuracy=manifest.accuracy,
         inbox=str(inbox),
         output=str(output),
     )

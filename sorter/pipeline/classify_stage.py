@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sorter.deadlines import Deadline
-from sorter.decisions import Decided, Decision, Outcome, decide, decide_unclassified, unanswered
+from sorter.decisions import Decided, decide, decide_unclassified, kept, unanswered
 from sorter.decoding.decoded import Decoded
 from sorter.pipeline.batcher import Batcher
 from sorter.pipeline.measures import Measures
@@ -67,17 +67,12 @@ class ClassifyStage:
                     decided += self._classify(ready, self._model)
             for decoded in ready:
                 self._release(decoded.row)
-            self._moving.put([self._kept(item) for item in decided])
+            self._moving.put([kept(item, self._sorted_again) for item in decided])
 
     def replace_model(self, model: ModelInUse) -> None:
         """Decide on the next batches with another model; returns once this stage no longer uses the one before."""
         with self._using:
             self._model = model
-
-    def _kept(self, item: Decided) -> Decided:
-        if isinstance(item, Decision) and item.folder == self._sorted_again:
-            return Outcome(item.decoded.photo, "kept", item)
-        return item
 
     def _classify(self, ready: list[Decoded], model: ModelInUse) -> list[Decided]:
         rows = [decoded.row for decoded in ready]

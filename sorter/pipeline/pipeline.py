@@ -12,7 +12,7 @@ its failure never touches the other photos of its batch.
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -29,6 +29,28 @@ from sorter.pipeline.measures import Measures
 from sorter.pipeline.model_in_use import ModelInUse
 from sorter.pipeline.move_stage import MoveStage
 from sorter.settings import Settings
+
+
+class Stages(Protocol):
+    """The way of every photo, as the loop around it sees it: `Pipeline`, or one whose nodes are elsewhere."""
+
+    in_flight: int
+    backlog: bool
+
+    @property
+    def run(self) -> Run: ...  # noqa: D102
+    @property
+    def blocked(self) -> str | None: ...  # noqa: D102
+    @property
+    def hung(self) -> bool: ...  # noqa: D102
+    @property
+    def idle(self) -> bool: ...  # noqa: D102
+    def waiting(self) -> dict[str, int]: ...  # noqa: D102
+    def submit(self, photo: Photo, *, timeout_seconds: float = 0.2) -> bool: ...  # noqa: D102
+    def follow(self, sidecars: Sequence[Decision]) -> bool: ...  # noqa: D102
+    def outcomes(self, *, timeout_seconds: float = 0.0) -> Iterator[Outcome]: ...  # noqa: D102
+    def stop(self) -> None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
 
 
 class _Failure:

@@ -20,7 +20,7 @@ from sorter.errors import ConfigurationError
 from sorter.files import FAILED, UNSURE
 from sorter.inbox.watcher import Watcher
 from sorter.pipeline.measures import Measures
-from sorter.pipeline.pipeline import Pipeline
+from sorter.pipeline.pipeline import Stages
 from sorter.service.counters import Counters
 
 HOST = "127.0.0.1"
@@ -76,7 +76,7 @@ class Metrics(Measures):
         """Publish this `version`, `model` and `engine` from now on."""
         self._info.info(info)
 
-    def watch(self, counters: Counters, pipeline: Pipeline, watcher: Watcher) -> None:
+    def watch(self, counters: Counters, pipeline: Stages, watcher: Watcher) -> None:
         """Publish their counts too from now on."""
         self._registry.register(_Counts(counters, pipeline, watcher))
 
@@ -99,7 +99,7 @@ class Metrics(Measures):
 class _Counts(Collector):
     """Counts that the daemon keeps anyway, read at each scrape."""
 
-    def __init__(self, counters: Counters, pipeline: Pipeline, watcher: Watcher) -> None:
+    def __init__(self, counters: Counters, pipeline: Stages, watcher: Watcher) -> None:
         self._counters, self._pipeline, self._watcher = counters, pipeline, watcher
 
     def collect(self) -> Iterator[Metric]:

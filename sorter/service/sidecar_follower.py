@@ -16,7 +16,7 @@ from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import SIDECAR, Run
 from sorter.inbox.scan import Inbox
 from sorter.inbox.sidecars import LATE_SECONDS, FolderListing
-from sorter.pipeline.pipeline import Pipeline
+from sorter.pipeline.pipeline import Stages
 from sorter.service.accounting import Accounting
 
 _MAX_BATCH = 100
@@ -54,7 +54,7 @@ class SidecarFollower:
         """Whether sidecars wait to be handed to the pipeline."""
         return bool(self._pending)
 
-    def hand_over(self, pipeline: Pipeline) -> None:
+    def hand_over(self, pipeline: Stages) -> None:
         """Give the pipeline as many of them as it takes now."""
         batch = self._pending[:_MAX_BATCH]
         if batch and pipeline.follow(batch):

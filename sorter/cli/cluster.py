@@ -1,0 +1,124 @@
+"""`sorter cluster`: sort with many machines, in an object store or on a disk that all of them share."""
+
+import argparse
+import re
+from contextlib import ExitStack
+from functools import partial
+from uuid import uuid4
+
+import sorter
+from sorter import extras
+from sorter.classifier.manifest import Manifest
+from sorter.cli import check as check_command
+from sorter.cli import options, preflight
+from sorter.cli import run as run_command
+from sorter.errors import ConfigurationError, ExitCode
+from sorter.history.store import Run
+from sorter.settings import Settings
+
+_ACTIONS = ("run", "status", "undo", "check")
+_URL = re.compile(r"^([a-z][a-z0-9+.-]*):/+")
+# What a folder has and an object store has not: a history, locks, links, files that are still being written, a watcher.
+_OF_FOLDERS = (
+    *("state_dir", "flat", "once", "dry_run", "link", "include_undone", "on_sorted", "metrics_port"),
+    *("settle_seconds", "settle_timeout_seconds", "rescan_seconds"),
+)
+_IN_PLACE_OF = {"dry_run": "use --decide-only", "link": "objects have no links"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `sorter cluster`."""
+    parser.add_argument("action", choices=_ACTIONS, help="sort; show how far that is; take it back; ask the store")
+    group = parser.add_argument_group("the cluster")
+    group.add_argument(
+        "--address", metavar="ADDRESS", help="of a Ray cluster, ray://host:10001 (default: Ray on this machine)"
+    )
+    group.add_argument(
+        "--workers",
+        metavar="N",
+        type=options.positive,
+        help="number of nodes (default: one for each machine, or for each GPU)",
+    )
+    group.add_argument("--decide-only", action="store_true", help="decide on everything, and move nothing yet")
+    group.add_argument("--job", metavar="ID", help="for status and undo: which job, if there are several")
+
+
+def cluster(
+    settings: Settings, *, action: str, address: str | None, workers: int | None, decide_only: bool, job: str | None
+) -> ExitCode:
+    """Sort an inbox with a cluster, or show, take back or check that.
+
+    Raises:
+        SorterError: something is wrong, or it could not go on.
+    """
+    _check_options(action, address, workers, decide_only=decide_only, job=job)
+    inbox, output = str(settings.inbox), str(settings.output_folder)
+    if bool(_URL.match(inbox)) != bool(_URL.match(output)):
+        raise ConfigurationError("--inbox and --output are a folder and a URL: use two folders, or two URLs")
+    if not _URL.match(inbox):
+        return _with_folders(settings, action, address, workers, decide_only=decide_only)
+    _refuse_of_folders(settings)
+    for module in ("boto3", "pyarrow", "ray"):
+        extras.require(module, "cluster", "sorter cluster with an object store")
+    from sorter.cli import object_store
+
+    urls = (_url(inbox), _url(output))
+    if action == "run":
+        return object_store.run(settings, *urls, address=address, nodes=workers, decide_only=decide_only)
+    if action == "check":
+        return object_store.check(settings, *urls)
+    return {"status": object_store.status, "undo": object_store.undo}[action](settings, *urls, job)
+
+
+def _url(path: str) -> str:
+    """A URL that has been taken for a path, and has lost a slash."""
+    return _URL.sub(r"\1://", path)
+
+
+def _check_options(
+    action: str, address: str | None, workers: int | None, *, decide_only: bool, job: str | None
+) -> None:
+    given = {"--address": address, "--workers": workers, "--decide-only": decide_only, "--job": job}
+    fitting = {"run": {"--address", "--workers", "--decide-only"}, "status": {"--job"}, "undo": {"--job"}}
+    for flag, value in given.items():
+        if value and flag not in fitting.get(action, ()):
+            raise ConfigurationError(f"{flag} is not for sorter cluster {action}: omit it")
+
+
+def _with_folders(
+    settings: Settings, action: str, address: str | None, workers: int | None, *, decide_only: bool
+) -> ExitCode:
+    """A disk that all machines share: they decide, and this one moves, with the history of `sorter run`."""
+    if action == "check":
+        return check_command.check(settings)
+    if action != "run":
+        raise ConfigurationError(f"{settings.inbox} is a folder, whose history sorter {action} knows: use that")
+    if decide_only:
+        raise ConfigurationError("--decide-only is for object stores: use --dry-run")
+    if settings.metrics_port:
+        raise ConfigurationError("--metrics-port is for a daemon: omit it")
+    extras.require("ray", "cluster", "sorter cluster")
+    opened = partial(_open_nodes, address=address, workers=workers)
+    return run_command.run(settings.model_copy(update={"once": True}), as_json=False, open_model=opened)
+
+
+def _open_nodes(
+    settings: Settings, model: Manifest, stack: ExitStack, *, address: str | None, workers: int | None
+) -> run_command.Opened:
+    from sorter.cluster import node, ray_cluster
+    from sorter.cluster.pool import Pool
+    from sorter.cluster.shared_disk import RemotePipeline
+
+    ray = stack.enter_context(ray_cluster.connected(address))
+    shape = ray_cluster.shape(ray, settings.device, workers)
+    pool = Pool(ray, shape, node.setup(settings, preflight.measured_engine(settings, model), shape.cpus))
+    stack.callback(pool.finish)
+    run = Run(uuid4().hex[:12], sorter.__version__, model.name)
+    return run_command.Opened(pool.await_first(), run, partial(RemotePipeline.start, pool, run))
+
+
+def _refuse_of_folders(settings: Settings) -> None:
+    for name in sorted(settings.model_fields_set.intersection(_OF_FOLDERS)):
+        if getattr(settings, name) != Settings.model_fields[name].default:
+            flag, instead = "--" + name.replace("_", "-"), _IN_PLACE_OF.get(name, "omit it")
+            raise ConfigurationError(f"{flag} does not apply to an object store: {instead}")

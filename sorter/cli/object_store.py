@@ -1,0 +1,220 @@
+"""`sorter cluster` with an object store: its actions, what they print, and their exit codes."""
+
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import structlog
+
+from sorter import logs
+from sorter.classifier import manifest as manifests
+from sorter.classifier.manifest import Manifest
+from sorter.cli import console, entries, preflight
+from sorter.cluster import job as jobs
+from sorter.cluster import lease, node, ray_cluster
+from sorter.cluster import status as statuses
+from sorter.cluster.job import Job, Totals
+from sorter.cluster.lease import Lease
+from sorter.cluster.listing import SHARD_ROWS
+from sorter.cluster.object_node import ObjectNode
+from sorter.cluster.pool import Pool
+from sorter.cluster.probe import probe
+from sorter.cluster.stores import Mode, open_store
+from sorter.cluster.taking_back import take_back
+from sorter.errors import ConfigurationError, ExitCode, NotNowError
+from sorter.files import FAILED
+from sorter.inbox.sidecars import SidecarNames
+from sorter.service.shutdown import Shutdown
+from sorter.settings import Settings
+
+_NAMED = 20  # objects that could not be brought back are named up to so many
+
+
+def run(
+    settings: Settings, inbox: str, output: str, *, address: str | None, nodes: int | None, decide_only: bool
+) -> ExitCode:
+    """Sort what is in the inbox, or go on with that.
+
+    Raises:
+        SorterError: something is wrong, or it could not go on.
+    """
+    model = manifests.read(settings.model)
+    settings = preflight.decided(settings, model)
+    job, described = _job(settings, inbox, output, model)
+    stream = logs.configure(settings.log_format, settings.log_level)
+    shutdown = Shutdown(idle_code=ExitCode.INCOMPLETE)
+    shutdown.listen()
+    mode = _probe(job)
+    started = time.monotonic()
+    with ExitStack() as stack:
+        jobs.begin(job, described)
+        held = stack.enter_context(Lease(job.output, job.folder))
+        objects, shards = jobs.list_inbox(job, settings)
+        to_do = list(jobs.unfinished(job, decide_only=decide_only))
+        structlog.get_logger().info(
+            "cluster.started", job=job.id, mode=mode, new_objects=objects, new_shards=shards, shards=len(to_do)
+        )
+        totals = Totals(Counter())
+        if to_do:
+            ray = stack.enter_context(ray_cluster.connected(address))
+            shutdown.listen()  # again, because Ray takes the signals
+            shape = ray_cluster.shape(ray, settings.device, nodes)
+            place = job.place(mode, decide_only=decide_only)
+            setup = node.setup(settings, preflight.measured_engine(settings, model), shape.cpus, place)
+            pool = Pool(ray, shape, setup, ObjectNode)
+            stack.callback(pool.finish)
+            pool.await_first()
+            shutdown.move_lock = threading.Lock()  # a second signal ends it at once: the same command goes on
+            show = _bar(settings, stream, stack, (len(to_do) - 1) * SHARD_ROWS + len(job.files.read_shard(to_do[-1])))
+            loop = jobs.Run(
+                pool, to_do, stopping=lambda: shutdown.requested, check=held.check, on_progress=lambda _, n: show(n)
+            )
+            totals = loop.run()
+            structlog.get_logger().info(
+                "cluster.finished", job=job.id, shards=totals.shards, lost_nodes=pool.deaths, **totals.counts
+            )
+    interrupted = totals.shards < totals.to_do
+    console.say(
+        _summary(job, totals, time.monotonic() - started, decide_only=decide_only, interrupted=interrupted), sys.stdout
+    )
+    failed = any(totals.counts[kind] for kind in (f"{FAILED}/", "left", "changed"))
+    return ExitCode.INCOMPLETE if failed or interrupted else ExitCode.DONE
+
+
+def check(settings: Settings, inbox: str, output: str) -> ExitCode:
+    """Ask the store for what a safe move needs, and print the answer.
+
+    Raises:
+        SorterError: the store lacks a condition or does not answer, or the model cannot be used.
+    """
+    model = manifests.read(settings.model)
+    settings = preflight.decided(settings, model)
+    job, _ = _job(settings, inbox, output, model)
+    mode = _probe(job)
+    engine = preflight.open_engine(settings, model)
+    rows = {
+        "inbox": f"{job.inbox.url}/{job.inbox_prefix}",
+        "output": f"{job.output.url}/{job.output_prefix}",
+        "store": f"keeps every condition of a safe move; objects are moved with mode {mode}",
+        "job": job.id,
+        "model": f"{model.name}, {model.architecture} at {model.input.size} px",
+        "engine": f"{engine.name} on {engine.device}, {engine.precision}, on this machine",
+    }
+    _print_rows(list(rows.items()))
+    return ExitCode.DONE
+
+
+def status(settings: Settings, inbox: str, output: str, job_id: str | None) -> ExitCode:
+    """Print how far a job is.
+
+    Raises:
+        SorterError: there is no such job, or the store does not answer.
+    """
+    job = _known(settings, inbox, output, job_id)
+    found = statuses.read(job)
+    share = found.moved / max(found.shards, 1)
+    rows = [
+        ("job", job.id),
+        ("state", f"running, {found.holder.text}" if found.holder.is_fresh else "not running"),
+        ("finished", f"{found.moved} of {found.shards} shards of about {SHARD_ROWS:,} objects ({share:.1%})"),
+        ("decided", f"{found.decided} shards"),
+    ]
+    if found.undone:
+        rows.append(("taken back", f"{found.undone} shards"))
+    if found.moved < found.shards and found.seconds_left is not None:
+        rows.append(("speed", f"about {found.per_second * SHARD_ROWS:.1f} photos/s"))
+        rows.append(("time left", f"about {found.seconds_left / 60:.0f} minutes"))
+    _print_rows(rows)
+    if sys.stdout.isatty():
+        width = 50
+        print(f"[{'#' * round(width * share):<{width}}]")
+    return ExitCode.DONE
+
+
+def undo(settings: Settings, inbox: str, output: str, job_id: str | None) -> ExitCode:
+    """Bring a job's objects back under their old keys.
+
+    Raises:
+        NotNowError: the job is running.
+        SorterError: there is no such job, or the store does not answer.
+    """
+    job = _known(settings, inbox, output, job_id)
+    counts: Counter[str] = Counter()
+    if (holder := lease.holder(job.output, job.folder)).is_fresh:
+        raise NotNowError(f"{holder.text} is at work on the job {job.id}: stop it first")
+    mode = _probe(job)
+    with Lease(job.output, job.folder) as held:
+        for rows in take_back(job, mode, SidecarNames(settings.sidecar_suffixes)):
+            held.check()
+            for row in rows:
+                counts[row.kind] += 1
+                if row.kind != "moved" and counts.total() - counts["moved"] <= _NAMED:
+                    console.say(f"sorter: cannot restore {entries.printable(row.key)}: {row.reason}", sys.stderr)
+    stayed = counts.total() - counts["moved"]
+    if stayed > _NAMED:
+        console.say(f"sorter: and {stayed - _NAMED} more; {job.folder}undo/ has all of them", sys.stderr)
+    restored = entries.counted(counts["moved"], "object")
+    console.say(f"Restored {restored}; {stayed} could not be restored.", sys.stdout)
+    return ExitCode.INCOMPLETE if stayed else ExitCode.DONE
+
+
+def _job(settings: Settings, inbox: str, output: str, model: Manifest) -> tuple[Job, dict[str, object]]:
+    job, described = jobs.job_of(*open_store(inbox), *open_store(output), settings, model)
+    jobs.check_urls(job, model)
+    return job, described
+
+
+def _known(settings: Settings, inbox: str, output: str, job_id: str | None) -> Job:
+    """The one job of an inbox, or the one that was named."""
+    stores = (*open_store(inbox), *open_store(output))
+    url = f"{stores[0].url}/{stores[1]}"
+    found = [id_ for id_, job in jobs.known_jobs(*stores[2:]).items() if job["inbox"] == url]
+    if job_id is not None:
+        found = [id_ for id_ in found if id_ == job_id]
+    if not found:
+        named = "job" if job_id is None else f"job {entries.printable(job_id)}"
+        raise ConfigurationError(f"{output} has no {named} of {inbox}: check --inbox and --output")
+    if len(found) > 1:
+        raise ConfigurationError(f"{inbox} has several jobs, {', '.join(found)}: choose one with --job")
+    return Job(found[0], *stores)
+
+
+def _probe(job: Job) -> Mode:
+    """How objects are moved; a store that cannot do it safely is refused."""
+    mode = probe(job.output, job.output_prefix)
+    if job.inbox.url != job.output.url and (other := probe(job.inbox, job.inbox_prefix)) != mode:
+        raise ConfigurationError(
+            f"{job.inbox.url} and {job.output.url} are of different kinds ({other}, {mode}): use buckets of one store"
+        )
+    return mode
+
+
+def _bar(settings: Settings, stream: logs.LogStream, stack: ExitStack, total: int) -> Callable[[int], None]:
+    """What shows how many photos were decided on, if somebody watches."""
+    if settings.log_format == "json" or not stream.isatty():
+        return lambda _: None
+    bar, started = stack.enter_context(console.bar(stream, total)), time.monotonic()
+    return lambda done: bar.show(done, done / max(time.monotonic() - started, 0.001))
+
+
+def _summary(job: Job, totals: Totals, seconds: float, *, decide_only: bool, interrupted: bool) -> str:
+    named = {"sidecar": "sidecars moved along", "skipped": "skipped, not photos", "left": "left in the inbox"}
+    named["changed"] = "changed meanwhile, left in the inbox"
+    photos = sum(count for kind, count in totals.counts.items() if kind.endswith("/") and kind != f"{FAILED}/")
+    head = f"Job {job.id}: {entries.counted(photos, 'photo')} {'would be ' if decide_only else ''}sorted in "
+    head += f"{seconds:.1f} s"
+    if interrupted:
+        head += ", interrupted: the same command goes on"
+    kinds = sorted(totals.counts, key=lambda kind: (kind in named, kind == f"{FAILED}/", kind))
+    rows = [(named.get(kind, kind), totals.counts[kind]) for kind in kinds]
+    width = max((len(name) for name, _ in rows), default=0)
+    return "\n".join([head, *(f"  {name:<{width}}  {count:>7}" for name, count in rows)])
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {entries.printable(value)}")

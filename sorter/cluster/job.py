@@ -1,0 +1,251 @@
+"""One inbox in an object store, sorted by many nodes: what a job is, what is left of it, and the loop that deals it.
+
+In: URLs and settings. Out: every shard finished, or a reason why not. The job's files are all that it remembers:
+whoever runs the same command again, anywhere, goes on from there.
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+
+import sorter
+from sorter.classifier.manifest import Manifest
+from sorter.cluster import shard_mover
+from sorter.cluster.listing import list_new
+from sorter.cluster.node import Place, model_digest
+from sorter.cluster.pool import Finished, Pool, Task
+from sorter.cluster.shard_sorter import Result
+from sorter.cluster.shards import JobFiles
+from sorter.cluster.stores import Mode, Store
+from sorter.errors import ConfigurationError, NotNowError
+from sorter.files import FAILED, FOLDER, UNSURE
+from sorter.inbox.selection import Selection
+from sorter.settings import Settings
+
+log = structlog.get_logger()
+
+_WAIT_SECONDS = 1.0
+_DESCRIPTION = "job.json"
+# What a decision depends on, beside the model.
+_DECIDING = (
+    *("min_confidence", "catch_neither", "engine", "include", "exclude", "ignored_folders", "temporary_names"),
+    *("sidecar_suffixes", "max_megapixels", "max_jpeg_megapixels", "max_megabytes", "decode_timeout_seconds"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One inbox, one output, one way to decide.
+
+    Attributes:
+        id: of the inbox, the model and the settings that decisions depend on; names the job's folder.
+        inbox, output: the buckets.
+        inbox_prefix, output_prefix: of keys; empty, or with a slash at the end.
+    """
+
+    id: str
+    inbox: Store
+    inbox_prefix: str
+    output: Store
+    output_prefix: str
+
+    @property
+    def folder(self) -> str:
+        """Prefix of the job's own files."""
+        return f"{jobs_folder(self.output_prefix)}{self.id}/"
+
+    @property
+    def files(self) -> JobFiles:
+        """The job's own files."""
+        return JobFiles(self.output, self.folder)
+
+    def place(self, mode: Mode, *, decide_only: bool) -> Place:
+        """What the nodes are told of it."""
+        return Place(
+            inbox=self.inbox.url,
+            inbox_prefix=self.inbox_prefix,
+            output=self.output.url,
+            output_prefix=self.output_prefix,
+            folder=self.folder,
+            mode=mode,
+            decide_only=decide_only,
+        )
+
+
+def jobs_folder(output_prefix: str) -> str:
+    """Prefix of the files of all jobs of an output."""
+    return f"{output_prefix}{FOLDER}/cluster/"
+
+
+def job_of(
+    inbox: Store, inbox_prefix: str, output: Store, output_prefix: str, settings: Settings, model: Manifest
+) -> tuple[Job, dict[str, Any]]:
+    """The job that some settings stand for, and what describes it in `job.json`."""
+    described = {
+        "inbox": f"{inbox.url}/{inbox_prefix}",
+        "output": f"{output.url}/{output_prefix}",
+        "folders": [*(c.folder for c in model.classes), UNSURE, FAILED],
+        "model": model.name,
+        "model_digest": model_digest(settings.model),
+        **{name: getattr(settings, name) for name in _DECIDING},
+    }
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    return Job(digest[:12], inbox, inbox_prefix, output, output_prefix), described
+
+
+def known_jobs(output: Store, output_prefix: str) -> dict[str, dict[str, Any]]:
+    """What describes each job of an output, by id."""
+    found, folder = {}, jobs_folder(output_prefix)
+    after = folder
+    while (first := next(iter(output.list(folder, after=after)), None)) is not None:
+        id_ = first.key.removeprefix(folder).partition("/")[0]
+        content = output.read(f"{folder}{id_}/{_DESCRIPTION}")
+        if content is not None:
+            found[id_] = json.loads(content)
+        after = f"{folder}{id_}/\U0010ffff"  # behind all of this job's files
+    return found
+
+
+def begin(job: Job, described: dict[str, Any]) -> None:
+    """Make sure that no other job of the inbox is half done, and write the description.
+
+    Raises:
+        NotNowError: one is: its photos could go to two places.
+    """
+    for id_, other in known_jobs(job.output, job.output_prefix).items():
+        files = JobFiles(job.output, f"{jobs_folder(job.output_prefix)}{id_}/")
+        is_other = id_ != job.id and other["inbox"] == described["inbox"]
+        if is_other and shard_mover.begun(files) - files.finished("moves"):
+            raise NotNowError(
+                f"the job {id_} of this inbox, with other settings or another model, is not finished: finish it with "
+                "the settings that it began with, or take it back with sorter cluster undo"
+            )
+    content = json.dumps(described | {"version": sorter.__version__, "began": time.time()})
+    job.output.put_new(f"{job.folder}{_DESCRIPTION}", content.encode())
+
+
+def list_inbox(job: Job, settings: Settings) -> tuple[int, int]:
+    """Add what is new in the inbox to the job's shards; returns how many objects and shards that are."""
+    selection = Selection(
+        include=settings.include,
+        exclude=settings.exclude,
+        ignored_folders=settings.ignored_folders,
+        temporary_names=settings.temporary_names,
+        sidecar_suffixes=settings.sidecar_suffixes,
+    )
+    # Also those of models that were used before.
+    folders = {folder for other in known_jobs(job.output, job.output_prefix).values() for folder in other["folders"]}
+    outputs = tuple(f"{job.output_prefix}{folder}/" for folder in (*folders, FOLDER))
+    is_shared = job.inbox.url == job.output.url
+
+    def wanted(name: str) -> bool:
+        folder, slash, base = name.rpartition("/")
+        if not base or (is_shared and f"{job.inbox_prefix}{name}".startswith(outputs)):
+            return False
+        return selection.takes(name) and (not slash or selection.enters(folder))
+
+    return list_new(job.inbox, job.inbox_prefix, job.files, wanted, selection.sidecars)
+
+
+@dataclass
+class Totals:
+    """What a command has done so far.
+
+    Attributes:
+        counts: objects by what became of them: a folder's name with a slash, `sidecar`, `skipped`, `left`, `changed`.
+        shards: finished by this command.
+        to_do: shards that were not finished when it began, and the halves of those that were split since.
+    """
+
+    counts: Counter[str]
+    shards: int = 0
+    to_do: int = 0
+
+
+class Run:
+    """The loop that hands out shards; used by one thread.
+
+    Args:
+        pool: of `ObjectNode`s.
+        to_do: names of shards.
+        stopping: says whether no more shards are to be handed out.
+        check: raises if somebody else has taken the job over.
+        on_progress: called every second or so.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        to_do: list[str],
+        *,
+        stopping: Callable[[], bool],
+        check: Callable[[], None],
+        on_progress: Callable[[Totals, int], None],
+    ) -> None:
+        self._pool, self._waiting = pool, to_do
+        self._stopping, self._check, self._on_progress = stopping, check, on_progress
+        self.totals = Totals(Counter(), to_do=len(to_do))
+        self._waiting.reverse()
+
+    def run(self) -> Totals:
+        """Have all shards done, or those that are in hand when it is to stop.
+
+        Raises:
+            SorterError: a node refused, the store failed, or nothing happened any more.
+        """
+        pool = self._pool
+        while pool.in_hand or (self._waiting and not self._stopping()):
+            while self._waiting and pool.wants_more and not self._stopping():
+                self._give(self._waiting.pop())
+            for finished in pool.wait(_WAIT_SECONDS):
+                self._receive(finished)
+            if self._stopping():
+                pool.drop_waiting()
+            pool.check_progress()
+            self._check()
+            self._on_progress(self.totals, pool.photos)
+        return self.totals
+
+    def _give(self, shard: str, *, suspected: bool = False) -> None:
+        self._pool.submit(Task("sort_shard", (shard,), shard, alone=suspected))
+
+    def _receive(self, finished: Finished) -> None:
+        shard, result = finished.task.tag, finished.result
+        if finished.died:
+            log.warning("node.lost", shard=shard)
+            self._give(shard, suspected=True)
+            return
+        assert isinstance(result, Result), "what sort_shard returns"
+        self.totals.shards += 1
+        self.totals.counts.update(result.counts)
+        if result.halves:
+            log.warning("shard.split", shard=shard, halves=list(result.halves))
+            self.totals.to_do += len(result.halves)
+            for half in result.halves:
+                self._give(half, suspected=True)
+        else:
+            log.info("shard.finished", shard=shard, **result.counts)
+
+
+def unfinished(job: Job, *, decide_only: bool) -> Iterator[str]:
+    """The shards that are to be done, in order."""
+    done = job.files.finished("decisions" if decide_only else "moves")
+    return (name for name in job.files.shards() if name not in done)
+
+
+def check_urls(job: Job, model: Manifest) -> None:
+    """Make sure that the inbox is not a folder that photos are sorted into.
+
+    Raises:
+        ConfigurationError: it is.
+    """
+    own = {*(c.folder for c in model.classes), UNSURE, FAILED, FOLDER}
+    inside = job.inbox_prefix.removeprefix(job.output_prefix).partition("/")[0]
+    if job.inbox.url == job.output.url and job.inbox_prefix.startswith(job.output_prefix) and inside in own:
+        raise ConfigurationError("the inbox is a folder that photos are sorted into: use another --output")

@@ -1,0 +1,148 @@
+"""Keeps two commands from working on the same job by accident. Nothing that must not be lost stands on it.
+
+In: a job's folder. Out: a lease, renewed until it is released. Each renewal is a new small object,
+`lease/00000001.json`, because not every store can replace an object only if nobody else has: the one with the highest
+number counts.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+from uuid import uuid4
+
+from sorter.cluster.stores import Store
+from sorter.errors import NotNowError, SorterError, StoreError
+
+RENEW_SECONDS = 30.0
+FRESH_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who has renewed a lease last.
+
+    Attributes:
+        number: of that renewal; 0 if there was none.
+        text: the process, for a person.
+        age_seconds: how long ago that was, by the clocks of the store and of this machine.
+        is_gone: it was released, or its process on this machine has ended.
+    """
+
+    number: int
+    text: str = ""
+    age_seconds: float = 0.0
+    is_gone: bool = True
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether somebody is at work."""
+        return not self.is_gone and self.age_seconds < FRESH_SECONDS
+
+
+def holder(store: Store, folder: str) -> Holder:
+    """Who holds a job's lease.
+
+    Args:
+        store: of the output.
+        folder: of the job.
+    """
+    last = next(iter(collections.deque(store.list(f"{folder}lease/"), maxlen=1)), None)
+    content = None if last is None else store.read(last.key)
+    if last is None or content is None:
+        return Holder(0)
+    said: dict[str, Any] = json.loads(content)
+    here = said["host"] == os.uname().nodename and said["boot"] == _boot()
+    return Holder(
+        number=int(last.key.rpartition("/")[2].partition(".")[0]),
+        text=f"process {said['process']} on {said['host']}",
+        age_seconds=time.time() - last.modified.timestamp(),
+        is_gone=said["released"] or (here and not os.path.exists(f"/proc/{said['process']}")),
+    )
+
+
+class Lease:
+    """A job's lease, held while the context lasts.
+
+    Args:
+        store: of the output.
+        folder: of the job.
+
+    Raises:
+        NotNowError: another process has it.
+    """
+
+    def __init__(self, store: Store, folder: str) -> None:
+        self._store, self._folder = store, folder
+        self._ending = threading.Event()
+        self._error: SorterError | None = None
+        self._token = uuid4().hex
+        last = holder(store, folder)
+        self._number = last.number
+        if last.is_fresh or not self._renew():
+            wait_seconds = max(0.0, FRESH_SECONDS - last.age_seconds)
+            raise NotNowError(
+                f"{last.text or 'another process'} is at work on this job: wait for its end, or, if it was killed, for "
+                f"{wait_seconds:.0f} seconds"
+            )
+
+    def __enter__(self) -> Self:
+        """Start the thread that renews it."""
+        self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Release it."""
+        self._ending.set()
+        self._thread.join()
+        if self._error is None:
+            with contextlib.suppress(StoreError):
+                self._renew(released=True)
+
+    def check(self) -> None:
+        """Make sure that nobody else has taken it.
+
+        Raises:
+            SorterError: somebody has, or the store does not answer.
+        """
+        if self._error is not None:
+            raise self._error
+
+    def _renew(self, *, released: bool = False) -> bool:
+        content = {
+            "process": os.getpid(),
+            "host": os.uname().nodename,
+            "boot": _boot(),
+            "released": released,
+            "token": self._token,
+        }
+        key, data = f"{self._folder}lease/{self._number + 1:08d}.json", json.dumps(content).encode()
+        # If the answer to a first try was lost, the second one finds the key taken, by this process.
+        if not self._store.put_new(key, data) and self._store.read(key) != data:
+            return False
+        self._number += 1
+        return True
+
+    def _run(self) -> None:
+        while not self._ending.wait(RENEW_SECONDS):
+            try:
+                if not self._renew():
+                    raise NotNowError("another process has taken this job over: wait for its end")
+            except StoreError:
+                continue  # a later one may be in time; the nodes notice themselves that the store is away
+            except SorterError as error:
+                self._error = error
+                return
+
+
+def _boot() -> str:
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return file.read().strip()

@@ -1,0 +1,170 @@
+"""Move objects inside a store: copy to a free name, then delete exactly what was copied.
+
+In: listed objects and the keys that they should have. Out: a `Moved` for each. Whoever dies in between leaves the
+object under both names, and the next attempt, in any process, recognises its copy by the mark and finishes.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from sorter.cluster.stores import MARK, Mode, Store, StoredObject
+from sorter.errors import ObjectError, StoreError
+
+KEY_BYTES = 1_024
+NUMBERS = 1_000
+"""So many names are tried for an object whose key is taken."""
+
+COLLISIONS = 20
+_IN_PARTS = re.compile(r"-\d+\"?$")
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What became of an object.
+
+    Attributes:
+        kind: `moved`: it is at `key`, and no more where it was. `changed`: it is gone, or was replaced before it could
+            be moved. `left`: it is where it was.
+        key: where it is now; None unless it was moved. If it was left, it is there as well.
+        etag: of what is there now; None unless it was moved.
+        reason: why it was not moved, for a person.
+    """
+
+    kind: Literal["moved", "changed", "left"]
+    key: str | None = None
+    etag: str | None = None
+    reason: str | None = None
+
+
+class ObjectMover:
+    """Moves objects into a bucket. Any number of threads and processes may move the same objects at once.
+
+    Args:
+        store: the bucket that objects go to.
+        mode: what `probe` found for it.
+        source: the bucket that objects come from, if that is another one.
+    """
+
+    def __init__(self, store: Store, mode: Mode, source: Store | None = None) -> None:
+        self._store, self._mode, self._source = store, mode, source or store
+
+    def move(self, item: StoredObject, key: str, *, numbered: bool = True) -> Moved:
+        """Move exactly this version of an object; call it again after any failure, with the same arguments.
+
+        Args:
+            item: as it was listed when its work was planned: every attempt has to name the same key, ETag and time.
+            key: where to, if that is free.
+            numbered: use `name-1.jpg`, `name-2.jpg` … if another object has the key. Otherwise it is left, as a sidecar
+                is that cannot have its photo's name.
+
+        Raises:
+            StoreError: the store does not answer or refuses everything. The object is under one name, or both.
+        """
+        token = move_token(self._source.bucket, item)
+        return self._move(_Way(item, self._source, self._store, token), key, numbered)
+
+    def move_back(self, item: StoredObject, moved: Moved) -> Moved:
+        """Undo a move, if what it made is still there and as it was; call it again after any failure.
+
+        Args:
+            item: what was given to `move`.
+            moved: what `move` said.
+
+        Returns:
+            `moved` with the old key, where another object may have taken it meanwhile: `left`.
+
+        Raises:
+            StoreError: as `move` does.
+        """
+        assert moved.key is not None, "only what was moved can come back"
+        token = move_token(self._source.bucket, item)
+        back = hashlib.sha256(f"back\n{token}".encode()).hexdigest()
+        try:
+            there = self._store.head(moved.key)
+            if there is not None and there.etag == moved.etag and _mark(there) == token:
+                return self._move(_Way(there, self._store, self._source, back), item.key, numbered=False)
+            restored = self._source.head(item.key)
+        except ObjectError as error:
+            return Moved("left", reason=str(error))
+        if restored is not None and _mark(restored) == back:  # by an earlier attempt
+            return Moved("moved", item.key, restored.etag)
+        return Moved("changed", reason="it was changed, moved or deleted since it was sorted")
+
+    def _move(self, way: "_Way", key: str, numbered: bool) -> Moved:
+        if (way.source.bucket, way.item.key) == (way.target.bucket, key):
+            return Moved("left", reason="it is where it should be")
+        if self._mode == "upload" and _IN_PARTS.search(way.item.etag):
+            return Moved("left", reason="it was uploaded in parts, which this store does not delete on a condition")
+        try:
+            arrived = self._copy(way, key, numbered)
+            # What has replaced the object since it was copied is another photo, and stays: both are kept.
+            if arrived.kind == "moved" and way.source.delete_exact(way.item) == "changed":
+                original = way.source.head(way.item.key)
+                if original is not None and original.etag == way.item.etag:
+                    return Moved("left", arrived.key, arrived.etag, "the store refuses to delete it: it is there twice")
+        except ObjectError as error:
+            return Moved("left", reason=str(error))
+        return arrived
+
+    def _copy(self, way: "_Way", key: str, numbered: bool) -> Moved:
+        """Make sure that there is a copy with this token, and say where."""
+        for name in _names(key) if numbered else (key,):
+            if len(name.encode()) > KEY_BYTES:
+                return Moved("left", reason=f"its new key would be longer than {KEY_BYTES} bytes")
+            for _ in range(COLLISIONS):
+                etag = way.target.copy_new(way.item, way.source, name, way.token, self._mode)
+                if etag is not None:
+                    return Moved("moved", name, etag)
+                there = way.target.head(name)
+                if there is not None and _mark(there) == way.token:  # by an earlier attempt, or one beside this one
+                    return Moved("moved", name, there.etag)
+                original = way.source.head(way.item.key)
+                is_gone = original is None or original.etag != way.item.etag
+                if is_gone and (there is None or not numbered):
+                    return Moved("changed", reason="it was replaced or deleted after it was listed")
+                if there is not None:
+                    break
+            else:
+                url = way.target.url
+                raise StoreError(f"{url} refuses the free key {name!r} {COLLISIONS} times: check it and start again")
+        return Moved(
+            "left",
+            reason=f"another object has the key {key!r}, and each one with a number that was tried"
+            if numbered
+            else f"another object has the key {key!r}",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """What is moved, from which bucket into which, and the token that marks its copy."""
+
+    item: StoredObject
+    source: Store
+    target: Store
+    token: str
+
+
+def move_token(bucket: str, item: StoredObject) -> str:
+    """What marks the copies of one version of an object: the same in every attempt, and for no other version.
+
+    The time is part of it because the same bytes uploaded once more are another photo with the same ETag.
+    """
+    version = "\n".join((bucket, item.key, item.etag, item.modified.isoformat(timespec="seconds")))
+    return hashlib.sha256(version.encode()).hexdigest()
+
+
+def _mark(item: StoredObject) -> str | None:
+    return (item.metadata or {}).get(MARK)
+
+
+def _names(key: str) -> Iterator[str]:
+    """The key itself, then those with a number, as in a folder."""
+    yield key
+    stem, extension = os.path.splitext(key)
+    for number in range(1, NUMBERS):
+        yield f"{stem}-{number}{extension}"

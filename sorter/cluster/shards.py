@@ -1,0 +1,213 @@
+"""A job's files: what was listed, decided and moved, as immutable Parquet objects of about 1,000 rows.
+
+In and out: rows. Each file is created once (PUT If-None-Match): whoever comes second reads what the first one wrote,
+and goes by that. So all attempts at a shard, also those of nodes that were thought dead, agree on what is to happen.
+
+    shards/00000.parquet      what was listed          `StoredObject`
+    attempts/00000.1.parquet  somebody began           who and when
+    decisions/00000.parquet   what belongs where       `Decided`
+    moves/00000.parquet       what became of each      `MovedRow`; the shard is finished
+    undo/00000.parquet        what became of each      `MovedRow`, on the way back
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal
+
+import pyarrow
+from pyarrow import parquet
+
+from sorter.cluster.families import families
+from sorter.cluster.stores import Store, StoredObject
+from sorter.errors import StoreError
+from sorter.inbox.sidecars import SidecarNames
+
+Table = Literal["decisions", "moves", "undo"]
+_SECOND = pyarrow.timestamp("s", tz="UTC")
+_TEXT, _WHOLE = pyarrow.string(), pyarrow.int64()
+_LISTED = pyarrow.schema(
+    {"key": _TEXT, "size": _WHOLE, "etag": _TEXT, "version": _TEXT, "modified": _SECOND, "storage_class": _TEXT}
+)
+_DECIDED = pyarrow.schema(
+    {
+        "key": _TEXT,
+        "kind": _TEXT,
+        "destination": _TEXT,
+        "label": _TEXT,
+        "confidence": pyarrow.float64(),
+        "follows": _TEXT,
+        "reason": _TEXT,
+        "detail": _TEXT,
+    }
+)
+_MOVED = pyarrow.schema({"key": _TEXT, "kind": _TEXT, "destination": _TEXT, "etag": _TEXT, "reason": _TEXT})
+_ATTEMPT = pyarrow.schema({"node": _TEXT, "started": _SECOND})
+_NAME = re.compile(r"(\d+)((?:-[01])*)\.parquet")
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """What is to become of one object of a shard.
+
+    Attributes:
+        key: of the object.
+        kind: `sorted`, `unsure`, `failed` and `sidecar` are to be moved; the others stay.
+        destination: the key it should have, without a number for a name that is taken; None if it stays. Of a sidecar:
+            its own name in its photo's folder.
+        label: the likeliest class, None if it was not classified.
+        confidence: that class's probability, 0 to 1.
+        follows: for a sidecar, the key of its photo.
+        reason: the code of a failure, as in `failed/`.
+        detail: why, for a person.
+    """
+
+    key: str
+    kind: Literal["sorted", "unsure", "failed", "sidecar", "skipped", "left", "changed"]
+    destination: str | None = None
+    label: str | None = None
+    confidence: float | None = None
+    follows: str | None = None
+    reason: str | None = None
+    detail: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MovedRow:
+    """What became of one object of a shard: `Moved`, with the key that it had.
+
+    Attributes:
+        key: that it had before.
+        kind: as in `Moved`, or `stayed` for what was not to be moved.
+        destination: where it is now.
+        etag: of what is there.
+        reason: why it was not moved.
+    """
+
+    key: str
+    kind: Literal["moved", "changed", "left", "stayed"]
+    destination: str | None = None
+    etag: str | None = None
+    reason: str | None = None
+
+
+class JobFiles:
+    """The files of one job. Shards are `00000`, `00001`; the halves of one that was split `00000-0`, `00000-1`.
+
+    Args:
+        store: the bucket of the output.
+        folder: `<output prefix>.sorter/cluster/<job>/`.
+    """
+
+    def __init__(self, store: Store, folder: str) -> None:
+        self.store, self.folder = store, folder
+
+    def shards(self) -> list[str]:
+        """The names of all shards, in order."""
+        return self._names("shards")
+
+    def read_shard(self, name: str) -> list[StoredObject]:
+        """What was listed, in the order of keys.
+
+        Raises:
+            StoreError: there is no such shard.
+        """
+        rows = self._read("shards", name)
+        if rows is None:
+            raise StoreError(f"{self._key('shards', name)} is gone from {self.store.url}: start a new job")
+        return [StoredObject(**row) for row in rows]
+
+    def put_shard(self, name: str, rows: Sequence[StoredObject]) -> bool:
+        """Create a shard. False if there is one with that name."""
+        return self._put("shards", name, rows, _LISTED)
+
+    def finished(self, table: Table = "moves") -> set[str]:
+        """The names of the shards that have this file."""
+        return set(self._names(table))
+
+    def split(self, name: str, sidecars: SidecarNames) -> list[str]:
+        """Give a shard up that kills whoever works on it, in favour of two halves. Call it again after any failure.
+
+        The shard's own decisions are then an empty list, and count: who still works on it learns from `put_decisions`
+        that it is to do nothing.
+
+        Args:
+            name: of the shard.
+            sidecars: which sidecar belongs to which photo: they stay together.
+
+        Returns:
+            The names of the halves; empty if the shard cannot be split: it was decided after all, or is one photo.
+        """
+        together = families(self.read_shard(name), sidecars)
+        if len(together) < 2 or self.put_decisions(name, []):
+            return []
+        middle = len(together) // 2
+        halves = [f"{name}-0", f"{name}-1"]
+        for half, members in zip(halves, (together[:middle], together[middle:]), strict=True):
+            self.put_shard(half, sorted((row for family in members for row in family), key=lambda row: row.key))
+        self.put_moves(name, [])
+        return halves
+
+    def put_decisions(self, name: str, rows: Sequence[Decided]) -> list[Decided]:
+        """Create a shard's decisions, unless it has some. Returns those that count."""
+        if self._put("decisions", name, rows, _DECIDED):
+            return list(rows)
+        first = self.read_decisions(name)
+        assert first is not None, "a file of the job is never deleted"
+        return first
+
+    def read_decisions(self, name: str) -> list[Decided] | None:
+        """A shard's decisions; None before there are any."""
+        rows = self._read("decisions", name)
+        return None if rows is None else [Decided(**row) for row in rows]
+
+    def put_moves(self, name: str, rows: Sequence[MovedRow], table: Literal["moves", "undo"] = "moves") -> bool:
+        """Create a shard's moves. False if somebody else did."""
+        return self._put(table, name, rows, _MOVED)
+
+    def read_moves(self, name: str, table: Literal["moves", "undo"] = "moves") -> list[MovedRow] | None:
+        """A shard's moves; None before there are any."""
+        rows = self._read(table, name)
+        return None if rows is None else [MovedRow(**row) for row in rows]
+
+    def begin_attempt(self, name: str, node: str) -> int:
+        """Record an attempt at a shard before it begins. Returns its number, from 1 on.
+
+        Args:
+            name: of the shard.
+            node: who begins.
+        """
+        number = 1 + sum(1 for _ in self.store.list(f"{self.folder}attempts/{name}."))
+        row = {"node": node, "started": datetime.now(UTC).replace(microsecond=0)}
+        while not self.store.put_new(self._key("attempts", f"{name}.{number}"), _encoded([row], _ATTEMPT)):
+            number += 1
+        return number
+
+    def _names(self, table: str) -> list[str]:
+        folder = f"{self.folder}{table}/"
+        found = (_NAME.fullmatch(item.key.removeprefix(folder)) for item in self.store.list(folder))
+        return [
+            match[1] + match[2] for match in sorted(filter(None, found), key=lambda match: (int(match[1]), match[2]))
+        ]
+
+    def _key(self, table: str, name: str) -> str:
+        return f"{self.folder}{table}/{name}.parquet"
+
+    def _put(self, table: str, name: str, rows: Sequence[Any], schema: pyarrow.Schema) -> bool:
+        return self.store.put_new(self._key(table, name), _encoded([asdict(row) for row in rows], schema))
+
+    def _read(self, table: str, name: str) -> list[dict[str, Any]] | None:
+        data = self.store.read(self._key(table, name))
+        if data is None:
+            return None
+        rows: list[dict[str, Any]] = parquet.read_table(io.BytesIO(data)).to_pylist()
+        return rows
+
+
+def _encoded(rows: list[dict[str, Any]], schema: pyarrow.Schema) -> bytes:
+    columns = [pyarrow.array([row[field.name] for row in rows], field.type) for field in schema]
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns, schema=schema), file, compression="zstd")
+    return file.getvalue()

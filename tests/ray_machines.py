@@ -1,0 +1,118 @@
+"""A Ray cluster of several machines on this one, for the tests: its raylets can be killed, and others added.
+
+Run as a program it is the cluster: a head without CPUs, and machines that the lines of its standard input add or kill.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+TOKEN = "ab" * 32
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": TOKEN,
+    "RAY_worker_niceness": "0",
+}
+
+
+class Machines:
+    """The cluster, from the outside.
+
+    Attributes:
+        address: of its head.
+        pid: all of its processes descend from this one.
+    """
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self._process, self.pid = process, process.pid
+        self.address = self._answer()
+
+    def add(self) -> None:
+        """Add a machine with one CPU."""
+        self._tell("add")
+
+    def kill(self) -> None:
+        """Kill the oldest machine: its raylet, and with it all of its processes, get SIGKILL."""
+        self._tell("kill")
+
+    def _tell(self, what: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{what}\n")
+        self._process.stdin.flush()
+        assert self._answer() == "done"
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("> "):  # Ray says what it likes
+                return line[2:].strip()
+        raise AssertionError("the cluster has ended")
+
+
+@contextmanager
+def machines(count: int, folder: Path, environment: dict[str, str]) -> Iterator[Machines]:
+    """A cluster with so many machines of one CPU each; its nodes have this environment, not the command's."""
+    with (folder / "ray.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(count)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, **ENVIRONMENT, **environment},
+            start_new_session=True,
+        )
+    with process:
+        try:
+            yield Machines(process)
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def processes(name: str, parent: int) -> list[int]:
+    """The descendants of a process whose title begins with a name: Ray's workers are called after what they run."""
+    titles, parents = {}, {}
+    for entry in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            titles[int(entry)] = Path("/proc", entry, "cmdline").read_bytes().decode(errors="replace")
+            parents[int(entry)] = int(Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+
+    def descends(process: int) -> bool:
+        while process and process != parent:
+            process = parents.get(process, 0)
+        return process == parent
+
+    return [process for process, title in titles.items() if title.startswith(name) and descends(process)]
+
+
+def main(count: int) -> None:
+    from ray.cluster_utils import Cluster
+
+    small: dict[str, Any] = {"object_store_memory": 80_000_000, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(count)]
+    print(f"> {cluster.address}", flush=True)
+    for line in sys.stdin:
+        if line.strip() == "add":
+            nodes.append(cluster.add_node(num_cpus=1, **small))
+        else:
+            cluster.remove_node(nodes.pop(0), allow_graceful=False)
+        print("> done", flush=True)
+    cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

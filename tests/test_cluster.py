@@ -1,0 +1,212 @@
+"""What the cluster's parts promise without a cluster or a store: deciding, scratch space, nodes, flags, refusals."""
+
+import fcntl
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from conftest import GREEN, RED, RedGreenEngine, make_tree, plain
+
+from sorter.classifier.manifest import Manifest
+from sorter.cli.main import main
+from sorter.cluster.deciding import Decider
+from sorter.cluster.ray_cluster import Shape, shape
+from sorter.cluster.scratch import Scratch
+from sorter.decisions import Outcome
+from sorter.errors import ConfigurationError, Reason
+from sorter.files.photo import Identity, Photo
+from sorter.settings import Settings
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def decider(manifest: Manifest) -> Iterator[Decider]:
+    one = Decider(RedGreenEngine(), manifest, Settings(batch_size=8), workers=2)
+    yield one
+    one.close()
+
+
+def photos_in(folder: Path) -> list[Photo]:
+    return [Photo(folder, path.name, Identity.of(path.stat()), time.time()) for path in sorted(folder.iterdir())]
+
+
+def folders(outcomes: list[Outcome]) -> dict[str, str]:
+    return {o.photo.name: o.decision.folder if o.decision else o.kind for o in outcomes}
+
+
+def test_a_node_decides_as_the_sorter_does_and_touches_nothing(tmp_path: Path, decider: Decider) -> None:
+    files = {"r.jpg": plain(RED), "g.jpg": plain(GREEN), "broken.jpg": plain(RED)[:300], "a.txt": b"text"}
+    before = make_tree(tmp_path / "in", files)
+    outcomes: list[Outcome] = []
+    decider.decide(photos_in(before), outcomes.append)
+    assert folders(outcomes) == {"r.jpg": "cats", "g.jpg": "dogs", "broken.jpg": "failed", "a.txt": "skipped"}
+    reasons = {o.photo.name: o.decision.decoded.reason for o in outcomes if o.decision is not None}
+    assert reasons["broken.jpg"] in (Reason.TRUNCATED, Reason.CORRUPT)
+    assert {path.name: path.read_bytes() for path in before.iterdir()} == files
+
+
+def test_several_requests_at_once_get_their_own_answers(tmp_path: Path, decider: Decider) -> None:
+    answers: dict[int, list[Outcome]] = {number: [] for number in range(4)}
+
+    def ask(number: int) -> None:
+        folder = make_tree(
+            tmp_path / str(number), {f"{n}.jpg": plain(RED if number % 2 else GREEN, n) for n in range(25)}
+        )
+        decider.decide(photos_in(folder), answers[number].append)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in answers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert {n: folders(found) for n, found in answers.items()} == {
+        n: {f"{m}.jpg": "cats" if n % 2 else "dogs" for m in range(25)} for n in answers
+    }
+    assert decider.decided == 100
+
+
+def test_a_batch_that_cannot_be_filled_is_decided_on_all_the_same(tmp_path: Path, decider: Decider) -> None:
+    """Photos may wait for the space that those of the batch take: then no more come until it is done."""
+    folder = make_tree(tmp_path / "in", {f"{n}.jpg": plain(RED, n) for n in range(4)})
+    space, told = threading.Semaphore(2), []
+
+    def one_by_one() -> Iterator[Photo]:
+        for photo in photos_in(folder):
+            assert space.acquire(timeout=30)
+            yield photo
+
+    def tell(outcome: Outcome) -> None:
+        told.append(outcome)
+        space.release()
+
+    decider.decide(one_by_one(), tell)
+    assert len(told) == 4
+
+
+def test_scratch_space_is_bounded_and_a_larger_photo_gets_all_of_it() -> None:
+    scratch = Scratch(100)
+    try:
+        scratch.reserve(60)
+        scratch.reserve(40)
+        waiting = threading.Thread(target=scratch.reserve, args=(1_000,))
+        waiting.start()
+        scratch.release(60)
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        scratch.release(40)
+        waiting.join(10)
+        assert not waiting.is_alive()
+    finally:
+        scratch.close()
+    assert not scratch.folder.exists()
+
+
+def test_what_a_killed_node_left_is_removed_and_what_a_live_one_has_is_not() -> None:
+    code = "import time; from sorter.cluster.scratch import Scratch; s = Scratch(100); print(s.folder, flush=True); "
+    code += "(s.folder / 'a.jpg').write_bytes(b'a'); time.sleep(100)"
+    with ExitStack() as stack:
+        command = [sys.executable, "-c", code]
+        running = [stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) for _ in range(2)]
+        for process in running:
+            stack.callback(process.kill)
+        left = [Path(process.stdout.readline().strip()) for process in running if process.stdout is not None]
+        running[0].kill()
+        running[0].wait()
+        Scratch(100).close()
+        assert [folder.exists() for folder in left] == [False, True]
+    Scratch(100).close()
+    assert not left[1].exists()
+
+
+def test_a_folder_that_is_locked_is_somebodys() -> None:
+    one = Scratch(100)
+    try:
+        descriptor = os.open(one.folder / "lock", os.O_RDWR)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+    finally:
+        one.close()
+
+
+class _Machines:
+    """As much of Ray as `shape` asks."""
+
+    def __init__(self, *machines: dict[str, float]) -> None:
+        self._machines = machines
+
+    def nodes(self) -> list[dict[str, object]]:
+        return [{"Alive": True, "Resources": machine} for machine in self._machines]
+
+
+@pytest.mark.parametrize(
+    ("machines", "device", "nodes", "expected"),
+    [
+        ([{"CPU": 2}], "auto", None, Shape(1, 2, 0)),
+        ([{"CPU": 2}], "auto", 2, Shape(2, 1, 0)),
+        ([{"CPU": 0}, {"CPU": 64}, {"CPU": 64}], "auto", None, Shape(2, 64, 0)),  # a head without work, and workers
+        ([{"CPU": 16}, {"CPU": 64}], "auto", None, Shape(5, 16, 0)),
+        ([{"CPU": 64}], "auto", 8, Shape(8, 8, 0)),
+        ([{"CPU": 64}, {"CPU": 64}], "auto", 8, Shape(8, 64, 0)),  # of a cluster that grows
+        ([{"CPU": 8}, {"CPU": 64, "GPU": 4}], "auto", None, Shape(4, 16, 1)),
+        ([{"CPU": 8}, {"CPU": 64, "GPU": 4}], "cpu", None, Shape(9, 8, 0)),
+    ],
+)
+def test_there_is_a_node_for_each_machine_or_gpu(
+    machines: list[dict[str, float]], device: str, nodes: int | None, expected: Shape
+) -> None:
+    assert shape(_Machines(*machines), device, nodes) == expected
+
+
+def test_a_cluster_without_cpus_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="start its workers"):
+        shape(_Machines({"CPU": 0}), "auto", None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("run --inbox s3://photos/in --output out", "a folder and a URL"),
+        ("run --inbox s3://photos/in --link", "--link does not apply"),
+        ("run --inbox s3://photos/in --dry-run", "use --decide-only"),
+        ("run --inbox s3://photos/in --state-dir state", "--state-dir does not apply"),
+        ("run --inbox gs://photos/in", "s3://"),
+        ("run --inbox s3://photos/in --job 1", "--job is not for sorter cluster run"),
+        ("undo --inbox s3://photos/in --workers 2", "--workers is not for sorter cluster undo"),
+        ("run --inbox in --decide-only", "use --dry-run"),
+        ("run --inbox in --metrics-port 9000", "--metrics-port"),
+        ("status --inbox in", "sorter status"),
+        ("undo --inbox in", "sorter undo"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_sentence(flags: str, said: str, capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    assert main(["cluster", *flags.split()]) == 2
+    _, err = capsys.readouterr()
+    assert said in err
+    assert err.startswith("sorter: ")
+    assert err.count("\n") == 1
+
+
+def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    missing, found = {"ray", "boto3", "pyarrow"}, importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in missing else found(name, *rest)
+    )
+    for place in ("s3://photos/in", "."):
+        assert main(["cluster", "run", "--inbox", place]) == 2
+        assert "'cluster'" in capsys.readouterr().err
+
+
+def test_the_sorter_alone_imports_nothing_of_the_cluster() -> None:
+    code = "import sys, sorter.cli.main; print({'ray', 'boto3', 'pyarrow'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -1,0 +1,403 @@
+"""Jobs on real Ray clusters with real object stores, from the command line: what is sorted where, kills, undo."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from breaking_line import Fault, Line, Request, breaking_line
+from conftest import GREEN, RED, plain
+from object_stores import Server
+from ray_machines import ENVIRONMENT, Machines, machines, processes
+
+from sorter.classifier import manifest as manifests
+from sorter.cluster import job as jobs
+from sorter.cluster.job import Job
+from sorter.cluster.stores import open_store
+from sorter.settings import SHIPPED_MODEL, Settings
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+
+NODE = "ray::ObjectNode"
+
+
+class Photos:
+    """A bucket of its own, with an inbox."""
+
+    def __init__(self, server: Server, name: str) -> None:
+        self.server, self.bucket, self.client = server, name, server.client
+        self.client.create_bucket(Bucket=name)
+        self.urls = ("--inbox", f"s3://{name}/in", "--output", f"s3://{name}/sorted")
+
+    def put(self, files: dict[str, bytes]) -> None:
+        def put(item: tuple[str, bytes]) -> None:
+            name, data = item
+            key = f"in/{name}"
+            self.client.put_object(
+                Bucket=self.bucket, Key=key, Body=data, ContentType="image/jpeg", Metadata={"name": name}
+            )
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(put, files.items()))
+
+    def objects(self) -> list[str]:
+        """What there is, without the sorter's own files."""
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket)
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+        return [key for key in keys if ".sorter/" not in key]
+
+    def contents(self) -> Counter[bytes]:
+        """The bytes of each, however often: none may get lost, and none may be there twice."""
+        with ThreadPoolExecutor(4) as pool:
+            read = pool.map(
+                lambda key: self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read(), self.objects()
+            )
+            return Counter(read)
+
+    def start(self, action: str, *flags: str, server: Server | None = None) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "sorter", "cluster", action, *self.urls, *flags],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **ENVIRONMENT, **(server or self.server).environment},
+            start_new_session=True,
+        )
+
+    def run(self, action: str, *flags: str, server: Server | None = None) -> tuple[int, str, str]:
+        with self.start(action, *flags, server=server) as process:
+            out, err = process.communicate(timeout=1500)
+        return process.returncode, out, err
+
+    def job(self, monkeypatch: pytest.MonkeyPatch, settings: Settings | None = None) -> Job:
+        """The job that `run` is going to do, so that a test can deal smaller shards."""
+        for name, value in self.server.environment.items():
+            monkeypatch.setenv(name, value)
+        places = (*open_store(f"s3://{self.bucket}/in"), *open_store(f"s3://{self.bucket}/sorted"))
+        return jobs.job_of(*places, settings or Settings(), manifests.read(SHIPPED_MODEL))[0]
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> Callable[[Photos, int], Job]:
+    """Deals an inbox into shards of a few photos."""
+
+    def deal(photos: Photos, rows: int) -> Job:
+        job = photos.job(monkeypatch)
+        items = list(job.inbox.list(job.inbox_prefix))
+        for number, start in enumerate(range(0, len(items), rows)):
+            assert job.files.put_shard(f"{number:05}", items[start : start + rows])
+        return job
+
+    return deal
+
+
+@pytest.fixture
+def bucket(strict_moto: Server, request: pytest.FixtureRequest) -> Photos:
+    return Photos(strict_moto, f"b{abs(hash(request.node.name)) % 10**9}")
+
+
+@pytest.fixture
+def line(strict_moto: Server) -> Iterator[Line]:
+    with breaking_line(strict_moto) as one:
+        yield one
+
+
+def samples(shared: Path, count: int, seed: int = 1) -> list[Path]:
+    photos = sorted((shared / "kaggle-180" / "training_set" / "training_set").glob("*/*.jpg"))
+    return random.Random(seed).sample(photos, count)
+
+
+def test_a_thousand_photos_are_sorted_as_one_machine_sorts_them(
+    swift: Server, shared: Path, tmp_path: Path, proved: Callable[[str], None]
+) -> None:
+    files = {f"{photo.parent.name}/{photo.name}": photo.read_bytes() for photo in samples(shared, 1_000)}
+    photos = Photos(swift, "thousand")
+    photos.put(files)
+    for name, data in files.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(data)
+    command = [sys.executable, "-m", "sorter", "run", "--once", "--recursive", "--settle-seconds", "0"]
+    places = ["--inbox", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    subprocess.run([*command, *places], check=True, capture_output=True)
+    expected = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").glob("*/*/*.jpg")}
+
+    started = time.monotonic()
+    code, out, err = photos.run("run")
+    seconds = time.monotonic() - started
+    assert code == 0, err
+    assert {key.removeprefix("sorted/") for key in photos.objects()} == expected
+    assert photos.contents() == Counter(files.values())
+    for key in photos.objects():
+        head = photos.client.head_object(Bucket=photos.bucket, Key=key)
+        assert head["ContentType"] == "image/jpeg"
+        assert head["Metadata"]["name"] == "/".join(key.split("/")[2:])
+    proved(f"{len(expected)} photos in Swift went where sorter run puts them, with metadata, in {seconds:.0f} s")
+    assert "1000 photos sorted" in out
+
+
+def test_it_goes_on_after_every_kill_and_no_photo_is_lost_or_there_twice(
+    bucket: Photos,
+    line: Line,
+    shared: Path,
+    tmp_path: Path,
+    small_shards: Callable[[Photos, int], Job],
+    proved: Callable[[str], None],
+) -> None:
+    """Actors, machines and commands die; what is finished is never fetched again."""
+    generator = random.Random(7)
+    files = {photo.name: photo.read_bytes() for photo in samples(shared, 800)}
+    bucket.put(files)
+    job = small_shards(bucket, 8)
+    killed, finished_at_start = Counter[str](), dict[int, set[str]]()
+    with machines(2, tmp_path, line.server.environment) as cluster:
+        commands = 0
+        while True:
+            finished_at_start[len(line.requests)] = job.files.finished("moves")
+            command = bucket.start("run", "--address", cluster.address, "--workers", "2", server=line.server)
+            commands += 1
+            _kill_until_it_ends(command, cluster, line, generator, killed, commands)
+            _, err = command.communicate()
+            if command.returncode != -signal.SIGKILL:
+                break
+    assert command.returncode == 0, err
+    assert bucket.contents() == Counter(files.values())
+    assert all(key.startswith(("sorted/cats/", "sorted/dogs/")) for key in bucket.objects())
+    fetched_again = 0
+    shard_of = {item.key: name for name in job.files.shards() for item in job.files.read_shard(name)}
+    for number, request in enumerate(line.requests):
+        before = finished_at_start[max(start for start in finished_at_start if start <= number)]
+        key = request.path.partition("?")[0].removeprefix(f"/{bucket.bucket}/")
+        fetched_again += request.operation == "GetObject" and shard_of.get(key, "") in before
+    assert fetched_again == 0
+    proved(
+        f"{len(files)} photos, {killed['actor']} actors, {killed['machine']} machines and {killed['command']} commands "
+        f"killed: 0 lost, 0 twice, 0 of finished shards fetched again; {commands} commands"
+    )
+    assert killed == {"actor": 20, "machine": 2, "command": 5}
+
+
+def _kill_until_it_ends(
+    command: "subprocess.Popen[str]",
+    cluster: Machines,
+    line: Line,
+    generator: random.Random,
+    killed: Counter[str],
+    commands: int,
+) -> None:
+    """Kill nodes at random moments of their work; after every third one a machine, up to two, and five commands."""
+    before = killed["actor"]
+    while _worked_on(line, command):
+        time.sleep(generator.uniform(0, 0.4))
+        if killed["command"] < 5 and killed["actor"] >= before + 3:
+            if killed["machine"] < min(2, commands):
+                cluster.kill()
+                cluster.add()
+                killed["machine"] += 1
+            command.kill()
+            killed["command"] += 1
+            return
+        actors = processes(NODE, cluster.pid)
+        if killed["actor"] < 20 and actors:
+            with suppress(ProcessLookupError):
+                os.kill(generator.choice(actors), signal.SIGKILL)
+                killed["actor"] += 1
+
+
+def _worked_on(line: Line, command: "subprocess.Popen[str]") -> bool:
+    """Wait until a photo is fetched, copied or deleted; False if the command has ended before."""
+    seen = len(line.requests)
+    while command.poll() is None:
+        for request in line.requests[seen:]:
+            is_work = request.operation in ("GetObject", "CopyObject", "DeleteObject")
+            if is_work and ".sorter/" not in request.path:
+                return True
+        time.sleep(0.02)
+    return False
+
+
+def test_undo_after_a_job_brings_every_photo_back(bucket: Photos, strict_moto: Server) -> None:
+    files = {f"2019/{n}.jpg": plain(RED if n % 2 else GREEN, n) for n in range(40)} | {"2019/1.xmp": b"<xmp>"}
+    bucket.put(files)
+    before = sorted(bucket.objects())
+    assert bucket.run("undo")[0] == 2  # there is no job yet
+    code, _, err = bucket.run("run")
+    assert code == 0, err
+    assert not any(key.startswith("in/") for key in bucket.objects())
+    code, out, _ = bucket.run("status")
+    assert code == 0
+    assert "1 of 1 shards" in out
+    code, out, err = bucket.run("undo")
+    assert (code, out) == (0, "Restored 41 objects; 0 could not be restored.\n"), err
+    assert sorted(bucket.objects()) == before
+    code, out, _ = bucket.run("undo")
+    assert (code, out) == (0, "Restored 0 objects; 0 could not be restored.\n")
+
+
+def test_decide_only_moves_nothing_and_the_next_run_moves_by_that(bucket: Photos, line: Line) -> None:
+    bucket.put({f"{n}.jpg": plain(RED, n) for n in range(10)})
+    code, out, err = bucket.run("run", "--decide-only", server=line.server)
+    assert code == 0, err
+    assert "10 photos would be sorted" in out
+    assert all(key.startswith("in/") for key in bucket.objects())
+    line.reset()
+    code, _, err = bucket.run("run", server=line.server)
+    assert code == 0, err
+    assert all(key.startswith("sorted/") for key in bucket.objects())
+    fetched = [r.path for r in line.requests if r.operation == "GetObject" and "/in/" in r.path]
+    assert fetched == []
+
+
+def test_two_commands_at_once_whose_lease_was_removed_by_hand_move_each_photo_once(
+    bucket: Photos, shared: Path, tmp_path: Path, small_shards: Callable[[Photos, int], Job]
+) -> None:
+    files = {photo.name: photo.read_bytes() for photo in samples(shared, 100)}
+    bucket.put(files)
+    job = small_shards(bucket, 10)
+    with machines(2, tmp_path, bucket.server.environment) as cluster:
+        flags = ("--address", cluster.address, "--workers", "1")
+        first = bucket.start("run", *flags)
+        while not any(".sorter/cluster" in item.key and "/lease/" in item.key for item in job.output.list("sorted/")):
+            time.sleep(0.2)
+            assert first.poll() is None
+        code, _, err = bucket.run("run", *flags)
+        assert code == 4, err
+        assert "is at work on this job" in err
+        for item in job.output.list(f"{job.folder}lease/"):
+            bucket.client.delete_object(Bucket=bucket.bucket, Key=item.key)
+        second = bucket.start("run", *flags)
+        codes = [command.communicate()[0] and command.returncode for command in (first, second)]
+    assert set(codes) <= {0, 4}  # the one whose lease is gone may notice that
+    assert 0 in codes
+    assert bucket.contents() == Counter(files.values())
+    assert all(key.startswith("sorted/") for key in bucket.objects())
+
+
+def test_a_stopped_node_that_goes_on_after_others_have_finished_its_shard_changes_nothing(
+    bucket: Photos, line: Line, shared: Path, tmp_path: Path, small_shards: Callable[[Photos, int], Job]
+) -> None:
+    files = {photo.name: photo.read_bytes() for photo in samples(shared, 30)}
+    bucket.put(files)
+    job = small_shards(bucket, 10)
+    stopped: list[int] = []
+    lock = threading.Lock()
+
+    with machines(1, tmp_path, line.server.environment) as cluster:
+
+        def stop(request: Request) -> None:
+            """At the first copy, all nodes that there are stand still."""
+            with lock:
+                if request.operation == "CopyObject" and not stopped and "/sorted/.sorter/probe" not in request.path:
+                    stopped.extend(processes(NODE, cluster.pid))
+                    for process in stopped:
+                        os.kill(process, signal.SIGSTOP)
+
+        line.before = stop
+        zombie = bucket.start("run", "--address", cluster.address, server=line.server)
+        while not stopped:
+            assert zombie.poll() is None
+            time.sleep(0.1)
+        zombie.kill()  # its lease is free at once; its node stands still
+        zombie.communicate()
+        cluster.add()
+        code, _, err = bucket.run("run", "--address", cluster.address, "--workers", "1")
+        assert code == 0, err
+        before = sorted(bucket.objects())
+        for process in stopped:
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
+        time.sleep(5)
+    assert sorted(bucket.objects()) == before
+    assert bucket.contents() == Counter(files.values())
+    assert job.files.finished("moves") == {"00000", "00001", "00002"}
+
+
+def test_a_poison_photo_fails_and_the_rest_is_sorted(bucket: Photos, shared: Path) -> None:
+    """Photos that kill their decoders, of the broken ones that were found."""
+    bad = {path.name: path.read_bytes() for path in sorted((shared / "bad").iterdir()) if path.is_file()}
+    good = {f"{n}.jpg": plain(RED, n) for n in range(20)}
+    bucket.put(bad | good)
+    code, _, err = bucket.run("run")
+    assert code == 3, err
+    keys = bucket.objects()
+    assert all(any(key.endswith(f"/{name}") and "failed" not in key for key in keys) for name in good)
+    assert Counter(bucket.contents().values()) == Counter({1: len(bad | good)})
+    assert sum(key.startswith("sorted/failed/") for key in keys) >= 10
+
+
+def test_a_photo_that_kills_its_node_each_time_fails_and_its_neighbours_are_sorted(
+    bucket: Photos, line: Line, small_shards: Callable[[Photos, int], Job], proved: Callable[[str], None]
+) -> None:
+    """Whoever fetches it is killed from outside, as the kernel kills what takes too much memory."""
+    bucket.put({f"{n}.jpg": plain(RED, n) for n in range(5)})
+    job = small_shards(bucket, 5)
+    command = bucket.start("run", server=line.server)
+
+    def poison(request: Request) -> Fault | None:
+        if request.operation != "GetObject" or not request.path.endswith("/in/2.jpg"):
+            return None
+        for process in processes(NODE, command.pid):
+            os.kill(process, signal.SIGKILL)
+        return "cut before"
+
+    line.before = poison
+    _, err = command.communicate(timeout=1500)
+    assert command.returncode == 3, err
+    assert sorted(bucket.objects()) == [*(f"sorted/cats/{n}.jpg" for n in (0, 1, 3, 4)), "sorted/failed/2.jpg"]
+    reasons = [row.reason for name in job.files.shards() for row in job.files.read_decisions(name) or [] if row.reason]
+    assert reasons == ["decoder-crash"]
+    attempts = sum(1 for _ in job.output.list(f"{job.folder}attempts/"))
+    proved(f"a shard of 5 with a photo that kills its node: {attempts} attempts, 1 photo failed, 4 sorted")
+    assert attempts <= 20
+
+
+def test_no_packet_leaves_the_machine(tmp_path: Path, shared: Path) -> None:
+    """In a network that has nothing but the loopback; Ray's usage reports are off in its own processes too."""
+    unshare = shutil.which("unshare")
+    if unshare is None or os.geteuid() != 0:
+        pytest.skip("a network of its own needs root and unshare")
+    for photo in samples(shared, 30):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        shutil.copy(photo, tmp_path / "in")
+    seen = tmp_path / "seen.json"
+    command = f"{sys.executable} -m sorter cluster run --settle-seconds 0 --inbox {tmp_path}/in --output {tmp_path}/out"
+    watch = (
+        "import json, os, sys, time\nfrom pathlib import Path\nfound = {}\n"
+        f"while not Path({str(tmp_path / 'done')!r}).exists():\n"
+        "    for entry in filter(str.isdigit, os.listdir('/proc')):\n"
+        "        try:\n"
+        "            title = Path('/proc', entry, 'cmdline').read_bytes().decode(errors='replace')\n"
+        "            if title.startswith('ray::Node'):\n"
+        "                found[entry] = Path('/proc', entry, 'environ').read_bytes().decode(errors='replace')\n"
+        "        except OSError:\n            pass\n    time.sleep(0.1)\n"
+        f"Path({str(seen)!r}).write_text(json.dumps(found))\n"
+    )
+    script = f"ip link set lo up; ip -o link | wc -l; {command}; echo code $?"
+    watcher = subprocess.Popen([sys.executable, "-c", watch])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [unshare, "--net", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=900,
+        check=False,
+    )
+    (tmp_path / "done").touch()
+    watcher.wait(30)
+    assert done.stdout.splitlines()[0] == "1", done.stderr
+    assert "code 0" in done.stdout, done.stderr
+    assert "30 photos sorted" in done.stdout
+    environments = json.loads(seen.read_text())
+    assert environments
+    assert all("RAY_USAGE_STATS_ENABLED=0" in text and "RAY_AUTH_MODE=token" in text for text in environments.values())

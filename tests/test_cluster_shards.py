@@ -1,0 +1,314 @@
+"""A shard's way through a node, a job's lease and its undo, with real decoders, on a store in memory."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import GREEN, RED, RedGreenEngine, plain
+from memory_store import START, MemoryStore
+
+from sorter.classifier.manifest import Manifest
+from sorter.cluster import job as jobs
+from sorter.cluster import lease, shard_mover
+from sorter.cluster.deciding import Decider
+from sorter.cluster.job import Job
+from sorter.cluster.lease import FRESH_SECONDS, Lease
+from sorter.cluster.shard_sorter import MAX_DEATHS, ShardSorter
+from sorter.cluster.stores import StoredObject
+from sorter.cluster.taking_back import take_back
+from sorter.errors import ConfigurationError, NotNowError, Reason, StoreError
+from sorter.inbox.sidecars import SidecarNames
+from sorter.settings import Settings
+
+SETTINGS = Settings(batch_size=8, max_megabytes=0.1)
+NewSorter = Callable[..., ShardSorter]
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture
+def job(store: MemoryStore) -> Job:
+    return Job("0123456789ab", store, "in/", store, "sorted/")
+
+
+@pytest.fixture
+def new_sorter(manifest: Manifest, job: Job) -> Iterator[NewSorter]:
+    """Nodes that share a model."""
+    decider, sorters = Decider(RedGreenEngine(), manifest, SETTINGS, workers=2), []
+
+    def new(*, decide_only: bool = False) -> ShardSorter:
+        place = job.place("copy", decide_only=decide_only)
+        sorters.append(ShardSorter(decider, SETTINGS, place, job.inbox, job.output))
+        return sorters[-1]
+
+    yield new
+    for sorter in sorters:
+        sorter.close()
+    decider.close()
+
+
+def put(store: MemoryStore, files: dict[str, bytes]) -> list[StoredObject]:
+    return sorted((store.put(f"in/{name}", data, camera="x100") for name, data in files.items()), key=lambda i: i.key)
+
+
+def tree(store: MemoryStore) -> dict[str, bytes]:
+    """What is there without the sorter's own files."""
+    return {key: data for key, (_, data) in store.objects.items() if ".sorter/" not in key}
+
+
+def test_photos_keep_their_paths_and_metadata_and_take_their_sidecars_along(
+    store: MemoryStore, job: Job, new_sorter: NewSorter
+) -> None:
+    files = {
+        "2019/a.jpg": plain(RED),
+        "2019/a.xmp": b"<xmp>",
+        "2019/a.jpg.json": b"{}",
+        "2020/a.jpg": plain(GREEN),
+        "2020/a.aae": b"aae",
+        "b.JPG": plain(RED)[:300],
+        "note.txt": b"text",
+        "alone.xmp": b"nobody's",
+        "large.jpg": bytes(200_000),
+        "film.avi": bytes(200_000),
+    }
+    job.files.put_shard("00000", put(store, files))
+    result = new_sorter().sort("00000")
+    assert tree(store) == {
+        "sorted/cats/2019/a.jpg": files["2019/a.jpg"],
+        "sorted/cats/2019/a.xmp": files["2019/a.xmp"],
+        "sorted/cats/2019/a.jpg.json": files["2019/a.jpg.json"],
+        "sorted/dogs/2020/a.jpg": files["2020/a.jpg"],
+        "sorted/dogs/2020/a.aae": files["2020/a.aae"],
+        "sorted/failed/b.JPG": files["b.JPG"],
+        "sorted/failed/large.jpg": files["large.jpg"],
+        "in/note.txt": files["note.txt"],
+        "in/alone.xmp": files["alone.xmp"],
+        "in/film.avi": files["film.avi"],
+    }
+    assert result.counts == {"cats/": 1, "dogs/": 1, "failed/": 2, "sidecar": 3, "skipped": 3}
+    assert {(item.metadata or {}).get("camera") for key, (item, _) in store.objects.items() if "/cats/" in key} == {
+        "x100"
+    }
+    reasons = {row.key: row.reason for row in job.files.read_decisions("00000") or []}
+    assert reasons["in/large.jpg"] == Reason.TOO_LARGE
+    assert reasons["in/b.JPG"] in (Reason.TRUNCATED, Reason.CORRUPT)
+
+
+def test_a_strangers_object_keeps_its_name_and_the_sidecar_follows_the_photos_number(
+    store: MemoryStore, job: Job, new_sorter: NewSorter
+) -> None:
+    store.put("sorted/cats/a.jpg", b"a stranger's")
+    files = {"a.jpg": plain(RED), "a.xmp": b"<xmp>"}
+    job.files.put_shard("00000", put(store, files))
+    new_sorter().sort("00000")
+    assert tree(store) == {
+        "sorted/cats/a.jpg": b"a stranger's",
+        "sorted/cats/a-1.jpg": files["a.jpg"],
+        "sorted/cats/a-1.xmp": files["a.xmp"],
+    }
+
+
+def test_a_photo_that_was_replaced_since_it_was_listed_stays(
+    store: MemoryStore, job: Job, new_sorter: NewSorter
+) -> None:
+    job.files.put_shard("00000", put(store, {"a.jpg": plain(RED), "b.jpg": plain(RED, 1)}))
+    store.put("in/a.jpg", plain(GREEN))
+    assert new_sorter().sort("00000").counts == {"changed": 1, "cats/": 1}
+    assert set(tree(store)) == {"in/a.jpg", "sorted/cats/b.jpg"}
+
+
+def test_what_is_archived_is_left(store: MemoryStore, job: Job, new_sorter: NewSorter) -> None:
+    (item,) = put(store, {"a.jpg": plain(RED)})
+    job.files.put_shard("00000", [replace(item, storage_class="GLACIER")])
+    assert new_sorter().sort("00000").counts == {"left": 1}
+    assert set(tree(store)) == {"in/a.jpg"}
+
+
+def test_the_first_decisions_count_whoever_decides_otherwise(
+    store: MemoryStore, job: Job, new_sorter: NewSorter
+) -> None:
+    job.files.put_shard("00000", put(store, {"a.jpg": plain(RED)}))
+    new_sorter(decide_only=True).sort("00000")
+    before = job.files.read_decisions("00000")
+    assert before is not None
+    assert set(tree(store)) == {"in/a.jpg"}
+    # A node that has been thought dead comes with its own.
+    counted = job.files.put_decisions("00000", [replace(before[0], destination="sorted/dogs/a.jpg")])
+    assert counted == before
+    new_sorter().sort("00000")
+    assert set(tree(store)) == {"sorted/cats/a.jpg"}
+
+
+def test_a_finished_shard_is_neither_fetched_nor_moved_again(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.files.put_shard("00000", put(store, {"a.jpg": plain(RED)}))
+    new_sorter().sort("00000")
+    assert list(jobs.unfinished(job, decide_only=False)) == []
+    before = tree(store)
+    monkeypatch.setattr(store, "download", lambda *_: pytest.fail("it was decided on before"))
+    new_sorter().sort("00000")
+    assert tree(store) == before
+
+
+def test_a_shard_that_kills_is_halved_and_a_photo_that_kills_is_blamed_and_its_neighbours_are_sorted(
+    store: MemoryStore, job: Job, new_sorter: NewSorter
+) -> None:
+    names = [f"{number}.jpg" for number in range(6)]
+    job.files.put_shard(
+        "00000", put(store, {name: plain(RED, n) for n, name in enumerate(names)} | {"4.xmp": b"<xmp>"})
+    )
+    poison, waiting, attempts = "in/4.jpg", ["00000"], 0
+    while waiting:
+        name = waiting.pop()
+        holds_poison = any(item.key == poison for item in job.files.read_shard(name))
+        while holds_poison and job.files.begin_attempt(name, "a node that dies") < MAX_DEATHS:
+            attempts += 1
+            assert attempts < 50
+        waiting += new_sorter().sort(name).halves
+    assert set(tree(store)) == {
+        *(f"sorted/cats/{name}" for name in names if name != "4.jpg"),
+        "sorted/failed/4.jpg",
+        "sorted/failed/4.xmp",
+    }
+    assert list(jobs.unfinished(job, decide_only=False)) == []
+
+
+def test_an_attempt_that_the_store_ended_is_no_death(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.files.put_shard("00000", put(store, {"a.jpg": plain(RED)}))
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: object) -> None:
+            raise StoreError("the store is away: start again")
+
+        patch.setattr(store, "download", refuse)
+        for _ in range(2 * MAX_DEATHS):
+            with pytest.raises(StoreError):
+                new_sorter().sort("00000")
+    assert new_sorter().sort("00000").counts == {"cats/": 1}
+
+
+def test_undo_brings_all_back_and_names_who_is_in_the_way(store: MemoryStore, job: Job, new_sorter: NewSorter) -> None:
+    files = {"x/a.jpg": plain(RED), "x/a.xmp": b"<xmp>", "b.jpg": plain(GREEN), "c.jpg": plain(RED, 1), "d.txt": b"d"}
+    job.files.put_shard("00000", put(store, files))
+    before = tree(store)
+    new_sorter().sort("00000")
+    store.put("in/c.jpg", b"a stranger's")
+    rows = [row for shard in take_back(job, "copy", SidecarNames()) for row in shard]
+    assert [(row.key, row.kind) for row in rows if row.kind != "moved"] == [("sorted/cats/c.jpg", "left")]
+    assert tree(store) == before | {"in/c.jpg": b"a stranger's", "sorted/cats/c.jpg": files["c.jpg"]}
+    assert list(take_back(job, "copy", SidecarNames())) == []
+    assert jobs.list_inbox(job, SETTINGS) == (1, 1)  # the stranger's; what was brought back is left alone
+
+
+def test_undo_also_finds_what_a_killed_node_has_moved(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"{n}.jpg": plain(RED, n) for n in range(5)}
+    job.files.put_shard("00000", put(store, files))
+    before, moved = tree(store), []
+    original = store.delete_exact
+
+    def die_after_two(item: StoredObject) -> str:
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        moved.append(item.key)
+        return original(item)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "delete_exact", die_after_two)
+        with pytest.raises(KeyboardInterrupt):
+            new_sorter().sort("00000")
+    assert shard_mover.begun(job.files) - job.files.finished("moves") == {"00000"}
+    rows = [row for shard in take_back(job, "copy", SidecarNames()) for row in shard]
+    assert {row.kind for row in rows} == {"moved"}
+    assert tree(store) == before
+
+
+def test_a_job_with_other_settings_waits_until_a_half_done_one_is_finished_or_taken_back(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, manifest: Manifest
+) -> None:
+    described = {"inbox": "memory://photos/in/", "folders": ["cats", "dogs"]}
+    jobs.begin(job, described)
+    job.files.put_shard("00000", put(store, {"a.jpg": plain(RED)}))
+    new_sorter(decide_only=True).sort("00000")
+    other = replace(job, id="ba9876543210")
+    jobs.begin(other, described)  # nothing was moved yet
+    store.put_new(f"{job.folder}moving/00000", b"")
+    with pytest.raises(NotNowError, match=job.id):
+        jobs.begin(other, described)
+    assert list(take_back(job, "copy", SidecarNames())) != []
+    jobs.begin(other, described)
+
+
+def test_the_inbox_may_be_the_output_and_sorted_photos_are_not_listed_again(
+    store: MemoryStore, new_sorter: NewSorter
+) -> None:
+    job = Job("0123456789ab", store, "in/", store, "in/")
+    jobs.begin(job, {"inbox": "memory://photos/in/", "folders": ["cats", "dogs", "unsure", "failed"]})
+    put(
+        store,
+        {"a.jpg": plain(RED), "cats/b.jpg": plain(RED), "failed/c.jpg": b"", ".hidden.jpg": b"", "d.jpg.part": b""},
+    )
+    put(store, {"@eaDir/e.jpg": b"", "folder/": b""})
+    assert jobs.list_inbox(job, SETTINGS) == (1, 1)
+    assert [item.key for item in job.files.read_shard("00000")] == ["in/a.jpg"]
+
+
+def test_an_inbox_that_photos_are_sorted_into_is_refused(store: MemoryStore, manifest: Manifest) -> None:
+    with pytest.raises(ConfigurationError, match="sorted into"):
+        jobs.check_urls(Job("0", store, "sorted/unsure/", store, "sorted/"), manifest)
+    jobs.check_urls(Job("0", store, "in/", store, "sorted/"), manifest)
+
+
+def test_two_commands_do_not_have_a_job_at_once_unless_the_other_one_is_gone(
+    store: MemoryStore, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + store.writes)
+    first = Lease(store, job.folder)
+    with pytest.raises(NotNowError, match="is at work"):
+        Lease(store, job.folder)
+    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + FRESH_SECONDS + 60)
+    second = Lease(store, job.folder)  # as far as anybody knows, the first one's machine is gone
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.01)
+    with first, pytest.raises(NotNowError, match="taken this job over"):
+        check_for_30_seconds(first)
+    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + store.writes)
+    assert lease.holder(store, job.folder).is_fresh
+    with second:
+        second.check()
+    assert not lease.holder(store, job.folder).is_fresh  # released
+
+
+def check_for_30_seconds(held: Lease) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        held.check()
+
+
+def test_the_lease_of_a_process_that_was_killed_on_this_machine_is_free_at_once(
+    store: MemoryStore, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + store.writes)
+    with monkeypatch.context() as patch:
+        patch.setattr("sorter.cluster.lease.os.getpid", lambda: 2**22 + 1)  # more than any process has
+        Lease(store, job.folder)
+    Lease(store, job.folder)
+
+
+def test_the_job_is_another_with_another_threshold_or_inbox(
+    store: MemoryStore, manifest: Manifest, tmp_path: Path
+) -> None:
+    def id_of(prefix: str = "in/", **values: object) -> str:
+        return jobs.job_of(store, prefix, store, "sorted/", Settings(**values), manifest)[0].id  # type: ignore[arg-type]
+
+    ids = [id_of(), id_of("in2/"), id_of(min_confidence=0.9), id_of(catch_neither=True), id_of(max_megabytes=1)]
+    assert len({*ids}) == len(ids)
+    assert id_of(batch_size=8, log_level="debug") == ids[0]

@@ -1,0 +1,211 @@
+"""Moves on an object store, in every order of requests: each photo ends once, and nothing is overwritten."""
+
+from collections.abc import Callable
+
+import pytest
+from memory_store import MemoryStore, every_order
+
+from sorter.cluster.object_mover import Moved, ObjectMover
+from sorter.cluster.stores import MARK, MODIFIED, Mode
+from sorter.errors import ObjectError, StoreError
+
+MODES: tuple[Mode, ...] = ("copy", "upload")
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+def contents(store: MemoryStore) -> dict[str, bytes]:
+    return {key: data for key, (_, data) in sorted(store.objects.items())}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_object_arrives_with_its_metadata_a_mark_and_the_time_it_had(store: MemoryStore, mode: Mode) -> None:
+    item = store.put("in/a.jpg", b"a", camera="x")
+    moved = ObjectMover(store, mode).move(item, "cats/a.jpg")
+    assert moved == Moved("moved", "cats/a.jpg", item.etag)
+    assert contents(store) == {"cats/a.jpg": b"a"}
+    metadata = store.objects["cats/a.jpg"][0].metadata or {}
+    assert (metadata["camera"], metadata[MODIFIED]) == ("x", item.modified.isoformat())
+    assert len(metadata[MARK]) == 64
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_key_that_is_taken_gets_a_number_also_if_the_photos_are_equal(store: MemoryStore, mode: Mode) -> None:
+    store.put("cats/a.jpg", b"same")
+    store.put("cats/a-1.jpg", b"other")
+    item = store.put("in/a.jpg", b"same")
+    assert ObjectMover(store, mode).move(item, "cats/a.jpg").key == "cats/a-2.jpg"
+    assert contents(store) == {"cats/a.jpg": b"same", "cats/a-1.jpg": b"other", "cats/a-2.jpg": b"same"}
+
+
+def test_a_sidecar_whose_name_is_taken_stays(store: MemoryStore) -> None:
+    store.put("cats/a.xmp", b"stranger")
+    item = store.put("in/a.xmp", b"mine")
+    assert ObjectMover(store, "copy").move(item, "cats/a.xmp", numbered=False).kind == "left"
+    assert contents(store) == {"cats/a.xmp": b"stranger", "in/a.xmp": b"mine"}
+
+
+def test_a_photo_that_was_replaced_or_deleted_is_not_moved(store: MemoryStore) -> None:
+    first, second = store.put("in/a.jpg", b"old"), store.put("in/b.jpg", b"b")
+    store.put("in/a.jpg", b"new")
+    del store.objects["in/b.jpg"]
+    mover = ObjectMover(store, "copy")
+    assert [mover.move(item, f"cats/{item.key}").kind for item in (first, second)] == ["changed", "changed"]
+    assert contents(store) == {"in/a.jpg": b"new"}
+
+
+def test_the_same_bytes_uploaded_again_are_another_photo(store: MemoryStore) -> None:
+    mover = ObjectMover(store, "copy")
+    assert mover.move(store.put("in/a.jpg", b"a"), "cats/a.jpg").key == "cats/a.jpg"
+    assert mover.move(store.put("in/a.jpg", b"a"), "cats/a.jpg").key == "cats/a-1.jpg"
+
+
+def test_a_key_that_would_be_too_long_leaves_the_photo(store: MemoryStore) -> None:
+    item = store.put("ö" * 512, b"a")
+    left = ObjectMover(store, "copy").move(item, "cats/" + item.key)
+    assert (left.kind, left.reason) == ("left", "its new key would be longer than 1024 bytes")
+    assert contents(store) == {item.key: b"a"}
+
+
+def test_what_the_store_does_not_copy_is_left_and_what_it_does_not_delete_is_said_to_be_there_twice(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = store.put("in/a.jpg", b"a")
+    mover = ObjectMover(store, "copy")
+    with monkeypatch.context() as patch:
+
+        def refuse(*_: object) -> None:
+            raise ObjectError("the store refuses it (AccessDenied)")
+
+        patch.setattr(store, "copy_new", refuse)
+        assert mover.move(item, "cats/a.jpg") == Moved("left", reason="the store refuses it (AccessDenied)")
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "delete_exact", lambda item: "changed")
+        left = mover.move(item, "cats/a.jpg")
+        assert (left.kind, left.key) == ("left", "cats/a.jpg")
+    assert mover.move(item, "cats/a.jpg").kind == "moved"
+    assert contents(store) == {"cats/a.jpg": b"a"}
+
+
+def test_a_store_that_refuses_a_free_key_for_ever_ends_the_job(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = store.put("in/a.jpg", b"a")
+    monkeypatch.setattr(store, "copy_new", lambda *_: None)
+    with pytest.raises(StoreError, match="refuses the free key"):
+        ObjectMover(store, "copy").move(item, "cats/a.jpg")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_undo_brings_a_photo_back_with_its_metadata_and_twice_is_once(store: MemoryStore, mode: Mode) -> None:
+    mover, item = ObjectMover(store, mode), store.put("in/a.jpg", b"a", camera="x")
+    moved = mover.move(item, "cats/a.jpg")
+    back = mover.move_back(item, moved)
+    assert (back.kind, back.key) == ("moved", "in/a.jpg")
+    assert mover.move_back(item, moved) == back
+    assert contents(store) == {"in/a.jpg": b"a"}
+    metadata = dict(store.objects["in/a.jpg"][0].metadata or {})
+    assert metadata.pop(MARK)
+    assert metadata == {"camera": "x", MODIFIED: item.modified.isoformat()}
+    again = mover.move(next(store.list("in/")), "cats/a.jpg")
+    assert (store.objects[str(again.key)][0].metadata or {})[MODIFIED] == item.modified.isoformat()
+
+
+def test_undo_leaves_what_was_changed_since_and_what_would_overwrite(store: MemoryStore) -> None:
+    mover = ObjectMover(store, "copy")
+    items = [store.put(f"in/{name}.jpg", name.encode()) for name in "abc"]
+    moved = [mover.move(item, item.key.replace("in", "cats")) for item in items]
+    store.put("cats/a.jpg", b"edited")
+    store.put("in/b.jpg", b"stranger")
+    del store.objects["cats/c.jpg"]
+    back = [mover.move_back(item, done) for item, done in zip(items, moved, strict=True)]
+    assert [(one.kind, one.reason) for one in back] == [
+        ("changed", "it was changed, moved or deleted since it was sorted"),
+        ("left", "another object has the key 'in/b.jpg'"),
+        ("changed", "it was changed, moved or deleted since it was sorted"),
+    ]
+    assert contents(store) == {"cats/a.jpg": b"edited", "cats/b.jpg": b"b", "in/b.jpg": b"stranger"}
+
+
+def test_photos_move_from_one_bucket_into_another_and_back() -> None:
+    inbox, output = MemoryStore("inbox"), MemoryStore("output")
+    item, mover = inbox.put("a.jpg", b"a"), ObjectMover(output, "copy", inbox)
+    moved = mover.move(item, "a.jpg")
+    assert (contents(inbox), contents(output)) == ({}, {"a.jpg": b"a"})
+    assert mover.move_back(item, moved).kind == "moved"
+    assert (contents(inbox), contents(output)) == ({"a.jpg": b"a"}, {})
+
+
+# What somebody else does meanwhile, in one step. Each returns the contents that must be there at the end.
+
+
+def nobody(store: MemoryStore) -> dict[str, bytes]:
+    return {}
+
+
+def replacer(store: MemoryStore) -> dict[str, bytes]:
+    store.put("in/a.jpg", b"new")
+    return {"in/a.jpg": b"new"}
+
+
+def stranger(store: MemoryStore) -> dict[str, bytes]:
+    if "cats/a.jpg" in store.objects:
+        return {}
+    store.put("cats/a.jpg", b"stranger")
+    return {"cats/a.jpg": b"stranger"}
+
+
+def owner(store: MemoryStore) -> dict[str, bytes]:
+    store.objects.pop("in/a.jpg", None)
+    return {}
+
+
+Other = Callable[[MemoryStore], dict[str, bytes]]
+
+
+def play(mode: Mode, other: Other, kills: int) -> int:
+    """Two movers of one photo, in every order, then a third that nobody disturbs: what must hold at the end."""
+    item = MemoryStore().put("in/a.jpg", b"photo", camera="x")
+    kept: dict[str, bytes] = {}
+
+    def scene() -> tuple[MemoryStore, list[Callable[[], object]], list[Callable[[], object]]]:
+        store = MemoryStore()
+        store.put("in/a.jpg", b"photo", camera="x")
+        kept.clear()
+        programs: list[Callable[[], object]] = [lambda: ObjectMover(store, mode).move(item, "cats/a.jpg")] * 2
+        return store, programs, [] if other is nobody else [lambda: kept.update(other(store))]
+
+    def judge(store: MemoryStore, results: list[object]) -> None:
+        last = ObjectMover(store, mode).move(item, "cats/a.jpg")
+        found, seen = contents(store), (results, last, store.objects)
+        photos = [key for key, data in found.items() if data == b"photo"]
+        assert len(photos) == 1 or (not photos and other in (replacer, owner)), seen
+        assert photos in ([], ["cats/a.jpg"], ["cats/a-1.jpg"]), seen
+        assert {key: data for key, data in found.items() if data != b"photo"} == kept, seen
+        assert last.kind == ("moved" if photos else "changed"), seen
+        for result in results:
+            assert result == "killed" or (isinstance(result, Moved) and result.kind == last.kind), seen
+            assert result == "killed" or [result.key] == (photos or [None]), seen
+
+    return every_order(scene, judge, kills)
+
+
+@pytest.mark.parametrize("other", [nobody, replacer, stranger, owner])
+def test_two_movers_of_one_photo_in_every_order_of_their_requests(other: Other) -> None:
+    assert play("copy", other, kills=0) > 1
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("other", [nobody, replacer, stranger, owner])
+def test_two_movers_killed_at_any_request_in_every_order(
+    mode: Mode, other: Other, proved: Callable[[str], None]
+) -> None:
+    kills = 0 if (mode, other) == ("upload", stranger) else 1 if mode == "upload" else 2  # they would take an hour
+    count = play(mode, other, kills)
+    proved(
+        f"two movers of one object, {mode}, {other.__name__}: {count} orders of requests and {kills} kills, moved once"
+    )
