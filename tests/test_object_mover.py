@@ -199,6 +199,7 @@ def test_two_movers_of_one_photo_in_every_order_of_their_requests(other: Other) 
 
 
 @pytest.mark.torture
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("other", [nobody, replacer, stranger, owner])
 def test_two_movers_killed_at_any_request_in_every_order(

@@ -371,6 +371,7 @@ def kill_at(place: Place, number: int, after: bool, item: StoredObject) -> bool:
 
 
 @pytest.mark.torture
+@pytest.mark.timeout(1200)
 @everywhere
 def test_a_node_killed_before_or_after_each_of_its_requests_moves_each_photo_once(
     place: Place, proved: Callable[[str], None]
