@@ -25,10 +25,7 @@ class MemoryStore:
     step: Callable[[str], None] = lambda request: None
     objects: dict[str, tuple[StoredObject, bytes]] = field(default_factory=dict)
     writes: int = 0
-
-    @property
-    def url(self) -> str:
-        return f"memory://{self.bucket}"
+    url: str = "memory://photos"
 
     def put(self, key: str, data: bytes, **metadata: str) -> StoredObject:
         """What another program does: it writes, whatever is there."""
@@ -109,7 +106,7 @@ class _Turns:
 
     def __init__(self, programs: list[Callable[[], object]], store: MemoryStore) -> None:
         self.results: list[object] = [None] * len(programs)
-        self._names = {}
+        self._names: dict[int | None, int] = {}
         self._wake = [threading.Semaphore(0) for _ in programs]
         self._yielded = threading.Semaphore(0)
         self.running = set(range(len(programs)))
@@ -163,7 +160,7 @@ def every_order(
     Returns:
         How many orders there were.
     """
-    count, prefix = 0, []
+    count, prefix = 0, list[int]()
     while True:
         choices = _play(scene, judge, kills, prefix)
         count += 1

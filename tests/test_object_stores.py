@@ -343,19 +343,20 @@ def kill_at(place: Place, number: int, after: bool, item: StoredObject) -> bool:
     files = JobFiles(place.store, folder)
     assert files.put_shard("00000", [item])
     place.line.reset()
-    killed = []
+    killed: list[str] = []
 
-    def kill(request: Request) -> None:
+    def kill(request: Request) -> Fault | None:
         if request.number == number:
             process.kill()
             process.wait()
             killed.append(request.operation)
+        return "cut before" if killed else None
 
     command = [sys.executable, str(HERE / "move_shard.py"), place.url, folder, place.mode, "00000", "1"]
     if after:
         place.line.after = kill
     else:
-        place.line.before = lambda request: (kill(request), "cut before" if killed else None)[1]
+        place.line.before = kill
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     process.wait()
     place.line.reset()
