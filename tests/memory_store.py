@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from sorter.cluster.stores import MARK, MODIFIED, Mode, Store, StoredObject
+from sorter.cluster.stores import MARK, MODIFIED, Mode, Store, StoredObject, in_parts
 from sorter.errors import ChangedError, StoreError
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -27,10 +27,10 @@ class MemoryStore:
     writes: int = 0
     url: str = "memory://photos"
 
-    def put(self, key: str, data: bytes, **metadata: str) -> StoredObject:
+    def put(self, key: str, data: bytes, *, as_parts: bool = False, **metadata: str) -> StoredObject:
         """What another program does: it writes, whatever is there."""
         self.writes += 1
-        etag = f'"{hashlib.md5(data).hexdigest()}"'
+        etag = f'"{hashlib.md5(data).hexdigest()}{"-1" * as_parts}"'
         item = StoredObject(
             key, len(data), etag, None, START + timedelta(seconds=self.writes), "STANDARD", dict(metadata)
         )
@@ -69,7 +69,9 @@ class MemoryStore:
         self.put(key, data)
         return True
 
-    def copy_new(self, item: StoredObject, source: Store, key: str, token: str, mode: Mode) -> str | None:
+    def copy_new(
+        self, item: StoredObject, source: Store, key: str, token: str, mode: Mode, *, unlike: str | None = None
+    ) -> str | None:
         assert isinstance(source, MemoryStore)
         if mode != "copy":  # the bytes are read first, and written later
             self.step("get")
@@ -82,7 +84,7 @@ class MemoryStore:
             return None
         original, data = there
         metadata = {MODIFIED: original.modified.isoformat(), **(original.metadata or {}), MARK: token}
-        return self.put(key, data, **metadata).etag
+        return self.put(key, data, as_parts=unlike is not None and not in_parts(unlike), **metadata).etag
 
     def delete_exact(self, item: StoredObject) -> Literal["deleted", "gone", "changed"]:
         self.step("delete")
