@@ -93,6 +93,8 @@ def _wrong_with_copies(store: Store, folder: str, mode: Mode) -> str:
             )
         if store.copy_new(item, store, free, "0", mode, unlike=item.etag) in (None, item.etag):
             return "it gives what undo brings back the ETag that it had (CompleteMultipartUpload)"
+        if store.read(free) != OTHER:
+            return "it does not write an object in parts (CompleteMultipartUpload)"
     except (StoreError, ObjectError) as error:
         return f"it refuses a copy with conditions ({error})"
     return ""

@@ -192,10 +192,19 @@ class S3Store:
             raise ObjectError("it has more than 5 GiB, which this store does not copy")
         with tempfile.SpooledTemporaryFile(MEMORY_BYTES) as file:
             source._fetch(item.key, file, IfMatch=item.etag)
-            if as_parts:
-                return self._in_parts(key, properties, [lambda part: self._client.upload_part(**part, Body=file)])
-            put = {"Bucket": self.bucket, "Key": key, "Body": file, "IfNoneMatch": "*", **properties}
-            return str(_settled(lambda: (file.seek(0), self._client.put_object(**put))[1])["ETag"])
+            # With its length, a request whose body does not begin at the beginning fails, and writes nothing.
+            body = {"Body": file, "ContentLength": item.size}
+
+            def put() -> Any:
+                file.seek(0)
+                target = {"Bucket": self.bucket, "Key": key, "IfNoneMatch": "*"}
+                return self._client.put_object(**target, **properties, **body)
+
+            def put_part(part: dict[str, Any]) -> Any:
+                file.seek(0)
+                return self._client.upload_part(**part, **body)
+
+            return self._in_parts(key, properties, [put_part]) if as_parts else str(_settled(put)["ETag"])
 
     def _copy_in_parts(
         self, item: StoredObject, origin: dict[str, Any], key: str, properties: dict[str, Any], part_bytes: int
