@@ -190,7 +190,8 @@ class Deck:
         if view in ("least-sure", "newest"):
             return to_look_at, []
         if view == "corrected":
-            return f"{_TO_SORT} AND m.corrected_by IS NOT NULL AND {_DECIDED}", []
+            # Not IS NOT NULL, for which SQLite would not use the index.
+            return f"{_TO_SORT} AND m.corrected_by > 0 AND {_DECIDED}", []
         if kind == "folder" and name:
             return f"{to_look_at} AND m.now_folder = ?", [name]
         if kind == "run" and name:
