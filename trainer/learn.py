@@ -6,10 +6,11 @@ head is fitted: the backbone stays bit for bit as it is, and with it whatever wa
 
 import contextlib
 import copy
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ MAX_SHARE = 0.2
 """Of all that is learned from, what photos with a verdict may be by counting more than once."""
 COMPARED_PHOTOS = 500
 """For the comparison of 8 bits with 32 bits, and with the old model where it has no guard set."""
+STEPS = 8
+"""In each epoch, at least: few photos are learned from in smaller batches."""
 MIN_CONFIDENT = 100
 """Confidently sorted photos that can stand in for a guard set."""
 
@@ -106,7 +109,8 @@ def learn(options: Options, reporter: Reporter) -> Learned:
         former_head = copy.deepcopy(base.head)
         _fit(base, found, rehearsal, options.seed, reporter)
 
-        compared = _spread((*found.judged.held_out, *found.confident.held_out))
+        judged, sure = found.judged, found.confident
+        compared = _spread((*judged.training, *judged.held_out, *sure.training, *sure.held_out))
         photos = base.guard or guard.measure(base.model, base.manifest, _spread(found.confident.held_out), reporter)
         draft = rehead.described(base, name, photos, rehead.int8(base, compared, reporter))
         files = rehead.files(base)
@@ -213,6 +217,7 @@ def _fit(base: Base, found: Verdicts, rehearsal: Sequence[Sample], seed: int, re
         return backbone.features_at(base.model, base.manifest, size, photos, reporter, mirrored=mirrored)
 
     stage = recipes.VERDICTS
+    stage = replace(stage, batch_size=min(stage.batch_size, math.ceil(len(rows) / STEPS)))
     source = FeatureSource(
         np.stack([features_of(samples, mirrored=mirrored)[rows] for mirrored in (False, True)]),
         labels_of(samples)[rows],
