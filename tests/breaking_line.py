@@ -55,7 +55,7 @@ class Line:
 
     server: Server
     before: Callable[[Request], Fault | None] = lambda request: None
-    after: Callable[[Request], None] = lambda request: None
+    after: Callable[[Request], object] = lambda request: None
     requests: list[Request] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 

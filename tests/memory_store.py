@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
-from sorter.cluster.stores import MARK, MODIFIED, Mode, Store, StoredObject
+from sorter.cluster.stores import MARK, MODIFIED, Mode, Store, StoredObject, in_parts
 from sorter.errors import ChangedError, StoreError
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -25,15 +25,12 @@ class MemoryStore:
     step: Callable[[str], None] = lambda request: None
     objects: dict[str, tuple[StoredObject, bytes]] = field(default_factory=dict)
     writes: int = 0
+    url: str = "memory://photos"
 
-    @property
-    def url(self) -> str:
-        return f"memory://{self.bucket}"
-
-    def put(self, key: str, data: bytes, **metadata: str) -> StoredObject:
+    def put(self, key: str, data: bytes, *, as_parts: bool = False, **metadata: str) -> StoredObject:
         """What another program does: it writes, whatever is there."""
         self.writes += 1
-        etag = f'"{hashlib.md5(data).hexdigest()}"'
+        etag = f'"{hashlib.md5(data).hexdigest()}{"-1" * as_parts}"'
         item = StoredObject(
             key, len(data), etag, None, START + timedelta(seconds=self.writes), "STANDARD", dict(metadata)
         )
@@ -72,7 +69,9 @@ class MemoryStore:
         self.put(key, data)
         return True
 
-    def copy_new(self, item: StoredObject, source: Store, key: str, token: str, mode: Mode) -> str | None:
+    def copy_new(
+        self, item: StoredObject, source: Store, key: str, token: str, mode: Mode, *, unlike: str | None = None
+    ) -> str | None:
         assert isinstance(source, MemoryStore)
         if mode != "copy":  # the bytes are read first, and written later
             self.step("get")
@@ -85,7 +84,7 @@ class MemoryStore:
             return None
         original, data = there
         metadata = {MODIFIED: original.modified.isoformat(), **(original.metadata or {}), MARK: token}
-        return self.put(key, data, **metadata).etag
+        return self.put(key, data, as_parts=unlike is not None and not in_parts(unlike), **metadata).etag
 
     def delete_exact(self, item: StoredObject) -> Literal["deleted", "gone", "changed"]:
         self.step("delete")
@@ -109,7 +108,7 @@ class _Turns:
 
     def __init__(self, programs: list[Callable[[], object]], store: MemoryStore) -> None:
         self.results: list[object] = [None] * len(programs)
-        self._names = {}
+        self._names: dict[int | None, int] = {}
         self._wake = [threading.Semaphore(0) for _ in programs]
         self._yielded = threading.Semaphore(0)
         self.running = set(range(len(programs)))
@@ -163,7 +162,7 @@ def every_order(
     Returns:
         How many orders there were.
     """
-    count, prefix = 0, []
+    count, prefix = 0, list[int]()
     while True:
         choices = _play(scene, judge, kills, prefix)
         count += 1

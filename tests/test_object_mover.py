@@ -77,7 +77,7 @@ def test_what_the_store_does_not_copy_is_left_and_what_it_does_not_delete_is_sai
     mover = ObjectMover(store, "copy")
     with monkeypatch.context() as patch:
 
-        def refuse(*_: object) -> None:
+        def refuse(*_: object, **__: object) -> None:
             raise ObjectError("the store refuses it (AccessDenied)")
 
         patch.setattr(store, "copy_new", refuse)
@@ -94,7 +94,7 @@ def test_a_store_that_refuses_a_free_key_for_ever_ends_the_job(
     store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     item = store.put("in/a.jpg", b"a")
-    monkeypatch.setattr(store, "copy_new", lambda *_: None)
+    monkeypatch.setattr(store, "copy_new", lambda *_, **__: None)
     with pytest.raises(StoreError, match="refuses the free key"):
         ObjectMover(store, "copy").move(item, "cats/a.jpg")
 
@@ -110,7 +110,11 @@ def test_undo_brings_a_photo_back_with_its_metadata_and_twice_is_once(store: Mem
     metadata = dict(store.objects["in/a.jpg"][0].metadata or {})
     assert metadata.pop(MARK)
     assert metadata == {"camera": "x", MODIFIED: item.modified.isoformat()}
+    assert back.etag != item.etag, "what deletes the original late does not hit what came back"
     again = mover.move(next(store.list("in/")), "cats/a.jpg")
+    if mode == "upload":  # it is in parts now, which a store with this mode does not delete on a condition
+        assert again.kind == "left"
+        return
     assert (store.objects[str(again.key)][0].metadata or {})[MODIFIED] == item.modified.isoformat()
 
 
@@ -188,9 +192,38 @@ def play(mode: Mode, other: Other, kills: int) -> int:
         assert last.kind == ("moved" if photos else "changed"), seen
         for result in results:
             assert result == "killed" or (isinstance(result, Moved) and result.kind == last.kind), seen
-            assert result == "killed" or [result.key] == (photos or [None]), seen
+            assert not isinstance(result, Moved) or result.key == (photos[0] if photos else None), seen
 
     return every_order(scene, judge, kills)
+
+
+def play_undo(mode: Mode) -> int:
+    """Two movers that were thought dead beside an undo of the same photo, in every order."""
+    item = MemoryStore().put("in/a.jpg", b"photo", camera="x")
+
+    def scene() -> tuple[MemoryStore, list[Callable[[], object]], list[Callable[[], object]]]:
+        store = MemoryStore()
+        store.put("in/a.jpg", b"photo", camera="x")
+        mover = ObjectMover(store, mode)
+
+        def undo() -> Moved:
+            return mover.move_back(item, Moved("moved", "cats/a.jpg", item.etag))
+
+        return store, [lambda: mover.move(item, "cats/a.jpg"), undo, lambda: mover.move(item, "cats/a.jpg")], []
+
+    def judge(store: MemoryStore, results: list[object]) -> None:
+        found = contents(store)
+        assert set(found.values()) == {b"photo"}, (results, store.objects)
+        assert len(found) == 1, (results, store.objects)
+
+    return every_order(scene, judge, kills=0)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(1200)
+def test_an_undo_beside_movers_that_were_thought_dead_loses_nothing(proved: Callable[[str], None]) -> None:
+    count = play_undo("copy")
+    proved(f"two movers and an undo of one object, {count} orders of requests: none lost, none twice")
 
 
 @pytest.mark.parametrize("other", [nobody, replacer, stranger, owner])
@@ -199,6 +232,7 @@ def test_two_movers_of_one_photo_in_every_order_of_their_requests(other: Other) 
 
 
 @pytest.mark.torture
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("other", [nobody, replacer, stranger, owner])
 def test_two_movers_killed_at_any_request_in_every_order(

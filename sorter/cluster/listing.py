@@ -8,6 +8,7 @@ Of two that list at the same time, one gets each number, and the other takes out
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, chain, islice
 
 import numpy as np
@@ -23,6 +24,9 @@ SHARD_ROWS = 1_000
 
 AHEAD_ROWS = 2 * SHARD_ROWS
 """So many rows are looked at for what belongs together: names of sidecars come soon after or before their photos'."""
+
+
+READERS = 16
 
 
 def list_new(
@@ -86,7 +90,8 @@ class _Known:
     """What is in a job's shards, in 8 bytes for each object, and what its undo put back."""
 
     def __init__(self, files: JobFiles, names: list[str]) -> None:
-        parts = [np.array([_digest(item) for item in files.read_shard(name)], np.uint64) for name in names]
+        with ThreadPoolExecutor(READERS) as pool:
+            parts = [*pool.map(lambda name: np.array([*map(_digest, files.read_shard(name))], np.uint64), names)]
         self._digests = np.sort(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
         self._added: set[int] = set()
         self._restored: set[tuple[str, str | None]] = set()

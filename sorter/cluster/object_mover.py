@@ -6,7 +6,6 @@ object under both names, and the next attempt, in any process, recognises its co
 
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -19,7 +18,6 @@ NUMBERS = 1_000
 """So many names are tried for an object whose key is taken."""
 
 COLLISIONS = 20
-_IN_PARTS = re.compile(r"-\d+\"?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,9 @@ class ObjectMover:
         try:
             there = self._store.head(moved.key)
             if there is not None and there.etag == moved.etag and _mark(there) == token:
-                return self._move(_Way(there, self._store, self._source, back), item.key, numbered=False)
+                # A deletion of the original that is still under way somewhere must not hit what comes back.
+                way = _Way(there, self._store, self._source, back, unlike=item.etag)
+                return self._move(way, item.key, numbered=False)
             restored = self._source.head(item.key)
         except ObjectError as error:
             return Moved("left", reason=str(error))
@@ -97,10 +97,14 @@ class ObjectMover:
     def _move(self, way: "_Way", key: str, numbered: bool) -> Moved:
         if (way.source.bucket, way.item.key) == (way.target.bucket, key):
             return Moved("left", reason="it is where it should be")
-        if self._mode == "upload" and _IN_PARTS.search(way.item.etag):
+        if self._mode == "upload" and way.item.is_in_parts and way.unlike is None:
             return Moved("left", reason="it was uploaded in parts, which this store does not delete on a condition")
         try:
             arrived = self._copy(way, key, numbered)
+            if arrived.kind == "moved" and arrived.etag == way.unlike and way.item.size > 0:
+                return Moved(
+                    "left", arrived.key, arrived.etag, "its ETag cannot be told from the old one: it is there twice"
+                )
             # What has replaced the object since it was copied is another photo, and stays: both are kept.
             if arrived.kind == "moved" and way.source.delete_exact(way.item) == "changed":
                 original = way.source.head(way.item.key)
@@ -116,7 +120,7 @@ class ObjectMover:
             if len(name.encode()) > KEY_BYTES:
                 return Moved("left", reason=f"its new key would be longer than {KEY_BYTES} bytes")
             for _ in range(COLLISIONS):
-                etag = way.target.copy_new(way.item, way.source, name, way.token, self._mode)
+                etag = way.target.copy_new(way.item, way.source, name, way.token, self._mode, unlike=way.unlike)
                 if etag is not None:
                     return Moved("moved", name, etag)
                 there = way.target.head(name)
@@ -141,12 +145,13 @@ class ObjectMover:
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """What is moved, from which bucket into which, and the token that marks its copy."""
+    """What is moved, from which bucket into which, the token of its copy, and the ETag that this must not have."""
 
     item: StoredObject
     source: Store
     target: Store
     token: str
+    unlike: str | None = None
 
 
 def move_token(bucket: str, item: StoredObject) -> str:

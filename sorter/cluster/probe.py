@@ -87,6 +87,14 @@ def _wrong_with_copies(store: Store, folder: str, mode: Mode) -> str:
             return f"it drops the metadata of a copy ({request}), by which an interrupted move is recognised"
         if store.delete_exact(copied) != "deleted":
             return f"it does not delete such a copy with If-Match ({request})"
+        if store.copy_new(item, store, taken, "0", mode, unlike=item.etag) or store.read(taken) != OLD:
+            return (
+                "it ignores If-None-Match when an object is written in parts (CompleteMultipartUpload), and overwrites"
+            )
+        if store.copy_new(item, store, free, "0", mode, unlike=item.etag) in (None, item.etag):
+            return "it gives what undo brings back the ETag that it had (CompleteMultipartUpload)"
+        if store.read(free) != OTHER:
+            return "it does not write an object in parts (CompleteMultipartUpload)"
     except (StoreError, ObjectError) as error:
         return f"it refuses a copy with conditions ({error})"
     return ""

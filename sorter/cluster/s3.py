@@ -9,9 +9,10 @@ import io
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 from urllib.parse import urlencode
@@ -20,7 +21,7 @@ import boto3
 from botocore import exceptions
 from botocore.config import Config
 
-from sorter.cluster.stores import ARCHIVED, MARK, MODIFIED, Mode, Store, StoredObject
+from sorter.cluster.stores import ARCHIVED, MARK, MODIFIED, Mode, Store, StoredObject, in_parts
 from sorter.errors import ChangedError, ConfigurationError, ObjectError, StoreError, UnsafeStoreError
 
 ATTEMPTS = 8
@@ -138,7 +139,9 @@ class S3Store:
         except _UnsupportedError as error:
             raise NotImplementedError(str(error)) from error
 
-    def copy_new(self, item: StoredObject, source: Store, key: str, token: str, mode: Mode) -> str | None:
+    def copy_new(
+        self, item: StoredObject, source: Store, key: str, token: str, mode: Mode, *, unlike: str | None = None
+    ) -> str | None:
         """See `Store.copy_new`."""
         assert isinstance(source, S3Store), "a copy is made inside one store"
         found = source._head(item.key)
@@ -146,17 +149,21 @@ class S3Store:
             return None
         properties = _properties(found, token)
         origin = {"CopySource": {"Bucket": source.bucket, "Key": item.key}, "CopySourceIfMatch": item.etag}
+        # Parts, and their number, give the same bytes another ETag.
+        as_parts = mode == "multipart" if unlike is None else not in_parts(unlike)
+        as_parts = item.size > 0 and (as_parts or (mode == "copy" and item.size > PART_BYTES))
+        part_bytes = PART_BYTES if unlike is None else PART_BYTES // 2
         try:
             with self._answering(item.key):
-                if mode == "copy" and item.size <= PART_BYTES:
+                if mode == "copy" and not as_parts:
                     arguments = {**origin, **properties, "MetadataDirective": "REPLACE", "IfNoneMatch": "*"}
                     answer = _settled(lambda: self._client.copy_object(Bucket=self.bucket, Key=key, **arguments))
                     return str(answer["CopyObjectResult"]["ETag"])
                 if tags := source._tags(item.key):
                     properties["Tagging"] = tags
-                if mode != "upload" and item.size > 0:
-                    return self._copy_in_parts(item, origin, key, properties)
-                return self._copy_through_here(item, source, key, properties)
+                if as_parts and mode != "upload":
+                    return self._copy_in_parts(item, origin, key, properties, part_bytes)
+                return self._copy_through_here(item, source, key, properties, as_parts)
         except (_MissingError, _RefusedError):
             return None
 
@@ -177,26 +184,53 @@ class S3Store:
         with self._answering(), suppress(_MissingError):
             self._client.delete_object(Bucket=self.bucket, Key=key)
 
-    def _copy_through_here(self, item: StoredObject, source: "S3Store", key: str, properties: dict[str, Any]) -> str:
-        """Download an object and upload it: also for empty ones, which have no parts."""
+    def _copy_through_here(
+        self, item: StoredObject, source: "S3Store", key: str, properties: dict[str, Any], as_parts: bool
+    ) -> str:
+        """Download an object and upload it, as one part if it is to be in parts."""
         if item.size > UPLOAD_BYTES:
             raise ObjectError("it has more than 5 GiB, which this store does not copy")
         with tempfile.SpooledTemporaryFile(MEMORY_BYTES) as file:
             source._fetch(item.key, file, IfMatch=item.etag)
-            put = {"Bucket": self.bucket, "Key": key, "Body": file, "IfNoneMatch": "*", **properties}
-            return str(_settled(lambda: (file.seek(0), self._client.put_object(**put))[1])["ETag"])
+            # With its length, a request whose body does not begin at the beginning fails, and writes nothing.
+            body = {"Body": file, "ContentLength": item.size}
 
-    def _copy_in_parts(self, item: StoredObject, origin: dict[str, Any], key: str, properties: dict[str, Any]) -> str:
-        """Copy as a multipart upload, whose last step has the condition."""
+            def put() -> Any:
+                file.seek(0)
+                target = {"Bucket": self.bucket, "Key": key, "IfNoneMatch": "*"}
+                return self._client.put_object(**target, **properties, **body)
+
+            def put_part(part: dict[str, Any]) -> Any:
+                file.seek(0)
+                return self._client.upload_part(**part, **body)
+
+            return self._in_parts(key, properties, [put_part]) if as_parts else str(_settled(put)["ETag"])
+
+    def _copy_in_parts(
+        self, item: StoredObject, origin: dict[str, Any], key: str, properties: dict[str, Any], part_bytes: int
+    ) -> str:
+        def copy(part: dict[str, Any], first: int) -> Any:
+            last = min(first + part_bytes, item.size) - 1
+            span = {"CopySourceRange": f"bytes={first}-{last}"} if item.size > part_bytes else {}
+            return self._client.upload_part_copy(**part, **origin, **span)["CopyPartResult"]
+
+        starts = range(0, item.size, part_bytes)
+        return self._in_parts(key, properties, [partial(copy, first=first) for first in starts])
+
+    def _in_parts(self, key: str, properties: dict[str, Any], write: Sequence[Callable[[dict[str, Any]], Any]]) -> str:
+        """Create an object by a multipart upload, whose last step has the condition.
+
+        Args:
+            key: of the object.
+            properties: of the object.
+            write: writes a part, for each.
+        """
         upload = self._client.create_multipart_upload(Bucket=self.bucket, Key=key, **properties)["UploadId"]
         target = {"Bucket": self.bucket, "Key": key, "UploadId": upload}
         parts = []
         try:
-            for number, first in enumerate(range(0, item.size, PART_BYTES), 1):
-                last = min(first + PART_BYTES, item.size) - 1
-                span = {"CopySourceRange": f"bytes={first}-{last}"} if item.size > PART_BYTES else {}
-                answer = self._client.upload_part_copy(**target, **origin, **span, PartNumber=number)
-                parts.append({"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]})
+            for number, write_part in enumerate(write, 1):
+                parts.append({"PartNumber": number, "ETag": write_part({**target, "PartNumber": number})["ETag"]})
         except (exceptions.ClientError, exceptions.BotoCoreError):
             self._abort(target)
             raise

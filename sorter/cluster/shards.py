@@ -13,7 +13,7 @@ and goes by that. So all attempts at a shard, also those of nodes that were thou
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
 
@@ -180,7 +180,7 @@ class JobFiles:
             node: who begins.
         """
         number = 1 + sum(1 for _ in self.store.list(f"{self.folder}attempts/{name}."))
-        row = {"node": node, "started": datetime.now(UTC).replace(microsecond=0)}
+        row = _Attempt(node, datetime.now(UTC).replace(microsecond=0))
         while not self.store.put_new(self._key("attempts", f"{name}.{number}"), _encoded([row], _ATTEMPT)):
             number += 1
         return number
@@ -196,7 +196,7 @@ class JobFiles:
         return f"{self.folder}{table}/{name}.parquet"
 
     def _put(self, table: str, name: str, rows: Sequence[Any], schema: pyarrow.Schema) -> bool:
-        return self.store.put_new(self._key(table, name), _encoded([asdict(row) for row in rows], schema))
+        return self.store.put_new(self._key(table, name), _encoded(rows, schema))
 
     def _read(self, table: str, name: str) -> list[dict[str, Any]] | None:
         data = self.store.read(self._key(table, name))
@@ -206,8 +206,14 @@ class JobFiles:
         return rows
 
 
-def _encoded(rows: list[dict[str, Any]], schema: pyarrow.Schema) -> bytes:
-    columns = [pyarrow.array([row[field.name] for row in rows], field.type) for field in schema]
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    node: str
+    started: datetime
+
+
+def _encoded(rows: Sequence[Any], schema: pyarrow.Schema) -> bytes:
+    columns = [pyarrow.array([getattr(row, field.name) for row in rows], field.type) for field in schema]
     file = io.BytesIO()
     parquet.write_table(pyarrow.table(columns, schema=schema), file, compression="zstd")
     return file.getvalue()

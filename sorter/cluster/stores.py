@@ -4,6 +4,7 @@ In: a URL. Out: a `Store`, and `StoredObject`s from it. What a store makes of it
 `probe` asks each one before anything is moved.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -52,9 +53,19 @@ class StoredObject:
     metadata: Mapping[str, str] | None = None
 
     @property
+    def is_in_parts(self) -> bool:
+        """Whether it was uploaded in parts, as far as its ETag says."""
+        return in_parts(self.etag)
+
+    @property
     def is_archived(self) -> bool:
         """Whether it can neither be read nor moved as it is."""
         return self.storage_class in ARCHIVED
+
+
+def in_parts(etag: str) -> bool:
+    """Whether an ETag is that of an object which was uploaded in parts: it ends in their number."""
+    return re.search(r"-\d+\"?$", etag) is not None
 
 
 class Store(Protocol):
@@ -106,7 +117,9 @@ class Store(Protocol):
         """
         ...
 
-    def copy_new(self, item: StoredObject, source: "Store", key: str, token: str, mode: Mode) -> str | None:
+    def copy_new(
+        self, item: StoredObject, source: "Store", key: str, token: str, mode: Mode, *, unlike: str | None = None
+    ) -> str | None:
         """Copy exactly this version to a key of this bucket if that is free.
 
         Metadata, headers, tags, storage class and encryption are kept; `MARK` and `MODIFIED` are added to the metadata.
@@ -117,6 +130,7 @@ class Store(Protocol):
             key: where to.
             token: of the move, for `MARK`.
             mode: what `probe` found.
+            unlike: an ETag that the copy must not have, although its bytes do; empty objects have it all the same.
 
         Returns:
             The copy's ETag, or None if there was no copy to be made: the key is taken, or the version is gone.
