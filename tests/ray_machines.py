@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "ab" * 32
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -66,7 +67,7 @@ def machines(count: int, folder: Path, environment: dict[str, str]) -> Iterator[
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={**os.environ, **ENVIRONMENT, **environment},
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment},
             start_new_session=True,
         )
     with process:
