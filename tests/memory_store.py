@@ -84,7 +84,8 @@ class MemoryStore:
             return None
         original, data = there
         metadata = {MODIFIED: original.modified.isoformat(), **(original.metadata or {}), MARK: token}
-        return self.put(key, data, as_parts=unlike is not None and not in_parts(unlike), **metadata).etag
+        as_parts = item.is_in_parts if unlike is None else not in_parts(unlike)  # as the mode `copy` has it
+        return self.put(key, data, as_parts=as_parts, **metadata).etag
 
     def delete_exact(self, item: StoredObject) -> Literal["deleted", "gone", "changed"]:
         self.step("delete")

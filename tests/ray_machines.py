@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "ab" * 32
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -26,12 +27,13 @@ class Machines:
 
     Attributes:
         address: of its head.
+        client_address: the same for commands on other machines, ray://….
         pid: all of its processes descend from this one.
     """
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process, self.pid = process, process.pid
-        self.address = self._answer()
+        self.address, self.client_address = self._answer().split()
 
     def add(self) -> None:
         """Add a machine with one CPU."""
@@ -65,7 +67,7 @@ def machines(count: int, folder: Path, environment: dict[str, str]) -> Iterator[
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,
-            env={**os.environ, **ENVIRONMENT, **environment},
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment},
             start_new_session=True,
         )
     with process:
@@ -99,12 +101,15 @@ def processes(name: str, parent: int) -> list[int]:
 
 
 def main(count: int) -> None:
+    from object_stores import free_port
     from ray.cluster_utils import Cluster
 
     small: dict[str, Any] = {"object_store_memory": 80_000_000, "include_dashboard": False}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+    port = free_port()
+    head = {"num_cpus": 0, "ray_client_server_port": port, **small}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(count)]
-    print(f"> {cluster.address}", flush=True)
+    print(f"> {cluster.address} ray://127.0.0.1:{port}", flush=True)
     for line in sys.stdin:
         if line.strip() == "add":
             nodes.append(cluster.add_node(num_cpus=1, **small))

@@ -213,8 +213,7 @@ def test_undo_also_finds_what_a_killed_node_has_moved(
 ) -> None:
     files = {f"{n}.jpg": plain(RED, n) for n in range(5)}
     job.files.put_shard("00000", put(store, files))
-    before = tree(store)
-    moved: list[str] = []
+    before, moved = tree(store), list[str]()
     original = store.delete_exact
 
     def die_after_two(item: StoredObject) -> str:

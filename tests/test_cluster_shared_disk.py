@@ -80,12 +80,16 @@ def test_kills_of_nodes_and_of_the_command_lose_nothing_and_undo_brings_everythi
 
 
 def test_a_photo_that_changes_between_listing_and_deciding_is_not_moved_by_that(tmp_path: Path) -> None:
-    """The nodes take a while to start: meanwhile the photo becomes another one."""
+    """Nodes that a command on another machine reaches are stopped while the photo becomes another one."""
     inbox = make_tree(tmp_path / "in", {f"{n}.jpg": plain(RED, n) for n in range(3)})
-    command = start(inbox, tmp_path / "out", "--settle-timeout-seconds", "60")
-    time.sleep(1)
-    make_tree(inbox, {"1.jpg": plain(RED, 7)})
-    out, err = command.communicate(timeout=600)
+    with machines(1, tmp_path, {}) as cluster:
+        command = start(inbox, tmp_path / "out", "--address", cluster.client_address)
+        while not (nodes := processes(NODE, cluster.pid)):
+            time.sleep(0.1)
+        os.kill(nodes[0], signal.SIGSTOP)
+        make_tree(inbox, {"1.jpg": plain(RED, 7)})
+        os.kill(nodes[0], signal.SIGCONT)
+        out, err = command.communicate(timeout=600)
     assert command.returncode == 0, err
     assert "3 photos sorted" in out
     assert read_tree(tmp_path / "out")["cats/1.jpg"] == plain(RED, 7)

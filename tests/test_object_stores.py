@@ -163,6 +163,21 @@ def test_metadata_headers_and_content_arrive_and_come_back(place: Place) -> None
     }
 
 
+@pytest.mark.parametrize("place", ["moto-copy", "moto-multipart"], indirect=True)
+def test_what_is_restored_and_what_is_sorted_again_never_has_the_etag_that_was_just_deleted_there(place: Place) -> None:
+    item = place.put("in/a.jpg", b"photo")
+    sorted_once = place.mover.move(item, "cats/a.jpg")
+    restored = place.mover.move_back(item, sorted_once)
+    (listed,) = place.store.list("in/")
+    sorted_again = place.mover.move(listed, "cats/a.jpg")
+    assert place.tree() == {"cats/a.jpg": b"photo"}
+    restored_again = place.mover.move_back(listed, sorted_again)
+    assert place.tree() == {"in/a.jpg": b"photo"}
+    assert restored.etag != item.etag
+    assert sorted_again.etag != sorted_once.etag
+    assert restored_again.etag != restored.etag
+
+
 @moto_only
 def test_tags_and_the_storage_class_arrive_and_archived_or_locked_objects_stay(place: Place) -> None:
     item = place.put("in/a.jpg", b"photo", Tagging="a=1&b=c%20d", StorageClass="STANDARD_IA")
@@ -555,6 +570,16 @@ def test_what_replaces_an_object_in_the_instant_of_its_deletion_is_kept(place: P
             place.store.delete_exact(item)
             overwriting.result()
     assert place.tree() == {f"{number}.jpg": b"new" for number in range(50)}
+
+
+@pytest.mark.parametrize("place", ["moto-copy"], indirect=True)
+def test_of_many_that_create_one_object_in_the_same_instant_one_wins(place: Place) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        for number in range(20):
+            created = pool.map(
+                lambda data, key=f"{number}.jpg": place.store.put_new(key, data), [b"%d" % n for n in range(16)]
+            )
+            assert sum(created) == 1
 
 
 @both

@@ -202,10 +202,10 @@ class Pool:
         except self._ray.exceptions.RayError:
             yield from self._replace(actor)
             return
-        if reference is actor.starting:
+        if reference == actor.starting:  # through ray:// equal ones are not the same
             actor.starting, self._failed_starts, self.progressed = None, 0, time.monotonic()
             self.description = self.description or result
-        elif reference is actor.asked:
+        elif reference == actor.asked:
             actor.asked = None
             if result != actor.photos:
                 actor.photos, self.progressed = result, time.monotonic()

@@ -149,8 +149,12 @@ class S3Store:
             return None
         properties = _properties(found, token)
         origin = {"CopySource": {"Bucket": source.bucket, "Key": item.key}, "CopySourceIfMatch": item.etag}
-        # Parts, and their number, give the same bytes another ETag.
-        as_parts = mode == "multipart" if unlike is None else not in_parts(unlike)
+        # Parts give the same bytes another ETag. What was restored and is sorted again must not get the one of its
+        # first copy, which an undo may be about to delete: so the form of the original decides, and undo changes it.
+        if unlike is not None:
+            as_parts = not in_parts(unlike)
+        else:
+            as_parts = mode != "upload" and item.is_in_parts == (mode == "copy")
         as_parts = item.size > 0 and (as_parts or (mode == "copy" and item.size > PART_BYTES))
         part_bytes = PART_BYTES if unlike is None else PART_BYTES // 2
         try:

@@ -152,9 +152,8 @@ class JobFiles:
 
     def put_decisions(self, name: str, rows: Sequence[Decided]) -> list[Decided]:
         """Create a shard's decisions, unless it has some. Returns those that count."""
-        if self._put("decisions", name, rows, _DECIDED):
-            return list(rows)
-        first = self.read_decisions(name)
+        self._put("decisions", name, rows, _DECIDED)
+        first = self.read_decisions(name)  # also if they seem to be ours: not every store lets only one be the first
         assert first is not None, "a file of the job is never deleted"
         return first
 

@@ -27,7 +27,7 @@ from sorter.pipeline.measures import Measures
 from sorter.pipeline.move_stage import MoveStage
 from sorter.settings import Settings
 
-CHUNK_PHOTOS = 200
+CHUNK_PHOTOS = 100
 MAX_DEATHS = 3
 """So often a chunk may kill its node before it is halved, and a single photo before it is blamed."""
 
