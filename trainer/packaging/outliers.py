@@ -33,7 +33,7 @@ MIN_PHOTOS = 100
 """Calibration photos needed for the threshold, so that one of them may be caught by mistake."""
 MIN_OTHERS = 50
 """Photos of other things that a detector can be learned from; with a few hundred it becomes useful."""
-LET_THROUGH = 0.005
+LET_THROUGH = 0.01
 """Share of the photos of other things that the low-resolution passes may let through, and the last would not."""
 _SHRINKAGE = 0.01
 """Added to the variance in each direction, in multiples of the mean variance: some hidden units are never active."""
