@@ -278,6 +278,7 @@ def test_two_commands_at_once_whose_lease_was_removed_by_hand_move_each_photo_on
         code, _, err = bucket.run("run", *flags)
         assert code == 4, err
         assert "is at work on this job" in err
+        assert bucket.run("undo")[0] == 4
         for item in job.output.list(f"{job.folder}lease/"):
             bucket.client.delete_object(Bucket=bucket.bucket, Key=item.key)
         second = bucket.start("run", *flags)
