@@ -452,7 +452,7 @@ def test_a_node_that_was_stopped_before_its_copy_and_goes_on_after_another_finis
     assert (place.tree(), files.read_moves("00000")) == (before, moves)
 
 
-@everywhere
+@both
 def test_a_store_that_is_overloaded_collides_and_breaks_off_its_answers_gives_the_same_result(
     place: Place, tmp_path: Path
 ) -> None:
