@@ -17,10 +17,12 @@ from conftest import GREEN, RED, RedGreenEngine, make_tree, plain
 from sorter.classifier.manifest import Manifest
 from sorter.cli.main import main
 from sorter.cluster.deciding import Decider
+from sorter.cluster.node import setup
+from sorter.cluster.pool import Pool
 from sorter.cluster.ray_cluster import Shape, shape
 from sorter.cluster.scratch import Scratch
 from sorter.decisions import Outcome
-from sorter.errors import ConfigurationError, Reason
+from sorter.errors import ConfigurationError, Reason, StorageError
 from sorter.files.photo import Identity, Photo
 from sorter.settings import Settings
 
@@ -169,6 +171,32 @@ def test_there_is_a_node_for_each_machine_or_gpu(
 def test_a_cluster_without_cpus_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="start its workers"):
         shape(_Machines({"CPU": 0}), "auto", None)
+
+
+class _Stuck:
+    """As much of Ray as a pool needs of a cluster in which nothing happens."""
+
+    def remote(self, *_: object, **__: object) -> "_Stuck":
+        return self
+
+    def __call__(self, *_: object) -> "_Stuck":
+        return self
+
+    def __getattr__(self, _: str) -> "_Stuck":
+        return self
+
+    def wait(self, references: list[object], **_: object) -> tuple[list[object], list[object]]:
+        return [], references
+
+
+def test_nodes_that_finish_nothing_for_ten_minutes_end_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = Pool(_Stuck(), Shape(1, 1, 0), setup(Settings(), "", 1))
+    now = time.monotonic()
+    monkeypatch.setattr("sorter.cluster.pool.time.monotonic", lambda: now + 599)
+    pool.check_progress()
+    monkeypatch.setattr("sorter.cluster.pool.time.monotonic", lambda: now + 700)
+    with pytest.raises(StorageError, match="10 minutes"):
+        pool.await_first()
 
 
 @pytest.mark.parametrize(

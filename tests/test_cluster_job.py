@@ -27,7 +27,7 @@ from sorter.cluster.job import Job
 from sorter.cluster.stores import open_store
 from sorter.settings import SHIPPED_MODEL, Settings
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 
 NODE = "ray::ObjectNode"
 
@@ -118,6 +118,7 @@ def samples(shared: Path, count: int, seed: int = 1) -> list[Path]:
     return random.Random(seed).sample(photos, count)
 
 
+@pytest.mark.long
 def test_a_thousand_photos_are_sorted_as_one_machine_sorts_them(
     swift: Server, shared: Path, tmp_path: Path, proved: Callable[[str], None]
 ) -> None:
@@ -146,6 +147,7 @@ def test_a_thousand_photos_are_sorted_as_one_machine_sorts_them(
     assert "1000 photos sorted" in out
 
 
+@pytest.mark.torture
 def test_it_goes_on_after_every_kill_and_no_photo_is_lost_or_there_twice(
     bucket: Photos,
     line: Line,
@@ -226,6 +228,7 @@ def _worked_on(line: Line, command: "subprocess.Popen[str]") -> bool:
     return False
 
 
+@pytest.mark.long
 def test_undo_after_a_job_brings_every_photo_back(bucket: Photos, strict_moto: Server) -> None:
     files = {f"2019/{n}.jpg": plain(RED if n % 2 else GREEN, n) for n in range(40)} | {"2019/1.xmp": b"<xmp>"}
     bucket.put(files)
@@ -244,6 +247,7 @@ def test_undo_after_a_job_brings_every_photo_back(bucket: Photos, strict_moto: S
     assert (code, out) == (0, "Restored 0 objects; 0 could not be restored.\n")
 
 
+@pytest.mark.long
 def test_decide_only_moves_nothing_and_the_next_run_moves_by_that(bucket: Photos, line: Line) -> None:
     bucket.put({f"{n}.jpg": plain(RED, n) for n in range(10)})
     code, out, err = bucket.run("run", "--decide-only", server=line.server)
@@ -258,6 +262,7 @@ def test_decide_only_moves_nothing_and_the_next_run_moves_by_that(bucket: Photos
     assert fetched == []
 
 
+@pytest.mark.torture
 def test_two_commands_at_once_whose_lease_was_removed_by_hand_move_each_photo_once(
     bucket: Photos, shared: Path, tmp_path: Path, small_shards: Callable[[Photos, int], Job]
 ) -> None:
@@ -273,6 +278,7 @@ def test_two_commands_at_once_whose_lease_was_removed_by_hand_move_each_photo_on
         code, _, err = bucket.run("run", *flags)
         assert code == 4, err
         assert "is at work on this job" in err
+        assert bucket.run("undo")[0] == 4
         for item in job.output.list(f"{job.folder}lease/"):
             bucket.client.delete_object(Bucket=bucket.bucket, Key=item.key)
         second = bucket.start("run", *flags)
@@ -283,6 +289,7 @@ def test_two_commands_at_once_whose_lease_was_removed_by_hand_move_each_photo_on
     assert all(key.startswith("sorted/") for key in bucket.objects())
 
 
+@pytest.mark.torture
 def test_a_stopped_node_that_goes_on_after_others_have_finished_its_shard_changes_nothing(
     bucket: Photos, line: Line, shared: Path, tmp_path: Path, small_shards: Callable[[Photos, int], Job]
 ) -> None:
@@ -322,6 +329,7 @@ def test_a_stopped_node_that_goes_on_after_others_have_finished_its_shard_change
     assert job.files.finished("moves") == {"00000", "00001", "00002"}
 
 
+@pytest.mark.long
 def test_a_poison_photo_fails_and_the_rest_is_sorted(bucket: Photos, shared: Path) -> None:
     """Photos that kill their decoders, of the broken ones that were found."""
     bad = {path.name: path.read_bytes() for path in sorted((shared / "bad").iterdir()) if path.is_file()}
@@ -335,6 +343,7 @@ def test_a_poison_photo_fails_and_the_rest_is_sorted(bucket: Photos, shared: Pat
     assert sum(key.startswith("sorted/failed/") for key in keys) >= 10
 
 
+@pytest.mark.long
 def test_a_photo_that_kills_its_node_each_time_fails_and_its_neighbours_are_sorted(
     bucket: Photos, line: Line, small_shards: Callable[[Photos, int], Job], proved: Callable[[str], None]
 ) -> None:
@@ -361,6 +370,7 @@ def test_a_photo_that_kills_its_node_each_time_fails_and_its_neighbours_are_sort
     assert attempts <= 20
 
 
+@pytest.mark.long
 def test_no_packet_leaves_the_machine(tmp_path: Path, shared: Path) -> None:
     """In a network that has nothing but the loopback; Ray's usage reports are off in its own processes too."""
     unshare = shutil.which("unshare")

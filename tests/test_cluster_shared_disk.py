@@ -17,7 +17,7 @@ from ray_machines import ENVIRONMENT, machines, processes
 
 from sorter.history.reader import HistoryReader
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 
 NODE = "ray::Node"
 
@@ -40,6 +40,7 @@ def sorter(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.torture
 def test_kills_of_nodes_and_of_the_command_lose_nothing_and_undo_brings_everything_back(
     tmp_path: Path, shared: Path, proved: Callable[[str], None]
 ) -> None:
@@ -79,6 +80,7 @@ def test_kills_of_nodes_and_of_the_command_lose_nothing_and_undo_brings_everythi
     assert read_tree(inbox) == files
 
 
+@pytest.mark.long
 def test_a_photo_that_changes_between_listing_and_deciding_is_not_moved_by_that(tmp_path: Path) -> None:
     """Nodes that a command on another machine reaches are stopped while the photo becomes another one."""
     inbox = make_tree(tmp_path / "in", {f"{n}.jpg": plain(RED, n) for n in range(3)})
@@ -95,6 +97,7 @@ def test_a_photo_that_changes_between_listing_and_deciding_is_not_moved_by_that(
     assert read_tree(tmp_path / "out")["cats/1.jpg"] == plain(RED, 7)
 
 
+@pytest.mark.torture
 def test_a_node_is_nearly_as_fast_as_one_machine_alone(
     tmp_path: Path, shared: Path, proved: Callable[[str], None]
 ) -> None:

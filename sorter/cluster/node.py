@@ -15,6 +15,7 @@ from sorter.classifier import engine, manifest
 from sorter.cluster.deciding import Decider
 from sorter.cluster.stores import Mode
 from sorter.decisions import Outcome
+from sorter.decoding.decoders import default_workers
 from sorter.errors import ConfigurationError, ModelError
 from sorter.files.photo import Identity, Photo
 from sorter.settings import SHIPPED_MODEL, Settings
@@ -30,7 +31,7 @@ class Setup:
             the model that ships with the sorter, which may be elsewhere on the node.
         model_digest: of the model's manifest, and so of the whole model.
         engine: which one the threshold was measured with; empty if that does not matter.
-        workers: decoder processes.
+        workers: decoder processes, if the machine has so many CPUs.
         place: for an object store, where the job's objects are.
     """
 
@@ -149,7 +150,7 @@ class Node:
                 f"{given.engine}: set --engine and --device"
             )
         self._settings = settings
-        self._decider = Decider(opened, model, settings, given.workers)
+        self._decider = Decider(opened, model, settings, min(given.workers, default_workers()))
         return Description(opened.name, opened.device, opened.precision, opened.unused_gpu)
 
     def progress(self) -> int:
