@@ -63,6 +63,7 @@ def test_the_same_head_gets_the_temperatures_the_cascade_and_the_thresholds_that
         assert found.rates_of("torch", catch_neither=catch_neither) is None
 
 
+@pytest.mark.long
 @pytest.mark.shared
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the photos in ../shared")
 @pytest.mark.parametrize("min_confidence", [0.0, 0.99])

@@ -45,7 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         type=options.path,
-        help="a photo, by where it is now or where it was, or a folder",
+        help="a photo, by where it is now or where it was before it was sorted, or a folder",
     )
     group.add_argument(
         "--dry-run",
@@ -103,7 +103,10 @@ def undo(
             else:
                 _print_line(undone, dry_run=settings.dry_run)
     for path in unknown:
-        console.say(f"sorter: {entries.printable(path)} was not sorted, or has been restored already", sys.stderr)
+        console.say(
+            f"sorter: {entries.printable(path)} was not sorted, has been moved, or has been restored already",
+            sys.stderr,
+        )
     if last and counts["stayed"] and not counts["photo"]:
         console.say(
             "sorter: to undo an earlier run, use sorter undo --run ID; sorter history lists the IDs", sys.stderr
