@@ -31,6 +31,10 @@ from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
 _NAMED = 20  # objects that could not be brought back are named up to so many
+_UPLOADED = (
+    "such a store, as OpenStack Swift, may keep conditions only against what happened before: run one job at a time, and "
+    "let nothing else write to the inbox and the output meanwhile"
+)
 
 
 def run(
@@ -52,6 +56,8 @@ def run(
     with ExitStack() as stack:
         jobs.begin(job, described)
         held = stack.enter_context(Lease(job.output, job.folder))
+        if mode == "upload":
+            structlog.get_logger().warning("cluster.store", detail=_UPLOADED)
         objects, shards = jobs.list_inbox(job, settings)
         to_do = list(jobs.unfinished(job, decide_only=decide_only))
         structlog.get_logger().info(
@@ -99,6 +105,7 @@ def check(settings: Settings, inbox: str, output: str) -> ExitCode:
         "inbox": f"{job.inbox.url}/{job.inbox_prefix}",
         "output": f"{job.output.url}/{job.output_prefix}",
         "store": f"keeps every condition of a safe move; objects are moved with mode {mode}",
+        **({"note": _UPLOADED} if mode == "upload" else {}),
         "job": job.id,
         "model": f"{model.name}, {model.architecture} at {model.input.size} px",
         "engine": f"{engine.name} on {engine.device}, {engine.precision}, on this machine",
