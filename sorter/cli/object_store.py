@@ -32,8 +32,8 @@ from sorter.settings import Settings
 
 _NAMED = 20  # objects that could not be brought back are named up to so many
 _UPLOADED = (
-    "such a store, as OpenStack Swift, may keep conditions only against what happened before: run one job at a time, and "
-    "let nothing else write to the inbox and the output meanwhile"
+    "such a store, as OpenStack Swift, may keep conditions only against what happened before: run one job at a time, "
+    "and let nothing else write to the inbox and the output meanwhile"
 )
 
 
