@@ -38,7 +38,7 @@ from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
 if TYPE_CHECKING:
-    from sorter.pipeline.pipeline import Stages
+    from sorter.pipeline.stages import Stages
     from sorter.service.loop import Service
     from sorter.service.metrics import Metrics
 

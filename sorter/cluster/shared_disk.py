@@ -9,7 +9,7 @@ after decoding and classifying (scan, sidecars, locks, history, recovery, undo) 
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -25,6 +25,7 @@ from sorter.moving.batch_mover import BatchMover
 from sorter.moving.mover import Mover
 from sorter.pipeline.measures import Measures
 from sorter.pipeline.move_stage import MoveStage
+from sorter.pipeline.stages import Failure, Stages
 from sorter.settings import Settings
 
 CHUNK_PHOTOS = 100
@@ -42,24 +43,19 @@ class _Chunk:
     suspected: bool = False
 
 
-class RemotePipeline:
-    """The running stages. Used by one thread, the service's loop; built by `start`."""
+class RemotePipeline(Stages):
+    """The running stages; built by `start`."""
 
-    def __init__(
-        self, pool: Pool, run: Run, moving: MoveStage, stopping: threading.Event, sorted_again: str | None
-    ) -> None:
-        self.run = run
-        self._pool, self._moving, self._stopping, self._sorted_again = pool, moving, stopping, sorted_again
+    def __init__(self, pool: Pool, run: Run, moving: MoveStage, failure: Failure, sorted_again: str | None) -> None:
+        super().__init__(moving, failure)
+        self._pool, self._run, self._sorted_again = pool, run, sorted_again
         self._forming: list[Photo] = []
         self._chunks: queue.Queue[_Chunk] = queue.Queue()
         # Photos of a few chunks for each node, so that none is idle, and memory stays constant.
         self._places = threading.Semaphore(CHUNK_PHOTOS * (TASKS_PER_NODE + 2) * pool.size)
-        self._error: BaseException | None = None
-        self._ended = self._closed = False
-        self._backlog = False
-        self.in_flight = 0
+        self._closed = self._backlog = False
         self._threads = [
-            threading.Thread(target=self._guard, args=(stage,), name=name, daemon=True)
+            threading.Thread(target=failure.guard, args=(stage,), name=name, daemon=True)
             for name, stage in (("nodes", self._run_nodes), ("move", moving.run))
         ]
 
@@ -77,12 +73,17 @@ class RemotePipeline:
         sorted_again: str | None = None,
     ) -> Self:
         """Start the threads; the arguments are those of `Pipeline.start`, with the nodes in place of the model."""
-        stopping = threading.Event()
-        batch_mover = BatchMover(mover, history, patient=False, stopping=stopping, flat=settings.flat)
-        pipeline = cls(pool, run, MoveStage(batch_mover, on_moved, measures or Measures()), stopping, sorted_again)
+        failure = Failure()
+        batch_mover = BatchMover(mover, history, patient=False, stopping=failure.stopping, flat=settings.flat)
+        pipeline = cls(pool, run, MoveStage(batch_mover, on_moved, measures or Measures()), failure, sorted_again)
         for thread in pipeline._threads:
             thread.start()
         return pipeline
+
+    @property
+    def run(self) -> Run:
+        """The only one."""
+        return self._run
 
     @property
     def backlog(self) -> bool:
@@ -105,11 +106,6 @@ class RemotePipeline:
         """Never: nodes that do nothing end the run."""
         return False
 
-    @property
-    def idle(self) -> bool:
-        """Whether the mover has finished what it was given, or has ended."""
-        return self._moving.is_idle
-
     def waiting(self) -> dict[str, int]:
         """How many photos are in each stage or wait for it."""
         return {"decode": self.in_flight - self._moving.waiting, "classify": 0, "move": self._moving.waiting}
@@ -120,7 +116,7 @@ class RemotePipeline:
         Raises:
             SorterError: a stage could not go on; nothing is half moved.
         """
-        self._raise_error()
+        self._failure.raise_error()
         if not self._places.acquire(timeout=timeout_seconds):
             return False
         self.in_flight += 1
@@ -129,37 +125,9 @@ class RemotePipeline:
             self._hand_over()
         return True
 
-    def follow(self, sidecars: Sequence[Decision]) -> bool:
-        """Hand over sidecars, which are moved without being opened; False if there is no space for them now.
-
-        Raises:
-            SorterError: a stage could not go on; nothing is half moved.
-        """
-        self._raise_error()
-        if not self._moving.offer(sidecars):
-            return False
-        self.in_flight += len(sidecars)
-        return True
-
-    def outcomes(self, *, timeout_seconds: float = 0.0) -> Iterator[Outcome]:
-        """Take the outcomes that are ready, waiting up to `timeout_seconds` for the first.
-
-        Raises:
-            SorterError: a stage could not go on; nothing is half moved.
-        """
-        ready = self._moving.outcomes
-        try:
-            outcome = ready.get(timeout=timeout_seconds)
-            while True:
-                self.in_flight -= 1
-                yield outcome
-                outcome = ready.get_nowait()
-        except queue.Empty:
-            self._raise_error()
-
     def stop(self) -> None:
         """Forget the photos that are not decided on yet; idempotent. The mover goes on until `close`."""
-        self._stopping.set()
+        self._failure.stopping.set()
         self._threads[0].join()
 
     def close(self) -> None:
@@ -171,17 +139,6 @@ class RemotePipeline:
         self._moving.close()
         self._threads[1].join()
 
-    def _guard(self, stage: Callable[[], None]) -> None:
-        try:
-            stage()
-        except BaseException as error:
-            self._error = self._error or error
-            self._stopping.set()
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
     def _hand_over(self) -> None:
         if self._forming:
             self._chunks.put(_Chunk(tuple(self._forming)))
@@ -190,7 +147,7 @@ class RemotePipeline:
     def _run_nodes(self) -> None:
         """Hand chunks to the nodes and their decisions to the mover, until stopped."""
         pool = self._pool
-        while not self._stopping.is_set():
+        while not self._failure.stopping.is_set():
             while pool.wants_more:
                 try:
                     self._give(self._chunks.get(timeout=0 if pool.in_hand else _WAIT_SECONDS))

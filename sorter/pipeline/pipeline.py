@@ -9,14 +9,13 @@ before it, and memory is the same for ten photos and for a million. A photo that
 its failure never touches the other photos of its batch.
 """
 
-import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, Self
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import numpy as np
 
-from sorter.decisions import Decision, Outcome
+from sorter.decisions import Outcome
 from sorter.decoding.decoders import Decoders
 from sorter.decoding.images import Limits
 from sorter.files.photo import Photo
@@ -28,63 +27,14 @@ from sorter.pipeline.classify_stage import ClassifyStage
 from sorter.pipeline.measures import Measures
 from sorter.pipeline.model_in_use import ModelInUse
 from sorter.pipeline.move_stage import MoveStage
+from sorter.pipeline.stages import Failure, Stages
 from sorter.settings import Settings
 
 
-class Stages(Protocol):
-    """The way of every photo, as the loop around it sees it: `Pipeline`, or one whose nodes are elsewhere."""
-
-    in_flight: int
-    backlog: bool
-
-    @property
-    def run(self) -> Run: ...  # noqa: D102
-    @property
-    def blocked(self) -> str | None: ...  # noqa: D102
-    @property
-    def hung(self) -> bool: ...  # noqa: D102
-    @property
-    def idle(self) -> bool: ...  # noqa: D102
-    def waiting(self) -> dict[str, int]: ...  # noqa: D102
-    def submit(self, photo: Photo, *, timeout_seconds: float = 0.2) -> bool: ...  # noqa: D102
-    def follow(self, sidecars: Sequence[Decision]) -> bool: ...  # noqa: D102
-    def outcomes(self, *, timeout_seconds: float = 0.0) -> Iterator[Outcome]: ...  # noqa: D102
-    def stop(self) -> None: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
-
-
-class _Failure:
-    """The first error of any stage, which makes all of them end.
-
-    Attributes:
-        stopping: set when the stages are to end, for this or any other reason.
-    """
-
-    def __init__(self) -> None:
-        self.stopping = threading.Event()
-        self._error: BaseException | None = None
-
-    def record(self, error: BaseException) -> None:
-        self._error = self._error or error
-        self.stopping.set()
-
-    def raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def guard(self, stage: Callable[[], None]) -> None:
-        """Run a stage, and record what it fails with."""
-        try:
-            stage()
-        except BaseException as error:
-            self.record(error)
-
-
-class Pipeline:
+class Pipeline(Stages):
     """The running stages. Used by one thread, the service's loop; built by `start`.
 
     Attributes:
-        in_flight: photos submitted whose outcome has not been taken yet.
         model: decides on the next batches.
     """
 
@@ -95,15 +45,15 @@ class Pipeline:
         batcher: Batcher,
         classifying: Sequence[ClassifyStage],
         moving: MoveStage,
-        failure: _Failure,
+        failure: Failure,
     ) -> None:
+        super().__init__(moving, failure)
         self.model = model
         self._decoders, self._batcher = decoders, batcher
-        self._classifying, self._moving, self._failure = classifying, moving, failure
+        self._classifying = classifying
         self._classify_threads = [self._thread("classify", stage.run) for stage in classifying]
         self._move_thread = self._thread("move", moving.run)
         self._stopped = self._closed = False
-        self.in_flight = 0
 
     @classmethod
     def start(
@@ -129,7 +79,7 @@ class Pipeline:
             measures: receives how long each step took.
             sorted_again: the folder that is the inbox, where that is `unsure` or `failed`.
         """
-        failure, measures = _Failure(), measures or Measures()
+        failure, measures = Failure(), measures or Measures()
         concurrency, seen = model.engine.concurrency, model.manifest.input
         batcher = Batcher(
             batch_size=settings.batch_size,
@@ -215,11 +165,6 @@ class Pipeline:
         classifying = (stage.deadline for stage in self._classifying)
         return any(deadline.is_overdue for deadline in (self._batcher.decoding, *classifying, self._moving.deadline))
 
-    @property
-    def idle(self) -> bool:
-        """Whether the mover has finished what it was given, or has ended."""
-        return self._moving.is_idle
-
     def waiting(self) -> dict[str, int]:
         """How many photos are in each stage or wait for it."""
         return {
@@ -241,34 +186,6 @@ class Pipeline:
             return False
         self.in_flight += 1
         return True
-
-    def follow(self, sidecars: Sequence[Decision]) -> bool:
-        """Hand over sidecars, which are moved without being opened; False if there is no space for them now.
-
-        Raises:
-            SorterError: a stage could not go on; nothing is half moved.
-        """
-        self._failure.raise_error()
-        if not self._moving.offer(sidecars):
-            return False
-        self.in_flight += len(sidecars)
-        return True
-
-    def outcomes(self, *, timeout_seconds: float = 0.0) -> Iterator[Outcome]:
-        """Take the outcomes that are ready, waiting up to `timeout_seconds` for the first.
-
-        Raises:
-            SorterError: a stage could not go on; nothing is half moved.
-        """
-        ready = self._moving.outcomes
-        try:
-            outcome = ready.get(timeout=timeout_seconds)
-            while True:
-                self.in_flight -= 1
-                yield outcome
-                outcome = ready.get_nowait()
-        except queue.Empty:
-            self._failure.raise_error()
 
     def stop(self) -> None:
         """Finish the current batch and forget the photos that are not classified yet; idempotent.

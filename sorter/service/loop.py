@@ -19,7 +19,7 @@ from sorter.history.reader import HistoryReader
 from sorter.history.store import SIDECAR
 from sorter.inbox.scan import Inbox
 from sorter.inbox.watcher import Watcher
-from sorter.pipeline.pipeline import Stages
+from sorter.pipeline.stages import Stages
 from sorter.service.accounting import Accounting
 from sorter.service.counters import Counters
 from sorter.service.notify import Notifier

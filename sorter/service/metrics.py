@@ -20,7 +20,7 @@ from sorter.errors import ConfigurationError
 from sorter.files import FAILED, UNSURE
 from sorter.inbox.watcher import Watcher
 from sorter.pipeline.measures import Measures
-from sorter.pipeline.pipeline import Stages
+from sorter.pipeline.stages import Stages
 from sorter.service.counters import Counters
 
 HOST = "127.0.0.1"

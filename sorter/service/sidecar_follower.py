@@ -16,7 +16,7 @@ from sorter.history.reader import Entry, HistoryReader
 from sorter.history.store import SIDECAR, Run
 from sorter.inbox.scan import Inbox
 from sorter.inbox.sidecars import LATE_SECONDS, FolderListing
-from sorter.pipeline.pipeline import Stages
+from sorter.pipeline.stages import Stages
 from sorter.service.accounting import Accounting
 
 _MAX_BATCH = 100
