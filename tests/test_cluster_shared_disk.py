@@ -98,6 +98,7 @@ def test_a_photo_that_changes_between_listing_and_deciding_is_not_moved_by_that(
 
 
 @pytest.mark.torture
+@pytest.mark.whole
 def test_a_node_is_nearly_as_fast_as_one_machine_alone(
     tmp_path: Path, shared: Path, proved: Callable[[str], None]
 ) -> None:

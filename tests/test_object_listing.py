@@ -227,6 +227,7 @@ class Million(MemoryStore):
 
 
 @pytest.mark.torture
+@pytest.mark.whole
 @pytest.mark.timeout(900)
 def test_a_million_objects_are_listed_in_little_memory_and_a_second_time_only_what_is_new(
     proved: Callable[[str], None], tmp_path: Path

@@ -221,6 +221,7 @@ def play_undo(mode: Mode) -> int:
 
 
 @pytest.mark.torture
+@pytest.mark.whole
 @pytest.mark.timeout(1200)
 def test_an_undo_beside_movers_that_were_thought_dead_loses_nothing(proved: Callable[[str], None]) -> None:
     count = play_undo("copy")
@@ -233,6 +234,7 @@ def test_two_movers_of_one_photo_in_every_order_of_their_requests(other: Other) 
 
 
 @pytest.mark.torture
+@pytest.mark.whole
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("other", [nobody, replacer, stranger, owner])

@@ -80,6 +80,11 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 everywhere = pytest.mark.parametrize("place", WAYS, indirect=True)
+of_each_kind = pytest.mark.parametrize(
+    "place",
+    [way if way in ("swift-upload", "moto-copy") else pytest.param(way, marks=pytest.mark.whole) for way in WAYS],
+    indirect=True,
+)
 both = pytest.mark.parametrize("place", ["swift-upload", "moto-copy"], indirect=True)
 swift_only = pytest.mark.parametrize("place", ["swift-upload"], indirect=True)
 moto_only = pytest.mark.parametrize("place", ["moto-copy", "moto-multipart", "moto-upload"], indirect=True)
@@ -396,7 +401,7 @@ def kill_at(place: Place, number: int, after: bool, item: StoredObject) -> bool:
 
 @pytest.mark.torture
 @pytest.mark.timeout(1200)
-@everywhere
+@of_each_kind
 def test_a_node_killed_before_or_after_each_of_its_requests_moves_each_photo_once(
     place: Place, proved: Callable[[str], None]
 ) -> None:
@@ -499,7 +504,7 @@ def test_answers_that_always_break_off_end_the_job_and_the_photo_stays(
 
 @pytest.mark.torture
 @pytest.mark.timeout(1200)
-@everywhere
+@of_each_kind
 def test_two_nodes_at_a_shard_killed_at_random_lose_nothing_and_move_nothing_twice(
     place: Place, proved: Callable[[str], None]
 ) -> None:
