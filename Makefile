@@ -44,7 +44,7 @@ test: $(VENV)/.installed-dev ## run the tests, except the long ones
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 long: $(VENV)/.installed-dev ## run the tests that take minutes
-	@$(BIN)/python -m pytest -m long --numprocesses 2 --dist loadscope
+	@$(BIN)/python -m pytest -m "long and not torture" --numprocesses 2 --dist loadscope
 
 torture: $(VENV)/.installed-dev ## run the long proofs of safety: kills, errors, races, broken files (EVERY=5: a fifth of the sweeps)
 	@$(BIN)/python -m pytest -m torture --numprocesses 2 $${EVERY:+--every "$$EVERY"}
