@@ -15,6 +15,8 @@ from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
 
+import pytest
+
 from sorter.files import FOLDER
 from sorter.files.photo import Identity
 from sorter.history.store import History, Move, Run
@@ -160,6 +162,17 @@ class Client:
         """A verdict on a photo as it is now."""
         version = self.ask(f"api/card/{photo}").json["version"]
         return {"photo": photo, "version": version, "label": label, "how": how}
+
+
+@contextmanager
+def fixed(path: Path) -> Iterator[None]:
+    """A file that not even its owner can move, until the end of the block."""
+    if subprocess.run(["chattr", "+i", path], capture_output=True).returncode:
+        pytest.skip("needs a file system with chattr +i, and the right to it")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", path], check=True)
 
 
 @contextmanager

@@ -313,9 +313,21 @@ def test_a_photo_that_changed_is_not_moved(sorted_library: Library, is_shown: bo
         verdict = sorted_library.verdict("a.jpg", "dog")
     (outcome,) = sorted_library.decide(verdict)
     assert outcome.is_changed
-    assert outcome.error.startswith(f"{photo} changed since" if not is_shown else f"{photo} was changed or replaced")
+    # Never that the page should be reloaded, which does not show it again.
+    assert outcome.error == f"{photo} was changed or replaced since it was sorted: move it yourself"
     assert photo.read_bytes() == b"edited"
     assert sorted_library.rows("SELECT count(*) FROM verdicts") == [(0,)]
+
+
+def test_a_photo_that_is_gone_or_only_touched_since_it_was_shown_is_said_with_what_helps(
+    sorted_library: Library,
+) -> None:
+    verdict, photo = sorted_library.verdict("a.jpg", "dog"), sorted_library.output / "cats/a.jpg"
+    os.utime(photo, ns=(0, verdict.version.mtime_ns + 10**9))  # as sorted, to a coarse file system
+    assert sorted_library.decide(verdict)[0].error == f"{photo} changed since it was shown: reload the page"
+    photo.unlink()
+    (outcome,) = sorted_library.decide(verdict)
+    assert outcome.error == f"{photo} is gone: if you moved it, start sorter review again"
 
 
 def test_one_bad_verdict_holds_up_no_other(sorted_library: Library) -> None:
@@ -399,8 +411,8 @@ def test_a_sidecar_whose_name_is_taken_stays_and_is_said(
     monkeypatch.setattr(Mover, "move", taken)
     (outcome,) = sorted_library.decide(sorted_library.verdict("a.jpg", "dog"))
     assert outcome.path == str(sorted_library.output / "dogs/a.jpg")
-    assert "a.xmp cannot follow its photo" in outcome.error
-    assert not outcome.is_changed
+    assert "a.xmp cannot follow its photo" in outcome.warning
+    assert (outcome.error, outcome.is_changed) == ("", False)
     assert (sorted_library.output / "cats/a.xmp").read_bytes() == b"about a"
 
 
@@ -418,7 +430,7 @@ def test_a_sidecar_that_was_left_behind_follows_at_the_next_correction(
     with monkeypatch.context() as patch:
         patch.setattr(Mover, "move", without_sidecars)
         (outcome,) = sorted_library.decide(sorted_library.verdict("a.jpg", "dog"))
-    assert outcome.error == f"{sorted_library.output}/cats/a.xmp may not be moved"
+    assert (outcome.error, outcome.warning) == ("", f"{sorted_library.output}/cats/a.xmp may not be moved")
     folder = os.path.dirname(sorted_library.correct("a.jpg", label))
     assert set(read_tree(sorted_library.output)) == {f"{folder}/a.jpg", f"{folder}/a.xmp", "dogs/b.jpg"}
     assert sorted_library.rows("SELECT count(*) FROM moves WHERE done IS NULL") == [(0,)]

@@ -151,6 +151,25 @@ def test_moved_there_and_back_is_as_if_nothing_had_happened(sorted_library: Libr
     assert set(read_tree(sorted_library.inbox)) == {"a.jpg", "b.jpg", "a.xmp"}
 
 
+def test_a_hand_move_that_is_taken_back_on_the_page_goes_back_to_its_subfolder_and_name(library: Library) -> None:
+    names = ("2019/a.jpg", "b.jpg", "2019/c.jpg")
+    take(library, "cat", *names)
+    before = read_tree(library.output)
+    mv(library, "cats/2019/a.jpg", "dogs/other.jpg")
+    mv(library, "cats/b.jpg", "dogs/2020/b.jpg")
+    mv(library, "cats/2019/c.jpg", "dogs/d.jpg")
+    (library.output / "cats/2019").rmdir()
+    assert follow(library) == 3
+    with library.review() as review:
+        back = [review.take_back(library.entry(name).id) for name in names[:2]]
+        assert [outcome.error for outcome in back] == ["", ""]
+        make_tree(library.output, {"cats/2019/c.jpg": b"a new one"})
+        review.take_back(library.entry("2019/c.jpg").id)
+    expected = {"cats/2019/c.jpg": b"a new one", "cats/2019/d.jpg": before["cats/2019/c.jpg"]}
+    assert read_tree(library.output) == before | expected
+    assert set(places(library).values()) == {"cats/2019/a.jpg", "cats/b.jpg", "cats/2019/d.jpg"}
+
+
 def test_what_a_person_said_on_the_page_is_answered_by_a_later_move(sorted_library: Library) -> None:
     assert sorted_library.correct("a.jpg", "dog") == "dogs/a.jpg"
     mv(sorted_library, "dogs/a.jpg", "cats/a.jpg")

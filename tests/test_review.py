@@ -17,7 +17,7 @@ from conftest import photo, read_tree
 from fuzzing import generated, mutant
 from pictures import encoded, every_format, turned
 from PIL import ExifTags, Image
-from reviewing import CAT, DOG, UNSURE, Client, Sorted, ids, reviewing, rows, sort_as
+from reviewing import CAT, DOG, UNSURE, Client, Sorted, fixed, ids, reviewing, rows, sort_as
 
 from sorter.cli.main import main
 from sorter.files import lock
@@ -139,6 +139,8 @@ def test_what_is_sent_is_checked(output: Path, client: Client) -> None:
         "api/deck?view=day:9999-12-31",
         "api/deck?after=nonsense",
         "api/deck?after=[1]",
+        f"api/deck?after={'[' * 5000}",
+        f"api/failed?after={'[' * 5000}",
         "api/deck?after=[NaN,1,1]",
         f"api/deck?after=[1,1,{10**30}]",
         "api/failed?after={}",
@@ -291,6 +293,25 @@ def test_what_is_decided_is_moved_recorded_and_never_shown_again(tmp_path: Path)
         assert {card["name"] for card in client.deck()} == {"later.jpg", "n.jpg", "d.jpg"}
     assert set(read_tree(output)) == {"dogs/c.jpg", "dogs/d.jpg", "cats/n.jpg", "cats/u.jpg", "cats/later.jpg"}
     assert rows(output, "SELECT label, how FROM verdicts ORDER BY id") == [("dog", "corrected"), ("cat", "corrected")]
+
+
+@pytest.mark.parametrize("options", [(), ("--check", "1")])
+def test_a_photo_whose_sidecar_stays_behind_is_decided_and_can_be_taken_back(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    output = tmp_path / "out"
+    sort_as(output, {"a.jpg": (photo(1), CAT)})
+    sidecar = output / "cats" / "a.jpg.xmp"
+    sidecar.write_bytes(b"about a")
+    with reviewing(output, *options) as client, fixed(sidecar):
+        verdict = client.verdict(ids(output)["a.jpg"], "dog", "checked")
+        (outcome,) = client.ask("api/decide", [verdict]).json["outcomes"]
+        assert outcome["error"] == ""
+        assert str(sidecar) in outcome["warning"]
+        assert (outcome["card"]["folder"], outcome["card"]["label"]) == ("dogs", "cat")
+        (back,) = client.ask("api/take-back", [verdict["photo"]]).json["outcomes"]
+        assert (back["error"], back["card"]["folder"]) == ("", "cats")
+    assert set(read_tree(output)) == {"cats/a.jpg", "cats/a.jpg.xmp"}
 
 
 def test_while_an_undo_moves_photos_nothing_is_decided_and_that_is_said(tmp_path: Path) -> None:

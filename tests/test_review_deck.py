@@ -150,6 +150,15 @@ def test_a_sample_has_every_photo_as_often_as_any_other(output: Path) -> None:
     assert min(counts) > 150  # of 200 expected, with a standard deviation of 10
 
 
+def test_a_sample_goes_on_drawing_where_many_photos_are_gone(output: Path) -> None:
+    sort_as(output, {f"{n:03}.jpg": (b"x", CAT) for n in range(3 * PAGE)})
+    for n in range(3 * PAGE):
+        if n % 30:
+            (output / "cats" / f"{n:03}.jpg").unlink()
+    with closing(Deck(output)) as deck:
+        assert [len({entry.id for entry in deck.sample(number)}) for number in (5, 10, 10**18)] == [5, 10, 10]
+
+
 _MILLION = """
 INSERT INTO moves (token, run, done, root, source, folder, name, device, inode, size, mtime_ns, kind, label, confidence)
 WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 999999),

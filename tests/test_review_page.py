@@ -11,7 +11,7 @@ from browser import CHROMIUM, CONTROL, SHIFT, Browser
 from conftest import photo, read_tree
 from pictures import encoded
 from PIL import Image
-from reviewing import CAT, DOG, UNSURE, Client, Sorted, reviewing, rows, sort_as
+from reviewing import CAT, DOG, UNSURE, Client, Sorted, fixed, reviewing, rows, sort_as
 
 if CHROMIUM is None:
     pytest.skip("needs Chromium", allow_module_level=True)
@@ -254,6 +254,28 @@ def test_what_was_moved_by_hand_is_shown_as_corrected_and_can_be_taken_back(page
         assert name(page) == "cats/01.jpg"
     assert set(read_tree(output)) == {"cats/00.jpg", "cats/01.jpg", "cats/03.jpg", "dogs/02.jpg"}
     assert rows(output, "SELECT label, how FROM verdicts") == [("dog", "moved")]
+
+
+def test_a_sidecar_that_stays_behind_is_said_and_its_photo_stays_decided(page: Browser, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    sort_as(output, numbered(3, lambda n: Sorted("cat", 0.6 + n / 50)))
+    before = read_tree(output)
+    sidecar = output / "cats" / "00.jpg.xmp"
+    sidecar.write_bytes(b"about 00")
+    with reviewing(output) as client, fixed(sidecar):
+        opened(page, client)
+        page.press("d")
+        at_rest(page, 2)
+        notice = page.evaluate("document.querySelector('#notice').textContent")
+        assert notice.startswith(f"00.jpg: {sidecar} ")
+        assert name(page) == "cats/01.jpg"
+        page.press("Enter")
+        at_rest(page, 1)
+        page.press("Backspace", "Backspace")
+        at_rest(page, 3)
+        assert name(page) == "cats/00.jpg"
+    assert read_tree(output) == before | {"cats/00.jpg.xmp": b"about 00"}
+    assert rows(output, "SELECT count(*) FROM verdicts") == [(0,)]
 
 
 def test_a_review_that_has_ended_is_said(browser: Browser, tmp_path: Path) -> None:

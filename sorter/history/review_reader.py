@@ -3,11 +3,13 @@
 In: the history file of an output. Out: its folders and runs, and what a person said of its photos.
 """
 
+from array import array
 from collections.abc import Sequence
 
-from sorter.history.reader import HistoryReader
+from sorter.history.reader import _PRESENT, _SORTED_AGAIN, HistoryReader
 
 _AT_ONCE = 1000
+_PAGE_ROWS = 20_000
 
 
 class ReviewReader(HistoryReader):
@@ -26,6 +28,19 @@ class ReviewReader(HistoryReader):
         """The last correction of each of these photos, by the photo's ID."""
         marks = ", ".join("?" * len(photos))
         return dict(self._database.rows(f"SELECT id, corrected_by FROM moves WHERE id IN ({marks})", photos))  # noqa: S608
+
+    def sorted_photos(self) -> "array[int]":
+        """The IDs of all photos that were sorted into a class and are in the output; 8 bytes for each."""
+        query = (
+            "SELECT m.id FROM moves m WHERE m.id > ? AND m.done IS NOT NULL AND m.kind = 'sorted'"  # noqa: S608
+            f"{_PRESENT} AND NOT {_SORTED_AGAIN} ORDER BY m.id LIMIT ?"
+        )
+        found = array("q")
+        last = 0
+        while rows := self._database.rows(query, (last, *self._folders_sorted_again, _PAGE_ROWS)):
+            found.extend(id_ for (id_,) in rows)
+            last = found[-1]
+        return found
 
     def sorting_runs(self, limit: int) -> list[tuple[str, float]]:
         """The last runs that sorted photos, the newest first: their IDs, and when they started."""

@@ -20,7 +20,7 @@ class PhotoVerdict:
         at: when it was given, in seconds since the epoch.
         path: where the photo is; where it was last, if it is not there any more.
         label: the class that the person sees; None for none of them.
-        how: `corrected`, `confirmed` or `checked`.
+        how: `corrected`, `confirmed`, `checked` or `moved`, which is by hand.
         digest: SHA-256 of the photo that the person saw.
         label_was: what the model said, with its confidence, 0 to 1, and its name.
     """

@@ -32,11 +32,12 @@ class Correction:
     Attributes:
         entry: of the photo; it is at `entry.destination`.
         identity: of the file that was looked at.
-        folder: where it belongs, such as `dogs`; subfolders inside that are kept.
+        folder: where it belongs, such as `dogs`.
         label: the class that a person sees; None for none of them, and where a correction is taken back.
         judgement: the verdict that asks for it; its token is filled in here.
         takes_back: the id of the verdict that this takes back.
-        former_name: the name that the photo gets if that is free; otherwise its own, or the next free one.
+        former_name: the path in `folder` that the photo gets again; if its name there is taken, its own name, or the
+            next free one. If this is empty, the photo keeps the subfolder that it is in.
     """
 
     entry: Entry
@@ -179,13 +180,16 @@ class Corrector:
         """The moves of a photo and of its sidecars."""
         entry = correction.entry
         inner, base = os.path.split(entry.place.partition("/")[2])
+        former_name = ""
+        if correction.former_name:
+            inner, former_name = os.path.split(correction.former_name)
         folder = f"{correction.folder}/{inner}".rstrip("/")
         photo = Photo(self._output, entry.place, correction.identity, 0.0)
         sidecars = list(self._beside(entry, leaving))
         # A crash may have left one behind, in the folder to which the photo now returns.
         coming = [(sidecar, recorded) for sidecar, recorded in sidecars if os.path.dirname(sidecar.name) != folder]
         # Beside a sidecar a name counts as taken, but this photo had it there before.
-        wanted = correction.former_name or (base if coming != sidecars else "")
+        wanted = former_name or (base if coming != sidecars else "")
         plan = self._mover.plan(photo, folder, "" if os.path.lexists(self._output / folder / wanted) else wanted)
         kind = "corrected" if correction.takes_back is None else "reverted"
         yield _Step(number, plan, self._intent(correction, plan, kind, entry.id))

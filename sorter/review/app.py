@@ -208,7 +208,8 @@ class _Routes:
         answers = []
         for outcome in outcomes:
             card = self._card(outcome.photo)
-            answer: dict[str, Any] = {"photo": outcome.photo, "error": shown(outcome.error)}
+            told = {"error": shown(outcome.error), "warning": shown(outcome.warning)}
+            answer: dict[str, Any] = {"photo": outcome.photo, **told}
             if card is not None:
                 hidden = self._review.check is not None and bool(outcome.error)
                 answer["card"] = _hidden(card) if hidden else _shown(card)

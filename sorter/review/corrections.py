@@ -65,6 +65,7 @@ class Outcome:
         photo: as in the verdict.
         path: where it is now, absolute; empty if the history does not have it.
         error: what is wrong, as a sentence; empty if the verdict is recorded and the photo where it belongs.
+        warning: which of its sidecars stayed behind, and why, though there is no error.
         is_changed: the photo is not the one any more, or not where, the person has seen it: it was not moved.
     """
 
@@ -72,6 +73,7 @@ class Outcome:
     path: str
     error: str = ""
     is_changed: bool = False
+    warning: str = ""
 
 
 class Corrections:
@@ -167,7 +169,7 @@ class Corrections:
         return [outcomes[verdict.photo] for verdict in verdicts]
 
     def take_back(self, photo: int) -> Outcome:
-        """Delete the newest verdict on a photo, and move the photo back to the folder from which that moved it.
+        """Delete the newest verdict on a photo, and move the photo back to the place from which that moved it.
 
         Raises:
             NotNowError, StorageError, ConfigurationError: as `decide`.
@@ -186,8 +188,7 @@ class Corrections:
             except _RefusedError as refusal:
                 return refusal.outcome
             folder, _, name = verdict.came_from.partition("/")
-            former_name = os.path.basename(name)
-            correction = Correction(entry, identity, folder, takes_back=verdict.id, former_name=former_name)
+            correction = Correction(entry, identity, folder, takes_back=verdict.id, former_name=name)
             (result,) = self._corrector.correct([correction])
             return _outcome(entry.id, result)
 
@@ -284,6 +285,8 @@ def _judged(entry: Entry, verdict: Verdict, digest: bytes) -> Judgement:
 
 
 def _outcome(photo: int, result: Corrected) -> Outcome:
+    if result.has_moved:
+        return Outcome(photo, result.path, warning=result.problem)
     return Outcome(photo, result.path, result.problem, result.is_changed)
 
 
@@ -306,16 +309,17 @@ def _read(output: Path, entry: Entry, version: Version | None) -> tuple[Identity
         descriptor = open_file(Photo(output, entry.place, Identity(0, 0, 0, 0, 0), 0.0))
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
-            if version not in (None, Version(status.st_size, status.st_mtime_ns)):
-                raise refused("changed since it was shown: reload the page")
+            # First, because a page that is loaded again does not show it.
             if not stat.S_ISREG(status.st_mode) or not entry.has_version(status):
                 raise refused("was changed or replaced since it was sorted: move it yourself")
+            if version not in (None, Version(status.st_size, status.st_mtime_ns)):
+                raise refused("changed since it was shown: reload the page")
             digest = hashlib.file_digest(file, "sha256").digest()
             identity = Identity.of(status)
             if Identity.of(os.fstat(descriptor)) != identity:
                 raise refused("is being written to: wait for that, and reload the page")
     except FileNotFoundError:
-        raise refused("is gone: reload the page") from None
+        raise refused("is gone: if you moved it, start sorter review again") from None
     except OSError as error:
         raise refused(f"cannot be read ({error.strerror}): check what it is, and its permissions") from None
     return identity, digest

@@ -8,6 +8,7 @@ the next page begins where the last one ended.
 import heapq
 import json
 import os
+import random
 import stat
 import threading
 from collections.abc import Callable, Sequence
@@ -157,8 +158,19 @@ class Deck:
     def sample(self, number: int) -> list[Entry]:
         """Sorted photos at random, decided or not, whose files are there."""
         with self._lock:
-            found = self._reader.photos(" AND m.kind = 'sorted'", order="random()", limit=2 * number)
-        return [entry for entry in found if self._look(entry) is not None][:number]
+            photos = self._reader.sorted_photos()
+        random.shuffle(photos)
+        found: list[Entry] = []
+        for start in range(0, len(photos), PAGE):
+            if len(found) >= number:
+                break
+            some = photos[start : start + PAGE]
+            marks = ", ".join("?" * len(some))
+            entries = {entry.id: entry for entry in self._entries(f" AND m.id IN ({marks})", some, "m.id")}
+            # As they were drawn: the last ones may be too many.
+            drawn = (entries[photo] for photo in some if photo in entries)
+            found += [entry for entry in drawn if self._look(entry) is not None]
+        return found[:number]
 
     def verdicts(self, photos: Sequence[int]) -> dict[int, str | None]:
         """The labels that a person gave photos, None for neither; photos without a verdict are missing."""
@@ -261,7 +273,10 @@ def _card(entry: Entry, file: Photo | None) -> Card:
 
 
 def _key(text: str) -> list[float]:
-    key = json.loads(text)
+    try:
+        key = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(key, list) or not all(isinstance(part, (int, float)) and abs(part) < 1 << 63 for part in key):
         raise ValueError(text)
     return key

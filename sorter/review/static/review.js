@@ -90,6 +90,7 @@ function merged() {
 function settle(outcome, job) {
   const one = job.step.find(({ photo }) => photo.id === outcome.photo);
   if (outcome.card) Object.assign(one.photo, outcome.card);
+  if (outcome.warning) notice(`${one.photo.name}: ${outcome.warning}`);
   if (!outcome.error) return true;
   revert(one, job.path);
   notice(`${one.photo.name}: ${outcome.error}`);
