@@ -107,7 +107,8 @@ def test_the_csv_of_verdicts_is_what_trainer_evaluate_takes(
 def test_verdicts_are_shown_as_a_table_and_as_json(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = ["history", "--verdicts", "--inbox", str(output)]
     assert main(shown) == 0
-    assert capsys.readouterr().out == "No verdicts match.\n"
+    advice = "Photos moved by hand count once sorter review has been started since."
+    assert capsys.readouterr().out == f"No verdicts match. {advice}\n"
     say(output, {"cat.jpg": "dog"})
     say(output, {"unsure.jpg": None})
     assert main(shown) == 0
@@ -213,7 +214,8 @@ def test_neither_is_no_class_and_what_was_corrected_is_no_longer_confident(outpu
 def test_too_few_verdicts_are_refused_with_a_sentence(output: Path, cache: Path) -> None:
     say(output, {"cat.jpg": "dog", "unsure.jpg": None})
     with pytest.raises(
-        ConfigurationError, match=r"has 1 usable verdicts that name a class, and . of them .*sorter review"
+        ConfigurationError,
+        match=r"has 1 usable verdicts that name a class, and . of them .*sorter review; photos moved by hand count",
     ):
         photos_of(output, cache)
 

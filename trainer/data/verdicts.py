@@ -176,5 +176,5 @@ def _check_numbers(output: Path, judged: Photos, copies: int) -> None:
     raise ConfigurationError(
         f"{output} has {training + held_out} usable verdicts that name a class, and {held_out} of them would be held "
         f"out{without}: at least {MIN_VERDICTS} and {MIN_HELD_OUT} are needed, and {MIN_TRAINING} to learn from; look "
-        "at more photos with sorter review"
+        "at more photos with sorter review; photos moved by hand count once it has been started since"
     )
