@@ -25,7 +25,7 @@ from trainer import build
 from trainer.data import inspection, verdicts
 from trainer.data.layouts import Sample, labels_of
 from trainer.data.split import without_copies
-from trainer.data.verdicts import Verdicts
+from trainer.data.verdicts import Photos, Verdicts
 from trainer.fitting import features, recipes
 from trainer.fitting.loop import Hooks, Machine, Plan, fit_stage
 from trainer.fitting.options import Source
@@ -102,7 +102,7 @@ def learn(options: Options, reporter: Reporter) -> Learned:
     with _claimed(options.output):
         name = build.name_of(options.output)
         base = rehead.read(options.base)
-        found = _read(options, base, reporter)
+        found = _in_memory(_read(options, base, reporter), base, reporter)
         rehearsal = _rehearsal(options, base, found, reporter)
         data = _data(options, found, rehearsal)
         reporter.say(data)
@@ -170,6 +170,22 @@ def _read(options: Options, base: Base, reporter: Reporter) -> Verdicts:
             "trainer has fitted"
         )
     return found
+
+
+def _in_memory(found: Verdicts, base: Base, reporter: Reporter) -> Verdicts:
+    """The same photos with their pixels: later, a review, an undo or a sorter may have moved the files.
+
+    Raises:
+        ConfigurationError: one of them is gone already.
+    """
+    judged, sure = found.judged, found.confident
+    parts = (judged.training, judged.held_out, sure.training, sure.held_out, found.neither)
+    samples = [sample for part in parts for sample in part]
+    batches = features.batches(samples, base.manifest.input.preprocessing)
+    tracked = reporter.tracker("decoding photos")(batches, -(-len(samples) // features.BATCH))
+    pixels = (photo for batch in tracked for photo in batch)
+    kept = [tuple(replace(sample, pixels=next(pixels)) for sample in part) for part in parts]
+    return replace(found, judged=Photos(*kept[:2]), confident=Photos(*kept[2:4]), neither=kept[4])
 
 
 def _rehearsal(options: Options, base: Base, found: Verdicts, reporter: Reporter) -> tuple[Sample, ...]:
