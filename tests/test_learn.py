@@ -96,10 +96,12 @@ def test_the_layer_that_a_detector_looks_at_stays_as_it_is(base: Base, output: P
     old = base.manifest.neither
     assert old is not None
     described = base.manifest.model_copy(update={"neither": old.model_copy(update={"score": "mahalanobis"})})
-    of_hidden_units = replace(base, manifest=described, fitted=copy.deepcopy(base.fitted))
+    of_hidden_units = replace(base, manifest=described)
+    as_it_was = copy.deepcopy(base.head.state_dict())
     found = verdicts.read(output, None, described.classes, 0, tmp_path, 1, Reporter())
-    learning._fit(of_hidden_units, found, found.confident.training, 0, Reporter())
-    before, after = (each.head.state_dict() for each in (base, of_hidden_units))
+    fitted = learning._fit(of_hidden_units, found, found.confident.training, 0, Reporter())
+    before, after = (each.head.state_dict() for each in (base, fitted))
+    assert all(torch.equal(before[name], as_it_was[name]) for name in before)
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"2.weight", "2.bias"}
 
 
