@@ -1,6 +1,7 @@
 """`trainer fit --corrections` on a small network: what stays as it is, and what is refused."""
 
 import copy
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,17 +17,19 @@ from sorter.classifier import manifest as manifest_module
 from sorter.classifier import network
 from sorter.classifier.manifest import NEITHER, OPENVINO_FP16, WEIGHTS, Int8, Neither
 from sorter.classifier.outliers import LearnedDetector
+from sorter.errors import ConfigurationError
 from trainer import learn as learning
 from trainer.cli import main
 from trainer.data import verdicts
 from trainer.data.layouts import Sample, labels_of
+from trainer.data.pixels import decoded
 from trainer.fitting import features
 from trainer.fitting.loop import Hooks, Machine, Plan, fit_stage
 from trainer.fitting.recipes import RECIPES
 from trainer.fitting.sources import FeatureSource
 from trainer.packaging import backbone, export, guard, rehead
 from trainer.packaging.rehead import Base
-from trainer.progress import Reporter
+from trainer.progress import Reporter, Tracker
 
 pytestmark = pytest.mark.filterwarnings("default")  # torch and NNCF warn about themselves
 
@@ -93,10 +96,12 @@ def test_the_layer_that_a_detector_looks_at_stays_as_it_is(base: Base, output: P
     old = base.manifest.neither
     assert old is not None
     described = base.manifest.model_copy(update={"neither": old.model_copy(update={"score": "mahalanobis"})})
-    of_hidden_units = replace(base, manifest=described, fitted=copy.deepcopy(base.fitted))
+    of_hidden_units = replace(base, manifest=described)
+    as_it_was = copy.deepcopy(base.head.state_dict())
     found = verdicts.read(output, None, described.classes, 0, tmp_path, 1, Reporter())
-    learning._fit(of_hidden_units, found, found.confident.training, 0, Reporter())
-    before, after = (each.head.state_dict() for each in (base, of_hidden_units))
+    fitted = learning._fit(of_hidden_units, found, found.confident.training, 0, Reporter())
+    before, after = (each.head.state_dict() for each in (base, fitted))
+    assert all(torch.equal(before[name], as_it_was[name]) for name in before)
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"2.weight", "2.bias"}
 
 
@@ -114,3 +119,58 @@ def test_it_is_not_begun_without_enough_verdicts_or_with_options_that_mean_nothi
     for command, sentence in (((), "there is nothing to fit on"), (("--state-dir", "x", "--data", "y"), "go with")):
         assert main(["fit", "--output", str(tmp_path / "model"), *command]) == 2
         assert sentence in capsys.readouterr().err
+
+
+class Meanwhile(Reporter):
+    """Moves a photo with a verdict while the trainer is about to do something."""
+
+    def __init__(self, title: str, path: Path) -> None:
+        super().__init__()
+        self._title, self._path = title, path
+
+    def tracker(self, title: str) -> Tracker:
+        if title == self._title and self._path.exists():
+            self._path.rename(self._path.with_name("renamed.jpg"))
+        return super().tracker(title)
+
+
+def learn_while(reporter: Reporter, output: Path, base: Base, tmp_path: Path) -> learning.Learned:
+    options = learning.Options(output, None, base.folder, None, tmp_path / "model", 0, 1, tmp_path / "cache", "")
+    return learning.learn(options, reporter)
+
+
+def test_photos_that_are_moved_while_it_fits_are_learned_from_all_the_same(
+    base: Base, output: Path, tmp_path: Path
+) -> None:
+    say(output, {f"blue{n}.jpg": "cat" for n in range(80)})
+    moved = output / "cats/blue1.jpg"
+    learned = learn_while(Meanwhile("features at 32 px", moved), output, base, tmp_path)
+    assert not moved.exists()
+    assert learned.comparison.held_out.photos >= verdicts.MIN_HELD_OUT
+
+
+def test_what_is_kept_of_a_photo_is_what_the_network_sees(base: Base, output: Path, tmp_path: Path) -> None:
+    say(output, {f"blue{n}.jpg": "cat" for n in range(70)} | {"blue80.jpg": None})
+    found = verdicts.read(output, None, base.manifest.classes, 0, tmp_path, 1, Reporter())
+    kept = learning._in_memory(found, base, Reporter())
+    assert kept == found  # but for the pixels
+    photos = [
+        kept.judged.training,
+        kept.judged.held_out,
+        kept.confident.training,
+        kept.confident.held_out,
+        kept.neither,
+    ]
+    for sample in (sample for part in photos for sample in part):
+        np.testing.assert_array_equal(sample.pixels, decoded(sample.path, base.manifest.input.preprocessing))
+
+
+def test_a_photo_that_is_moved_before_it_is_decoded_ends_it_with_what_to_do(
+    base: Base, output: Path, tmp_path: Path
+) -> None:
+    say(output, {f"blue{n}.jpg": "cat" for n in range(80)})
+    moved = output / "cats/blue1.jpg"
+    sentence = f"{moved} was moved or removed meanwhile: run this again, without reviewing, undoing or moving photos"
+    with pytest.raises(ConfigurationError, match=re.escape(sentence)):
+        learn_while(Meanwhile("decoding photos", moved), output, base, tmp_path)
+    assert not (tmp_path / "model").exists()

@@ -107,7 +107,8 @@ def test_the_csv_of_verdicts_is_what_trainer_evaluate_takes(
 def test_verdicts_are_shown_as_a_table_and_as_json(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = ["history", "--verdicts", "--inbox", str(output)]
     assert main(shown) == 0
-    assert capsys.readouterr().out == "No verdicts match.\n"
+    advice = "Photos moved by hand count once sorter review has been started since."
+    assert capsys.readouterr().out == f"No verdicts match. {advice}\n"
     say(output, {"cat.jpg": "dog"})
     say(output, {"unsure.jpg": None})
     assert main(shown) == 0
@@ -213,6 +214,41 @@ def test_neither_is_no_class_and_what_was_corrected_is_no_longer_confident(outpu
 def test_too_few_verdicts_are_refused_with_a_sentence(output: Path, cache: Path) -> None:
     say(output, {"cat.jpg": "dog", "unsure.jpg": None})
     with pytest.raises(
-        ConfigurationError, match=r"has 1 usable verdicts that name a class, and . of them .*sorter review"
+        ConfigurationError,
+        match=r"has 1 usable verdicts that name a class, and . of them .*sorter review; photos moved by hand count",
     ):
         photos_of(output, cache)
+
+
+@pytest.mark.parametrize("shots", [80, 250])
+def test_a_burst_of_one_picture_is_refused_and_its_copies_are_counted(output: Path, cache: Path, shots: int) -> None:
+    # Other bytes each, and the same picture: some are held out, and all the others are near copies of them.
+    sort_as(output, {f"burst{n}.jpg": (photo() + n.to_bytes(2), CAT) for n in range(shots)})
+    say(output, {f"burst{n}.jpg": "dog" for n in range(shots)})
+    held_out = sum(
+        hashlib.sha256(path.read_bytes()).digest()[0] < 77
+        for path in (output / "dogs").iterdir()
+        if "burst" in path.name
+    )
+    assert held_out >= verdicts.MIN_HELD_OUT
+    sentence = (
+        f"has {held_out} usable verdicts that name a class, and {held_out} of them would be held out, "
+        f"without {shots - held_out} near copies of these: at least 50 and 15 are needed, and 15 to learn from"
+    )
+    with pytest.raises(ConfigurationError, match=sentence):
+        photos_of(output, cache)
+
+
+def test_near_copies_of_held_out_photos_with_a_verdict_are_listed(output: Path, cache: Path) -> None:
+    sort_as(output, {f"{n}.jpg": (photo(100 + n), CAT) for n in range(80)})
+    say(output, {f"{n}.jpg": "dog" for n in range(80)})
+    before = photos_of(output, cache)
+    assert before.left_out == ()
+    held_out = before.judged.held_out[0].path
+    contents = (held_out.read_bytes() + bytes([n]) for n in range(256))
+    copy = next(content for content in contents if hashlib.sha256(content).digest()[0] >= 77)
+    sort_as(output, {"copy.jpg": (copy, CAT)})
+    say(output, {"copy.jpg": "dog"})
+    after = photos_of(output, cache)
+    assert after.left_out == ((str(output / "dogs/copy.jpg"), f"it is a near copy of {held_out}, which is held out"),)
+    assert after.judged == before.judged

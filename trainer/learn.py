@@ -25,7 +25,7 @@ from trainer import build
 from trainer.data import inspection, verdicts
 from trainer.data.layouts import Sample, labels_of
 from trainer.data.split import without_copies
-from trainer.data.verdicts import Verdicts
+from trainer.data.verdicts import Photos, Verdicts
 from trainer.fitting import features, recipes
 from trainer.fitting.loop import Hooks, Machine, Plan, fit_stage
 from trainer.fitting.options import Source
@@ -102,21 +102,20 @@ def learn(options: Options, reporter: Reporter) -> Learned:
     with _claimed(options.output):
         name = build.name_of(options.output)
         base = rehead.read(options.base)
-        found = _read(options, base, reporter)
+        found = _in_memory(_read(options, base, reporter), base, reporter)
         rehearsal = _rehearsal(options, base, found, reporter)
         data = _data(options, found, rehearsal)
         reporter.say(data)
-        former_head = copy.deepcopy(base.head)
-        _fit(base, found, rehearsal, options.seed, reporter)
+        fitted = _fit(base, found, rehearsal, options.seed, reporter)
 
         judged, sure = found.judged, found.confident
         compared = _spread((*judged.training, *judged.held_out, *sure.training, *sure.held_out))
         photos = base.guard or guard.measure(base.model, base.manifest, _spread(found.confident.held_out), reporter)
-        draft = rehead.described(base, name, photos, rehead.int8(base, compared, reporter))
-        files = rehead.files(base)
+        draft = rehead.described(fitted, name, photos, rehead.int8(fitted, compared, reporter))
+        files = rehead.files(fitted)
         with tempfile.TemporaryDirectory() as scratch:
             new = manifest_module.write(Path(scratch), draft, files, card="")
-            comparison = _compared(base, former_head, (Path(scratch), new), found, reporter)
+            comparison = _compared(base, fitted.head, (Path(scratch), new), found, reporter)
             caught = _caught(Path(scratch), new, found.neither)
         if comparison.reasons_against():
             return Learned(comparison, len(found.neither), caught, None)
@@ -172,6 +171,22 @@ def _read(options: Options, base: Base, reporter: Reporter) -> Verdicts:
     return found
 
 
+def _in_memory(found: Verdicts, base: Base, reporter: Reporter) -> Verdicts:
+    """The same photos with their pixels: later, a review, an undo or a sorter may have moved the files.
+
+    Raises:
+        ConfigurationError: one of them is gone already.
+    """
+    judged, sure = found.judged, found.confident
+    parts = (judged.training, judged.held_out, sure.training, sure.held_out, found.neither)
+    samples = [sample for part in parts for sample in part]
+    batches = features.batches(samples, base.manifest.input.preprocessing)
+    tracked = reporter.tracker("decoding photos")(batches, -(-len(samples) // features.BATCH))
+    pixels = (photo for batch in tracked for photo in batch)
+    kept = [tuple(replace(sample, pixels=next(pixels)) for sample in part) for part in parts]
+    return replace(found, judged=Photos(*kept[:2]), confident=Photos(*kept[2:4]), neither=kept[4])
+
+
 def _rehearsal(options: Options, base: Base, found: Verdicts, reporter: Reporter) -> tuple[Sample, ...]:
     """Photos that keep the head from forgetting: the dataset, or else those that were sorted confidently.
 
@@ -203,8 +218,9 @@ def _data(options: Options, found: Verdicts, rehearsal: Sequence[Sample]) -> str
     )
 
 
-def _fit(base: Base, found: Verdicts, rehearsal: Sequence[Sample], seed: int, reporter: Reporter) -> None:
-    """Fit the head further, in place."""
+def _fit(base: Base, found: Verdicts, rehearsal: Sequence[Sample], seed: int, reporter: Reporter) -> Base:
+    """The model with its head fitted further; the one given stays as it is."""
+    fitted = replace(base, fitted=copy.deepcopy(base.fitted))
     judged = found.judged.training
     # Photos with a verdict are few: each is there several times.
     may_count = MAX_SHARE / (1 - MAX_SHARE) * len(rehearsal) / max(1, len(judged))
@@ -228,11 +244,12 @@ def _fit(base: Base, found: Verdicts, rehearsal: Sequence[Sample], seed: int, re
     )
     if base.manifest.neither is not None and base.manifest.neither.score == "mahalanobis":
         # This detector looks at the first hidden layer, which has to stay as it is.
-        assert isinstance(base.head, nn.Sequential), "it has a hidden layer"
-        base.head[0].requires_grad_(False)
+        assert isinstance(fitted.head, nn.Sequential), "it has a hidden layer"
+        fitted.head[0].requires_grad_(False)
     plan = Plan(stage, 0, seed, frozen_statistics=False)
-    fit_stage(base.head, source, plan, Machine(torch.device("cpu")), Hooks(reporter.epoch, reporter.step))
+    fit_stage(fitted.head, source, plan, Machine(torch.device("cpu")), Hooks(reporter.epoch, reporter.step))
     reporter.close()
+    return fitted
 
 
 def _spread(samples: Sequence[Sample]) -> tuple[Sample, ...]:
@@ -241,7 +258,7 @@ def _spread(samples: Sequence[Sample]) -> tuple[Sample, ...]:
 
 
 def _compared(
-    base: Base, former_head: nn.Module, new: tuple[Path, Manifest], found: Verdicts, reporter: Reporter
+    base: Base, new_head: nn.Module, new: tuple[Path, Manifest], found: Verdicts, reporter: Reporter
 ) -> Comparison:
     """Compare the new model, in a folder, with the old one, each as the sorter will run it."""
 
@@ -256,7 +273,7 @@ def _compared(
     if base.guard is not None:
         before, after = (
             guard.answers(guard.logits_of(head, base.guard.features), described)
-            for head, described in ((former_head, base.manifest), (base.head, new[1]))
+            for head, described in ((base.head, base.manifest), (new_head, new[1]))
         )
         on_guard = gate.paired(before, after, base.guard.labels)
     assert new[1].int8 is not None, "measured before"

@@ -91,7 +91,7 @@ def _print_verdicts(settings: Settings, given: Sequence[PhotoVerdict], *, as_jso
             ]
         )
     else:
-        print("No verdicts match.")
+        print("No verdicts match. Photos moved by hand count once sorter review has been started since.")
 
 
 def _print_csv(given: Sequence[PhotoVerdict]) -> None:

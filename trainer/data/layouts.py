@@ -13,7 +13,7 @@ The layouts, of which the first that matches is taken:
 
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -44,11 +44,17 @@ _JUNK = ("__MACOSX",)
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A photo, the index of its class, and its part of the dataset."""
+    """A photo, the index of its class, and its part of the dataset.
+
+    Attributes:
+        pixels: what the network sees of it, (S, S, 3), where that is kept because the file may be moved; None to decode
+            the file each time.
+    """
 
     path: Path
     label: int
     part: Part = "training"
+    pixels: npt.NDArray[np.uint8] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

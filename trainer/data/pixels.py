@@ -24,9 +24,14 @@ def decoded(path: Path, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """Decode a photo that was inspected before, uint8 (S, S, 3).
 
     Raises:
-        ConfigurationError: it cannot be decoded.
+        ConfigurationError: it is no longer there, or cannot be decoded.
     """
     try:
         return read(path, preprocessing)
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"{path} was moved or removed meanwhile: run this again, without reviewing, undoing or moving photos "
+            "beside it"
+        ) from None
     except (PhotoError, OSError) as error:
         raise ConfigurationError(f"cannot decode {path} ({error}): remove it from the dataset") from None

@@ -19,7 +19,7 @@ from trainer.data.layouts import Sample
 from trainer.data.split import without_copies
 from trainer.progress import Reporter
 
-MIN_VERDICTS, MIN_HELD_OUT = 50, 15
+MIN_VERDICTS, MIN_HELD_OUT, MIN_TRAINING = 50, 15, 15
 CONFIDENT = 0.99
 """A photo that was sorted with this confidence, and that nobody has corrected, counts as sorted rightly."""
 CONFIDENT_PHOTOS = 2000
@@ -106,20 +106,21 @@ def read(
                 found.left_out.append((str(sample.path), "it is not the photo that the verdict is on"))
         return [s for s, digest in given if inspected[s.path].reason is None and inspected[s.path].digest == digest]
 
-    judged, neither = _divided(usable(found.judged), inspected), usable(found.neither)
-    _check_numbers(output, judged)
-    known = {inspected[sample.path].digest for sample in (*judged.training, *judged.held_out, *neither)}
+    with_verdict, neither = usable(found.judged), usable(found.neither)
+    divided = _divided(with_verdict, inspected)
+    training, copies = without_copies(divided.training, divided.held_out, inspected)
+    found.left_out += [(str(copy.path), f"it is a near copy of {copy.of}, which is held out") for copy in copies]
+    judged = Photos(tuple(training), divided.held_out)
+    _check_numbers(output, judged, len(copies))
+    known = {inspected[sample.path].digest for sample in (*with_verdict, *neither)}
     confident = _divided(
         [s for s in found.confident if inspected[s.path].reason is None and inspected[s.path].digest not in known],
         inspected,
     )
-
-    def without_held_out(samples: Sequence[Sample]) -> tuple[Sample, ...]:
-        return tuple(without_copies(samples, judged.held_out, inspected)[0])
-
+    rehearsal, _ = without_copies(confident.training, judged.held_out, inspected)
     return Verdicts(
-        judged=Photos(without_held_out(judged.training), judged.held_out),
-        confident=Photos(without_held_out(confident.training), confident.held_out),
+        judged=judged,
+        confident=Photos(tuple(rehearsal), confident.held_out),
         neither=tuple(neither),
         left_out=tuple(found.left_out),
         inspected=inspected,
@@ -167,11 +168,13 @@ def _divided(samples: Sequence[Sample], inspected: dict[Path, Inspection]) -> Ph
     return Photos(training, tuple(sample for sample, held in zip(samples, is_held_out, strict=True) if held))
 
 
-def _check_numbers(output: Path, judged: Photos) -> None:
-    held_out = len(judged.held_out)
-    total = len(judged.training) + held_out
-    if total < MIN_VERDICTS or held_out < MIN_HELD_OUT:
-        raise ConfigurationError(
-            f"{output} has {total} usable verdicts that name a class, and {held_out} of them would be held out: at "
-            f"least {MIN_VERDICTS} and {MIN_HELD_OUT} are needed; look at more photos with sorter review"
-        )
+def _check_numbers(output: Path, judged: Photos, copies: int) -> None:
+    training, held_out = len(judged.training), len(judged.held_out)
+    if training + held_out >= MIN_VERDICTS and held_out >= MIN_HELD_OUT and training >= MIN_TRAINING:
+        return
+    without = f", without {copies} near copies of these" if copies else ""
+    raise ConfigurationError(
+        f"{output} has {training + held_out} usable verdicts that name a class, and {held_out} of them would be held "
+        f"out{without}: at least {MIN_VERDICTS} and {MIN_HELD_OUT} are needed, and {MIN_TRAINING} to learn from; look "
+        "at more photos with sorter review; photos moved by hand count once it has been started since"
+    )

@@ -81,8 +81,11 @@ def on_torch(network: nn.Module, mean: Sequence[float], std: Sequence[float], de
 def batches(samples: Sequence[Sample], preprocessing: Preprocessing) -> Iterator[Pixels]:
     """Decode photos in parallel, uint8 (up to 32, S, S, 3) at a time, only a few batches ahead."""
 
+    def pixels(sample: Sample) -> Pixels:
+        return decoded(sample.path, preprocessing) if sample.pixels is None else sample.pixels
+
     def batch(start: int) -> Pixels:
-        return np.stack([decoded(sample.path, preprocessing) for sample in samples[start : start + BATCH]])
+        return np.stack([pixels(sample) for sample in samples[start : start + BATCH]])
 
     with ThreadPoolExecutor() as pool:
         yield from _ahead(pool, batch, range(0, len(samples), BATCH), 4)
