@@ -13,7 +13,7 @@ from sorter.classifier.manifest import Manifest
 from sorter.cluster import job as jobs
 from sorter.cluster import lease, shard_mover
 from sorter.cluster.deciding import Decider
-from sorter.cluster.job import Job
+from sorter.cluster.job import Job, unfinished
 from sorter.cluster.lease import FRESH_SECONDS, Lease
 from sorter.cluster.shard_sorter import MAX_DEATHS, ShardSorter
 from sorter.cluster.stores import StoredObject
@@ -177,6 +177,33 @@ def test_a_shard_that_kills_is_halved_and_a_photo_that_kills_is_blamed_and_its_n
         "sorted/failed/4.xmp",
     }
     assert list(jobs.unfinished(job, decide_only=False)) == []
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_a_shard_whose_split_was_cut_short_is_split_by_the_next_one(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    files = {f"{n}.jpg": plain(RED, n) for n in range(4)}
+    job.files.put_shard("00000", put(store, files))
+    for _ in range(MAX_DEATHS):
+        job.files.begin_attempt("00000", "a node that dies")
+    original, written = store.put_new, []
+
+    def die_after_some(key: str, data: bytes) -> bool:
+        if "attempts/" not in key:
+            if len(written) == writes:
+                raise KeyboardInterrupt
+            written.append(key)
+        return original(key, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "put_new", die_after_some)
+        with pytest.raises(KeyboardInterrupt):
+            new_sorter().sort("00000")
+    while to_do := list(unfinished(job, decide_only=False)):
+        for name in to_do:
+            new_sorter().sort(name)
+    assert tree(store) == {f"sorted/cats/{name}": data for name, data in files.items()}
 
 
 def test_an_attempt_that_the_store_ended_is_no_death(

@@ -192,6 +192,7 @@ class Run:
         self._stopping, self._check, self._on_progress = stopping, check, on_progress
         self.totals = Totals(Counter(), to_do=len(to_do))
         self._waiting.reverse()
+        self._given_out = set(to_do)  # and the halves of those that were split since
 
     def run(self) -> Totals:
         """Have all shards done, or those that are in hand when it is to stop.
@@ -226,8 +227,10 @@ class Run:
         self.totals.counts.update(result.counts)
         if result.halves:
             log.warning("shard.split", shard=shard, halves=list(result.halves))
-            self.totals.to_do += len(result.halves)
-            for half in result.halves:
+            halves = [half for half in result.halves if half not in self._given_out]
+            self._given_out.update(halves)
+            self.totals.to_do += len(halves)
+            for half in halves:
                 self._give(half, suspected=True)
         else:
             log.info("shard.finished", shard=shard, **result.counts)

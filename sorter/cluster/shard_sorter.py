@@ -80,9 +80,9 @@ class ShardSorter:
                 return Result(halves=tuple(halves))
             else:
                 decisions = self._files.put_decisions(name, self._blamed(self._files.read_shard(name)))
-        if self._place.decide_only or not decisions:
-            if not decisions:  # it was split by somebody who died before writing this
-                self._files.put_moves(name, [])
+        if not decisions:  # it was split, by somebody who may have died before both halves were there
+            return Result(halves=tuple(self._files.split(name, self._sidecars)))
+        if self._place.decide_only:
             return Result(_counted(decisions, {}, self._place))
         rows = self._mover.move(name, decisions)
         return Result(_counted(decisions, {row.key: row for row in rows}, self._place))
