@@ -187,7 +187,8 @@ def test_a_shard_whose_split_was_cut_short_is_split_by_the_next_one(
     job.files.put_shard("00000", put(store, files))
     for _ in range(MAX_DEATHS):
         job.files.begin_attempt("00000", "a node that dies")
-    original, written = store.put_new, []
+    original = store.put_new
+    written: list[str] = []
 
     def die_after_some(key: str, data: bytes) -> bool:
         if "attempts/" not in key:

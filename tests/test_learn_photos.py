@@ -210,8 +210,9 @@ def test_half_of_the_corrections_false_and_the_old_model_stays(
 
 
 def test_a_model_without_a_guard_set_is_compared_on_confidently_sorted_photos(
-    weak: Weak, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weak: Weak, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("trainer.learn.MIN_CONFIDENT", 10)  # the weak model is sure of few
     old = manifest_module.read(weak.model)
     files = {name: (weak.model / name).read_bytes() for name in old.files if name != guard.FILE}
     base = tmp_path / "base"

@@ -43,6 +43,10 @@ from sorter.service.reload import Reloader, check_fits
 from sorter.service.shutdown import Shutdown
 from sorter.settings import SHIPPED_MODEL, Settings
 
+pytestmark = pytest.mark.skipif(
+    signal.getsignal(signal.SIGHUP) is signal.SIG_IGN, reason="SIGHUP is ignored here, as under nohup, and stays so"
+)
+
 Start = Callable[..., Running]
 Log = MutableMapping[str, Any]
 
