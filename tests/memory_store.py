@@ -62,13 +62,6 @@ class MemoryStore:
         self.put(key, data)
         return True
 
-    def replace(self, key: str, data: bytes, etag: str) -> bool:
-        self.step("replace")
-        if key not in self.objects or self.objects[key][0].etag != etag:
-            return False
-        self.put(key, data)
-        return True
-
     def copy_new(
         self, item: StoredObject, source: Store, key: str, token: str, mode: Mode, *, unlike: str | None = None
     ) -> str | None:

@@ -21,6 +21,7 @@ from sorter.cluster.node import setup
 from sorter.cluster.pool import Pool
 from sorter.cluster.ray_cluster import Shape, shape
 from sorter.cluster.scratch import Scratch
+from sorter.cluster.stores import open_store
 from sorter.decisions import Outcome
 from sorter.errors import ConfigurationError, Reason, StorageError
 from sorter.files.photo import Identity, Photo
@@ -207,6 +208,7 @@ def test_nodes_that_finish_nothing_for_ten_minutes_end_the_command(monkeypatch: 
         ("run --inbox s3://photos/in --dry-run", "use --decide-only"),
         ("run --inbox s3://photos/in --state-dir state", "--state-dir does not apply"),
         ("run --inbox gs://photos/in", "s3://"),
+        ("run --inbox s3://photos/in --no-recursive", "--no-recursive does not apply"),
         ("run --inbox s3://photos/in --job 1", "--job is not for sorter cluster run"),
         ("undo --inbox s3://photos/in --workers 2", "--workers is not for sorter cluster undo"),
         ("run --inbox in --decide-only", "use --dry-run"),
@@ -222,6 +224,17 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(flags: str, said: str, cap
     assert said in err
     assert err.startswith("sorter: ")
     assert err.count("\n") == 1
+
+
+def test_a_url_for_one_machine_is_led_to_the_cluster(capsys: Capture) -> None:
+    assert main(["run", "--once", "--inbox", "s3://photos/in"]) == 2
+    assert "use sorter cluster run" in capsys.readouterr().err
+
+
+def test_an_endpoint_that_is_no_url_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "foo")
+    with pytest.raises(ConfigurationError, match="Invalid endpoint: foo"):
+        open_store("s3://photos/in")
 
 
 def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

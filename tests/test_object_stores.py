@@ -592,12 +592,3 @@ def test_two_that_list_race_for_keys_and_one_wins(place: Place) -> None:
     assert place.store.put_new("key", b"first")
     assert not place.store.put_new("key", b"second")
     assert place.store.read("key") == b"first"
-    item = place.store.head("key")
-    assert item is not None
-    if place.is_swift:
-        with pytest.raises(NotImplementedError):
-            place.store.replace("key", b"third", item.etag)
-        return
-    assert place.store.replace("key", b"third", item.etag)
-    assert not place.store.replace("key", b"fourth", item.etag)
-    assert place.store.read("key") == b"third"

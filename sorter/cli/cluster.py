@@ -17,7 +17,7 @@ from sorter.history.store import Run
 from sorter.settings import Settings
 
 _ACTIONS = ("run", "status", "undo", "check")
-_URL = re.compile(r"^([a-z][a-z0-9+.-]*):/+")
+_URL = re.compile(r"^([a-z][a-z0-9+.-]*):/+", re.IGNORECASE)
 # What a folder has and an object store has not: a history, locks, links, files that are still being written, a watcher.
 _OF_FOLDERS = (
     *("state_dir", "flat", "once", "dry_run", "link", "include_undone", "on_sorted", "metrics_port"),
@@ -118,6 +118,8 @@ def _open_nodes(
 
 
 def _refuse_of_folders(settings: Settings) -> None:
+    if "recursive" in settings.model_fields_set and not settings.recursive:
+        raise ConfigurationError("--no-recursive does not apply to an object store, where folders are parts of names")
     for name in sorted(settings.model_fields_set.intersection(_OF_FOLDERS)):
         if getattr(settings, name) != Settings.model_fields[name].default:
             flag, instead = "--" + name.replace("_", "-"), _IN_PLACE_OF.get(name, "omit it")

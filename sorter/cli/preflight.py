@@ -49,6 +49,8 @@ def check(settings: Settings) -> tuple[Settings, Manifest, list[str] | None]:
     Raises:
         ConfigurationError, ModelError: a sentence about what is wrong and what to do.
     """
+    if str(settings.inbox).startswith("s3:/"):
+        raise ConfigurationError(f"{settings.inbox} is in an object store: use sorter cluster run")
     if settings.link and (folder := sorted_again(settings)) is not None:
         raise ConfigurationError(
             f"photos in {folder}/ are sorted again by moving them, which --link does not do: drop --link"

@@ -48,13 +48,11 @@ class Finished:
     Attributes:
         result: what the method returned.
         died: the node died, or was lost, with this task in hand; it may have done all of it, some or nothing.
-        alone: nothing else was in hand there.
     """
 
     task: Task
     result: Any = None
     died: bool = False
-    alone: bool = False
 
 
 @dataclass(eq=False)
@@ -225,7 +223,7 @@ class Pool:
         self._ray.kill(actor.handle)
         self._actors[self._actors.index(actor)] = self._new_actor()
         for task in actor.tasks.values():
-            yield Finished(task, died=True, alone=len(actor.tasks) == 1)
+            yield Finished(task, died=True)
 
     def _assign(self) -> None:
         for actor in sorted(self._actors, key=lambda actor: len(actor.tasks)):

@@ -52,7 +52,7 @@ def connected(address: str | None) -> Iterator[Any]:
     _prepare_environment(local=address is None)
     import ray
 
-    # Ray writes to the terminal what it likes; this program's lines say what happens.
+    # This program's lines say what happens; about a node that was killed Ray writes to standard error all the same.
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": "error"}
     folder = None
     try:

@@ -94,7 +94,10 @@ class S3Store:
             read_timeout=60,
         )
         with self._answering():
-            self._client: Any = boto3.session.Session().client("s3", config=config)
+            try:
+                self._client: Any = boto3.session.Session().client("s3", config=config)
+            except ValueError as error:  # of an endpoint that is no URL
+                raise ConfigurationError(f"{self.url} cannot be used: {error}; see boto3's configuration") from error
 
     def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
         """See `Store.list`."""
@@ -131,13 +134,6 @@ class S3Store:
     def put_new(self, key: str, data: bytes) -> bool:
         """See `Store.put_new`."""
         return self._put(key, data, {"IfNoneMatch": "*"})
-
-    def replace(self, key: str, data: bytes, etag: str) -> bool:
-        """See `Store.replace`."""
-        try:
-            return self._put(key, data, {"IfMatch": etag})
-        except _UnsupportedError as error:
-            raise NotImplementedError(str(error)) from error
 
     def copy_new(
         self, item: StoredObject, source: Store, key: str, token: str, mode: Mode, *, unlike: str | None = None
@@ -320,7 +316,7 @@ class S3Store:
         if status == 404:
             return _MissingError()
         if status == 501 and key is None:
-            return _UnsupportedError(f"{self.url} has no conditional {error.operation_name} ({said})")
+            return UnsafeStoreError(f"{self.url} has no conditional {error.operation_name} ({said})")
         if status in (409, 412):
             return _RefusedError()
         if key is not None and (
@@ -336,10 +332,6 @@ class _MissingError(Exception):
 
 class _RefusedError(Exception):
     """A condition does not hold."""
-
-
-class _UnsupportedError(UnsafeStoreError):
-    """The store lacks an operation or its condition."""
 
 
 def _settled(request: Callable[[], Any]) -> Any:

@@ -109,14 +109,6 @@ class Store(Protocol):
         """Create an object if its key is free. False if it is taken."""
         ...
 
-    def replace(self, key: str, data: bytes, etag: str) -> bool:
-        """Write over an object of the sorter's own if it still is that version. False if it is not.
-
-        Raises:
-            NotImplementedError: the store has no such condition.
-        """
-        ...
-
     def copy_new(
         self, item: StoredObject, source: "Store", key: str, token: str, mode: Mode, *, unlike: str | None = None
     ) -> str | None:
