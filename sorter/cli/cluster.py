@@ -4,9 +4,7 @@ import argparse
 import re
 from contextlib import ExitStack
 from functools import partial
-from uuid import uuid4
 
-import sorter
 from sorter import extras
 from sorter.classifier.manifest import Manifest
 from sorter.cli import check as check_command
@@ -113,7 +111,7 @@ def _open_nodes(
     shape = ray_cluster.shape(ray, settings.device, workers)
     pool = Pool(ray, shape, node.setup(settings, preflight.measured_engine(settings, model), shape.cpus))
     stack.callback(pool.finish)
-    run = Run(uuid4().hex[:12], sorter.__version__, model.name)
+    run = Run.new(model.name)
     return run_command.Opened(pool.await_first(), run, partial(RemotePipeline.start, pool, run))
 
 

@@ -9,9 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from uuid import uuid4
 
-import sorter
 from sorter.classifier import manifest
 from sorter.cli import console, entries, options
 from sorter.errors import ConfigurationError, ExitCode, ModelError, NotNowError
@@ -90,7 +88,7 @@ def undo(
         else:
             hand_moves.record(found, history)
             moved = {}
-            this_run = Run(uuid4().hex[:12], sorter.__version__, "", kind="undo")
+            this_run = Run.new(kind="undo")
             restore = Undo(output, history, this_run, stopping).restore
         run = _check_run(reader, output, last=last, run=run)
         chosen = _at_paths(reader, paths, moved, unknown) if paths else reader.undoable(run=run, since=since)

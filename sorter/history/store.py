@@ -14,8 +14,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
+from uuid import uuid4
 
+import sorter
 from sorter.errors import ConfigurationError, SorterError, StorageError
 from sorter.files import HISTORY, file_systems
 from sorter.files.photo import Identity, file_of
@@ -66,6 +68,11 @@ class Run:
     version: str
     model: str
     kind: str = "run"
+
+    @classmethod
+    def new(cls, model: str = "", kind: str = "run") -> Self:
+        """One with an ID that no other has, of this version of the sorter."""
+        return cls(uuid4().hex[:12], sorter.__version__, model, kind)
 
 
 @dataclass(frozen=True, slots=True)

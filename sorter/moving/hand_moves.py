@@ -15,9 +15,7 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
-from uuid import uuid4
 
-import sorter
 from sorter.files import FAILED, UNSURE
 from sorter.files.atomic import new_token
 from sorter.files.photo import Identity, Photo, open_file
@@ -101,7 +99,7 @@ class HandMoves:
             ConfigurationError: the history cannot be read.
             StorageError: it cannot be written.
         """
-        run = Run(uuid4().hex[:12], sorter.__version__, "", kind="review")
+        run = Run.new(kind="review")
         has_begun, count = False, 0
         for start in range(0, len(moves), _BATCH):
             batch = moves[start : start + _BATCH]

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Self
-from uuid import uuid4
 
-import sorter
 from sorter.classifier.engine import Engine
 from sorter.classifier.manifest import Manifest
 from sorter.history.store import Run
@@ -29,4 +27,4 @@ class ModelInUse:
     @classmethod
     def in_new_run(cls, engine: Engine, manifest: Manifest, min_confidence: float) -> Self:
         """The model with a run of its own."""
-        return cls(engine, manifest, min_confidence, Run(uuid4().hex[:12], sorter.__version__, manifest.name))
+        return cls(engine, manifest, min_confidence, Run.new(manifest.name))

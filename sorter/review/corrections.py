@@ -14,9 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from uuid import uuid4
 
-import sorter
 from sorter.classifier.manifest import Class
 from sorter.errors import StorageError
 from sorter.files import FAILED, UNSURE, lock
@@ -101,7 +99,7 @@ class Corrections:
     ) -> None:
         self._output, self._state_dir = Path(os.path.realpath(output)), state_dir
         self._folders: dict[str | None, str] = {None: UNSURE, **{known.label: known.folder for known in classes}}
-        self._run = Run(uuid4().hex[:12], sorter.__version__, "", kind="review")
+        self._run = Run.new(kind="review")
         self._has_begun = False
         with ExitStack() as stack:
             # Refuses an output without a history before anything is created in it.
