@@ -10,6 +10,7 @@ from conftest import GREEN, RED, RedGreenEngine, plain
 from memory_store import START, MemoryStore
 
 from sorter.classifier.manifest import Manifest
+from sorter.cli import preflight
 from sorter.cluster import job as jobs
 from sorter.cluster import lease, shard_mover
 from sorter.cluster.deciding import Decider
@@ -233,7 +234,10 @@ def test_undo_brings_all_back_and_names_who_is_in_the_way(store: MemoryStore, jo
     assert [(row.key, row.kind) for row in rows if row.kind != "moved"] == [("sorted/cats/c.jpg", "left")]
     assert tree(store) == before | {"in/c.jpg": b"a stranger's", "sorted/cats/c.jpg": files["c.jpg"]}
     assert list(take_back(job, "copy", SidecarNames())) == []
-    assert jobs.list_inbox(job, SETTINGS) == (1, 1)  # the stranger's; what was brought back is left alone
+    assert jobs.list_inbox(job, preflight.selection(SETTINGS)) == (
+        1,
+        1,
+    )  # the stranger's; what was brought back is left alone
 
 
 def test_undo_also_finds_what_a_killed_node_has_moved(
@@ -286,7 +290,7 @@ def test_the_inbox_may_be_the_output_and_sorted_photos_are_not_listed_again(
         {"a.jpg": plain(RED), "cats/b.jpg": plain(RED), "failed/c.jpg": b"", ".hidden.jpg": b"", "d.jpg.part": b""},
     )
     put(store, {"@eaDir/e.jpg": b"", "folder/": b""})
-    assert jobs.list_inbox(job, SETTINGS) == (1, 1)
+    assert jobs.list_inbox(job, preflight.selection(SETTINGS)) == (1, 1)
     assert [item.key for item in job.files.read_shard("00000")] == ["in/a.jpg"]
 
 

@@ -23,7 +23,7 @@ from sorter.classifier.manifest import Manifest
 from sorter.errors import ConfigurationError
 from trainer import build
 from trainer.data import inspection, verdicts
-from trainer.data.layouts import Sample, labels_of
+from trainer.data.layouts import Sample, labels_of, spread
 from trainer.data.split import without_copies
 from trainer.data.verdicts import Photos, Verdicts
 from trainer.fitting import features, recipes
@@ -109,8 +109,9 @@ def learn(options: Options, reporter: Reporter) -> Learned:
         fitted = _fit(base, found, rehearsal, options.seed, reporter)
 
         judged, sure = found.judged, found.confident
-        compared = _spread((*judged.training, *judged.held_out, *sure.training, *sure.held_out))
-        photos = base.guard or guard.measure(base.model, base.manifest, _spread(found.confident.held_out), reporter)
+        compared = spread((*judged.training, *judged.held_out, *sure.training, *sure.held_out), COMPARED_PHOTOS)
+        confident = spread(sure.held_out, COMPARED_PHOTOS)
+        photos = base.guard or guard.measure(base.model, base.manifest, confident, reporter)
         draft = rehead.described(fitted, name, photos, rehead.int8(fitted, compared, reporter))
         files = rehead.files(fitted)
         with tempfile.TemporaryDirectory() as scratch:
@@ -252,11 +253,6 @@ def _fit(base: Base, found: Verdicts, rehearsal: Sequence[Sample], seed: int, re
     return fitted
 
 
-def _spread(samples: Sequence[Sample]) -> tuple[Sample, ...]:
-    """At most `COMPARED_PHOTOS` of some photos, evenly."""
-    return tuple(samples[:: -(-len(samples) // COMPARED_PHOTOS)]) if samples else ()
-
-
 def _compared(
     base: Base, new_head: nn.Module, new: tuple[Path, Manifest], found: Verdicts, reporter: Reporter
 ) -> Comparison:
@@ -279,7 +275,9 @@ def _compared(
     assert new[1].int8 is not None, "measured before"
     return Comparison(
         guard=on_guard,
-        confident=on_photos(_spread(found.confident.held_out), as_before=True) if on_guard is None else None,
+        confident=on_photos(spread(found.confident.held_out, COMPARED_PHOTOS), as_before=True)
+        if on_guard is None
+        else None,
         held_out=on_photos(found.judged.held_out, as_before=False),
         int8=new[1].int8,
     )

@@ -58,7 +58,7 @@ def run(
         held = stack.enter_context(Lease(job.output, job.folder))
         if mode == "upload":
             structlog.get_logger().warning("cluster.store", detail=_UPLOADED)
-        objects, shards = jobs.list_inbox(job, settings)
+        objects, shards = jobs.list_inbox(job, preflight.selection(settings))
         to_do = list(jobs.unfinished(job, decide_only=decide_only))
         structlog.get_logger().info(
             "cluster.started", job=job.id, mode=mode, new_objects=objects, new_shards=shards, shards=len(to_do)

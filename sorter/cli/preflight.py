@@ -94,13 +94,18 @@ def watched(settings: Settings, manifest: Manifest) -> Inbox:
         recursive=settings.recursive,
         excluded=excluded(settings, manifest),
         settle_seconds=settings.settle_seconds,
-        selection=Selection(
-            include=settings.include,
-            exclude=settings.exclude,
-            ignored_folders=settings.ignored_folders,
-            temporary_names=settings.temporary_names,
-            sidecar_suffixes=settings.sidecar_suffixes,
-        ),
+        selection=selection(settings),
+    )
+
+
+def selection(settings: Settings) -> Selection:
+    """Which names in the inbox are sorted, by the settings."""
+    return Selection(
+        include=settings.include,
+        exclude=settings.exclude,
+        ignored_folders=settings.ignored_folders,
+        temporary_names=settings.temporary_names,
+        sidecar_suffixes=settings.sidecar_suffixes,
     )
 
 

@@ -130,15 +130,8 @@ def begin(job: Job, described: dict[str, Any]) -> None:
     job.output.put_new(f"{job.folder}{_DESCRIPTION}", content.encode())
 
 
-def list_inbox(job: Job, settings: Settings) -> tuple[int, int]:
+def list_inbox(job: Job, selection: Selection) -> tuple[int, int]:
     """Add what is new in the inbox to the job's shards; returns how many objects and shards that are."""
-    selection = Selection(
-        include=settings.include,
-        exclude=settings.exclude,
-        ignored_folders=settings.ignored_folders,
-        temporary_names=settings.temporary_names,
-        sidecar_suffixes=settings.sidecar_suffixes,
-    )
     # Also those of models that were used before.
     folders = {folder for other in known_jobs(job.output, job.output_prefix).values() for folder in other["folders"]}
     outputs = tuple(f"{job.output_prefix}{folder}/" for folder in (*folders, FOLDER))

@@ -229,6 +229,11 @@ def _photos(folder: Path) -> list[Path]:
     )
 
 
+def spread(samples: Sequence[Sample], most: int) -> tuple[Sample, ...]:
+    """At most so many of some photos, evenly."""
+    return tuple(samples[:: -(-len(samples) // most)]) if samples else ()
+
+
 def labels_of(samples: Sequence[Sample]) -> npt.NDArray[np.intp]:
     """The labels as an array, (N,)."""
     return np.array([sample.label for sample in samples], np.intp)

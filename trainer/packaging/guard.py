@@ -18,7 +18,7 @@ from torch import nn
 from sorter.classifier.manifest import Manifest
 from sorter.classifier.outliers import OutlierDetector
 from sorter.errors import ModelError
-from trainer.data.layouts import Sample, labels_of
+from trainer.data.layouts import Sample, labels_of, spread
 from trainer.packaging import backbone, metrics
 from trainer.packaging.metrics import Floats, Labels
 from trainer.progress import Reporter
@@ -56,7 +56,7 @@ def measure(model: openvino.Model, described: Manifest, samples: Sequence[Sample
         samples: the photos.
         reporter: shows progress.
     """
-    chosen = samples[:: -(-len(samples) // MAX_PHOTOS)]
+    chosen = spread(samples, MAX_PHOTOS)
     sizes = (*(each.size for each in described.cascade), described.input.size)
     features = {size: backbone.features_at(model, described, size, chosen, reporter) for size in sizes}
     return Guard(features, labels_of(chosen))
