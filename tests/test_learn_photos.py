@@ -181,7 +181,7 @@ def test_300_corrections_take_away_a_third_of_the_mistakes_on_photos_that_nobody
     proved(
         f"300 corrections, {seconds:.0f} s: of 500 photos that nobody corrected, {before} wrong before, {after} after"
     )
-    # What was not fitted is what it was; what depends on the head was chosen anew.
+    # What was not fitted is what it was; what depends on the head was chosen again.
     old, new = manifest_module.read(weak.model), manifest_module.read(tmp_path / "better")
     for name in (guard.FILE, NEITHER):
         assert new.files[name] == old.files[name]

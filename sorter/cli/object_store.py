@@ -118,7 +118,7 @@ def status(settings: Settings, inbox: str, output: str, job_id: str | None) -> E
     """Print how far a job is.
 
     Raises:
-        SorterError: there is no such job, or the store does not answer.
+        SorterError: the job does not exist, or the store does not answer.
     """
     job = _known(settings, inbox, output, job_id)
     found = statuses.read(job)
@@ -146,7 +146,7 @@ def undo(settings: Settings, inbox: str, output: str, job_id: str | None) -> Exi
 
     Raises:
         NotNowError: the job is running.
-        SorterError: there is no such job, or the store does not answer.
+        SorterError: the job does not exist, or the store does not answer.
     """
     job = _known(settings, inbox, output, job_id)
     counts: Counter[str] = Counter()

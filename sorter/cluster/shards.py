@@ -112,7 +112,7 @@ class JobFiles:
         """What was listed, in the order of keys.
 
         Raises:
-            StoreError: there is no such shard.
+            StoreError: the shard does not exist.
         """
         rows = self._read("shards", name)
         if rows is None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sorter.history.corrections_reader import CorrectionsReader
-from sorter.history.reader import _SORTED_AGAIN, _UNDOABLE, Entry
+from sorter.history.reader import SORTED_AGAIN, UNDOABLE, Entry
 
 _PAGE_ROWS = 2000
 _AT_ONCE = 1000
@@ -42,8 +42,8 @@ class PlacesReader(CorrectionsReader):
         """The next places of files that are in the output, or on their way there, by the `id` that they follow."""
         query = (
             "SELECT m.id, CAST(m.now_folder || '/' || m.now_name AS BLOB), m.device, m.inode, m.size, "  # noqa: S608
-            f"{_SECONDS}, m.done IS NOT NULL AND m.kind <> 'sidecar' FROM moves m WHERE m.id > ?{_UNDOABLE} "
-            f"AND NOT {_SORTED_AGAIN} ORDER BY m.id LIMIT ?"
+            f"{_SECONDS}, m.done IS NOT NULL AND m.kind <> 'sidecar' FROM moves m WHERE m.id > ?{UNDOABLE} "
+            f"AND NOT {SORTED_AGAIN} ORDER BY m.id LIMIT ?"
         )
         rows = self._database.rows(query, (after, *self._folders_sorted_again, _PAGE_ROWS))
         return [Place(*row) for row in rows]
@@ -51,7 +51,7 @@ class PlacesReader(CorrectionsReader):
     def place_of(self, file: Entry) -> str | None:
         """Where in the output the history has a photo or sidecar by now; None if it was restored, or is on its way."""
         is_settled = "NOT EXISTS (SELECT 1 FROM moves c WHERE c.corrects = m.id AND c.done IS NULL)"
-        condition = f" AND m.id = ? AND {is_settled} AND NOT {_SORTED_AGAIN}"
+        condition = f" AND m.id = ? AND {is_settled} AND NOT {SORTED_AGAIN}"
         rows = self._in_output(condition, (file.id, *self._folders_sorted_again))
         return rows[0].place if rows else None
 

@@ -26,12 +26,12 @@ _ENTRY = """
 """
 
 # Only a sorter's moves have no target: those of an undo and corrections have one.
-_UNDOABLE = " AND m.target IS NULL AND NOT EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id)"
-_PRESENT = f"{_UNDOABLE} AND m.kind <> '{SIDECAR}'"
+UNDOABLE = " AND m.target IS NULL AND NOT EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id)"
+PRESENT = f"{UNDOABLE} AND m.kind <> '{SIDECAR}'"
 _PAGE_ROWS = 1000
 _LARGEST_ID = (1 << 63) - 1
 # Of photos in `unsure/` and `failed/`: it was sorted again since, out of that folder.
-_SORTED_AGAIN = """
+SORTED_AGAIN = """
     EXISTS (SELECT 1 FROM moves n WHERE n.root = CASE m.now_folder WHEN 'unsure' THEN ? WHEN 'failed' THEN ? END
         AND n.source = m.now_name AND n.id > m.placed_by AND n.done IS NOT NULL
         AND NOT EXISTS (SELECT 1 FROM moves u WHERE u.undoes = n.id AND u.done IS NOT NULL))
@@ -156,7 +156,7 @@ class HistoryReader:
             (f" AND m.kind <> '{SIDECAR}'{chosen}", values),
             (f" AND m.kind = '{SIDECAR}' AND ((TRUE{chosen}) OR EXISTS ({its_photo}))", values + values),
         ):
-            query = f"{_ENTRY}{kind}{_UNDOABLE} AND m.id < ?"
+            query = f"{_ENTRY}{kind}{UNDOABLE} AND m.id < ?"
             last = _LARGEST_ID
             while rows := self._database.rows(f"{query} ORDER BY m.id DESC LIMIT ?", (*values_, last, _PAGE_ROWS)):
                 last = rows[-1][0]
@@ -217,15 +217,15 @@ class HistoryReader:
             order: columns.
             limit: at most so many; all if it is negative.
         """
-        query = f"{_ENTRY}{_PRESENT}{condition} AND NOT {_SORTED_AGAIN}"
+        query = f"{_ENTRY}{PRESENT}{condition} AND NOT {SORTED_AGAIN}"
         found = self._database.rows(f"{query} ORDER BY {order} LIMIT ?", (*values, *self._folders_sorted_again, limit))
         return [self._entry(row) for row in found]
 
     def count_photos(self, condition: str, values: Sequence[object], *, most: int) -> int:
         """How many photos `photos` would return, counted up to `most`."""
         some = (
-            f"SELECT 1 FROM moves m WHERE m.done IS NOT NULL{_PRESENT}{condition} "  # noqa: S608
-            f"AND NOT {_SORTED_AGAIN} LIMIT ?"
+            f"SELECT 1 FROM moves m WHERE m.done IS NOT NULL{PRESENT}{condition} "  # noqa: S608
+            f"AND NOT {SORTED_AGAIN} LIMIT ?"
         )
         values = (*values, *self._folders_sorted_again, most)
         return int(self._database.rows(f"SELECT count(*) FROM ({some})", values)[0][0])  # noqa: S608
@@ -236,7 +236,7 @@ class HistoryReader:
 
     def _in_output(self, condition: str, values: Sequence[object]) -> list[Entry]:
         """The photos and sidecars that were sorted and not restored."""
-        return self._moves(f"{_UNDOABLE}{condition}", values)
+        return self._moves(f"{UNDOABLE}{condition}", values)
 
     def _moves(self, condition: str, values: Sequence[object]) -> list[Entry]:
         """The moves that are done and that a condition holds for."""
@@ -267,7 +267,7 @@ class HistoryReader:
 
     def last_run(self) -> str | None:
         """The ID of the last run that sorted a photo which can be restored; None if there is none."""
-        query = f"SELECT m.run FROM moves m WHERE m.done IS NOT NULL AND m.kind <> '{SIDECAR}'{_UNDOABLE}"  # noqa: S608
+        query = f"SELECT m.run FROM moves m WHERE m.done IS NOT NULL AND m.kind <> '{SIDECAR}'{UNDOABLE}"  # noqa: S608
         found = self._database.rows(f"{query} ORDER BY m.id DESC LIMIT 1", ())
         return str(found[0][0]) if found else None
 
@@ -294,7 +294,7 @@ class HistoryReader:
 
     def last_failure(self) -> Entry | None:
         """The last photo that went to `failed` and was neither restored nor sorted again."""
-        query = f"{_ENTRY} AND m.kind = '{FAILED}'{_UNDOABLE} AND NOT {_SORTED_AGAIN} ORDER BY m.id DESC LIMIT 1"
+        query = f"{_ENTRY} AND m.kind = '{FAILED}'{UNDOABLE} AND NOT {SORTED_AGAIN} ORDER BY m.id DESC LIMIT 1"
         found = self._database.rows(query, self._folders_sorted_again)
         return self._entry(found[0]) if found else None
 
@@ -304,7 +304,7 @@ class HistoryReader:
         query = (
             "SELECT now_folder, EXISTS (SELECT 1 FROM moves u WHERE u.undoes = m.id AND u.done IS NOT NULL) AS undone, "  # noqa: S608
             "count(*) FROM moves m WHERE done IS NOT NULL AND target IS NULL AND done >= ? AND kind <> ? "
-            f"AND NOT {_SORTED_AGAIN} AND NOT (undone AND m.root IN (?, ?)) GROUP BY now_folder, undone"
+            f"AND NOT {SORTED_AGAIN} AND NOT (undone AND m.root IN (?, ?)) GROUP BY now_folder, undone"
         )
         rows = self._database.rows(query, (since, SIDECAR, *self._folders_sorted_again, *self._folders_sorted_again))
         folders = {folder: count for folder, undone, count in rows if not undone}
@@ -337,7 +337,7 @@ class HistoryReader:
             return False
         query = (
             "SELECT v.label FROM moves m JOIN verdicts v ON v.move = m.id WHERE m.now_folder = ? AND m.now_name = ? "  # noqa: S608
-            f"AND m.size = ? AND m.mtime_ns = ? {_UNDOABLE} ORDER BY v.id DESC LIMIT 1"
+            f"AND m.size = ? AND m.mtime_ns = ? {UNDOABLE} ORDER BY v.id DESC LIMIT 1"
         )
         identity = photo.identity
         try:

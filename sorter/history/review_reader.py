@@ -6,7 +6,7 @@ In: the history file of an output. Out: its folders and runs, and what a person 
 from array import array
 from collections.abc import Sequence
 
-from sorter.history.reader import _PRESENT, _SORTED_AGAIN, HistoryReader
+from sorter.history.reader import PRESENT, SORTED_AGAIN, HistoryReader
 
 _AT_ONCE = 1000
 _PAGE_ROWS = 20_000
@@ -33,7 +33,7 @@ class ReviewReader(HistoryReader):
         """The IDs of all photos that were sorted into a class and are in the output; 8 bytes for each."""
         query = (
             "SELECT m.id FROM moves m WHERE m.id > ? AND m.done IS NOT NULL AND m.kind = 'sorted'"  # noqa: S608
-            f"{_PRESENT} AND NOT {_SORTED_AGAIN} ORDER BY m.id LIMIT ?"
+            f"{PRESENT} AND NOT {SORTED_AGAIN} ORDER BY m.id LIMIT ?"
         )
         found = array("q")
         last = 0

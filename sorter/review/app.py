@@ -122,7 +122,7 @@ class _Routes:
         """The page's script, style and icon."""
         name = request.path_params["name"]
         if name not in self._static:
-            raise HTTPException(404, "there is no such file")
+            raise HTTPException(404, "no such file")
         return Response(self._static[name], media_type=_STATIC[name])
 
     def views(self, _request: Request) -> Response:
@@ -151,7 +151,7 @@ class _Routes:
         try:
             cards, following = self._review.deck.failed(request.query_params.get("after"))
         except ValueError:
-            raise HTTPException(400, "there is no such page: reload the page") from None
+            raise HTTPException(400, "this part of the list is unknown: reload the page") from None
         return JSONResponse({"photos": [{"name": shown(c.place), "why": c.why} for c in cards], "after": following})
 
     def card(self, request: Request) -> Response:

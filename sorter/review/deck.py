@@ -113,7 +113,7 @@ class Deck:
             About `PAGE` cards, and where they end; None after the last page.
 
         Raises:
-            ValueError: there is no such view, or no page could end there.
+            ValueError: the view is unknown, or no page could end there.
         """
         read = self._view(view)
         key: Key | None = None if after is None else _key(after)
@@ -133,7 +133,7 @@ class Deck:
         """How many photos a view has, up to `MOST_COUNTED`, files that are gone included.
 
         Raises:
-            ValueError: there is no such view.
+            ValueError: the view is unknown.
         """
         condition, values = self._condition(view)
         with self._lock:

@@ -31,7 +31,7 @@ class Reloader:
     Args:
         pipeline: whose model is replaced.
         shutdown: has the requests; once the end is asked for, nothing is replaced any more.
-        read: reads and verifies the model folder anew, and resolves the settings that depend on the model.
+        read: reads and verifies the model folder again, and resolves the settings that depend on the model.
         open_engine: loads the model that was read, and has it answer once.
         on_reloaded: called with each new model, in this thread.
     """

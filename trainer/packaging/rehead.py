@@ -1,8 +1,8 @@
-"""A model folder with another head: what has to be chosen anew, and what stays as it was.
+"""A model folder with another head: what has to be chosen again, and what stays as it was.
 
 In: a model folder, and its network with a head that was fitted further. Out: a manifest and files. The backbone is the
 old one bit for bit, in each of its forms, and so the outlier detector, which looks at what comes before the head, stays
-with its thresholds. Temperatures, the cascade and the thresholds for error rates are chosen anew on the guard set.
+with its thresholds. Temperatures, the cascade and the thresholds for error rates are chosen again on the guard set.
 """
 
 from collections.abc import Sequence
