@@ -66,7 +66,6 @@ def run(
         totals = Totals(Counter())
         if to_do:
             ray = stack.enter_context(ray_cluster.connected(address))
-            shutdown.listen()  # again, because Ray takes the signals
             shape = ray_cluster.shape(ray, settings.device, nodes)
             place = job.place(mode, decide_only=decide_only)
             setup = node.setup(settings, preflight.measured_engine(settings, model), shape.cpus, place)

@@ -132,7 +132,6 @@ def run(
     with ExitStack() as stack:
         # Everything that ends with `ExitCode.USAGE` comes before the first change to a folder.
         opened = open_model(settings, manifest, stack)
-        shutdown.listen()  # again, because Ray takes the signals
         if late:
             _wait_for_inbox(settings)
             preflight.check_folders(settings, manifest)

@@ -7,6 +7,7 @@ to the cluster without its token, unless the user's environment says otherwise.
 import contextlib
 import os
 import secrets
+import signal
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ def connected(address: str | None) -> Iterator[Any]:
     # This program's lines say what happens; about a node that was killed Ray writes to standard error all the same.
     quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": "error"}
     folder = None
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if address is None:
             folder = PrivateFolder(Path(tempfile.gettempdir()), _LOCAL_PREFIX)
@@ -72,6 +74,8 @@ def connected(address: str | None) -> Iterator[Any]:
             folder.close()
         where = "Ray did not start on this machine" if address is None else f"there is no Ray cluster at {address}"
         raise NotNowError(f"{where} ({_first_line(error)}): start it, or check --address and RAY_AUTH_TOKEN") from error
+    for number, handler in handlers.items():
+        signal.signal(number, handler)  # Ray took it
     try:
         yield ray
     finally:
