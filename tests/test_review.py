@@ -170,6 +170,15 @@ def test_only_this_machine_can_connect(client: Client) -> None:
     assert places == {f"0100007F:{client.port:04X}"}
 
 
+def test_an_answer_does_not_wait_for_its_own_acknowledgement() -> None:
+    from sorter.review import server  # not where the extra is missing
+
+    with server.listen(0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_picture_has_nothing_of_the_file_but_what_is_seen(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.ImageDescription] = "SECRET"
