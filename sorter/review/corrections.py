@@ -315,7 +315,7 @@ def _read(output: Path, entry: Entry, version: Version | None) -> tuple[Identity
             digest = hashlib.file_digest(file, "sha256").digest()
             identity = Identity.of(status)
             if Identity.of(os.fstat(descriptor)) != identity:
-                raise refused("is being written to: wait for that, and reload the page")
+                raise refused("is being changed by another program: try again when that is done")
     except FileNotFoundError:
         raise refused("is gone: if you moved it, start sorter review again") from None
     except OSError as error:
