@@ -5,6 +5,8 @@ one line per problem. The flags and their help, `config/settings.md` and the com
 these fields, and a test keeps `config/sorter.toml` in step with them.
 """
 
+import codecs
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,8 +76,21 @@ def _names(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _expanded(path: Path) -> Path:
-    return Path(os.path.expanduser(path))
+def _located(path: Path) -> Path:
+    path = Path(os.path.expanduser(path))
+    if path.is_absolute():
+        return path
+    try:
+        current = Path.cwd()
+    except FileNotFoundError:
+        raise ValueError("should be an absolute path, as the current folder is gone") from None
+    parents = len(list(itertools.takewhile("..".__eq__, path.parts)))
+    if parents == 0:
+        return path
+    # A running sorter finds `../photos` also after its current folder is gone. Only what comes first may be folded:
+    # behind a link, `..` is the parent of where that leads.
+    ancestors = [current, *current.parents]
+    return Path(ancestors[min(parents, len(ancestors) - 1)], *path.parts[parents:])
 
 
 Real = Annotated[float, BeforeValidator(_not_bool)]
@@ -83,7 +98,7 @@ Integer = Annotated[int, BeforeValidator(_not_bool)]
 Strings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_listed)]
 Names = Annotated[Strings, AfterValidator(_names)]
 Patterns = Annotated[Strings, AfterValidator(_patterns)]
-Folder = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_expanded)]
+Folder = Annotated[Path, BeforeValidator(_not_empty), AfterValidator(_located)]
 
 
 def _field(default: Any, description: str, *, group: str, metavar: str = "", **constraints: Any) -> Any:
@@ -324,7 +339,7 @@ def load(flags: Mapping[str, Any]) -> Settings:
             f"unknown environment variable {', '.join(unknown)}: unset it; sorter run --help lists the settings"
         )
     if config is not None:
-        config = _expanded(Path(config))
+        config = Path(os.path.expanduser(config))
         _check_file(config)
 
     # pydantic-settings takes the file's name from the class only.
@@ -340,7 +355,16 @@ def load(flags: Mapping[str, Any]) -> Settings:
             f"the configuration file {config} cannot be read ({error.strerror}): check its permissions"
         ) from None
     except (ValueError, RecursionError) as error:  # includes numbers with thousands of digits and deep nesting
-        raise ConfigurationError(f"the configuration file {config} is not valid TOML: {error}") from None
+        problem = _toml_problem(config, error)
+        raise ConfigurationError(f"the configuration file {config} is not valid TOML: {problem}") from None
+
+
+def _toml_problem(config: Path, error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return "save it as UTF-8"
+    if config.read_bytes().startswith(codecs.BOM_UTF8):
+        return "save it as UTF-8 without a byte order mark"
+    return str(error)
 
 
 def _one_threshold(settings: Settings, given: Mapping[str, Any], variables: Mapping[str, str]) -> Settings:

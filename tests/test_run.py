@@ -261,6 +261,23 @@ def test_closed_standard_streams_do_not_matter(tmp_path: Path) -> None:
     assert all(name.startswith(("cats/", "dogs/")) for name in read_tree(inbox))
 
 
+_FROM_NOWHERE = """
+import os, sys
+from sorter.cli.main import main
+os.rmdir(os.getcwd())
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_current_folder_that_is_gone_does_not_matter(tmp_path: Path) -> None:
+    inbox, current = make_tree(tmp_path / "in", {"a.jpg": photo(1)}), tmp_path / "here"
+    current.mkdir()
+    command = [sys.executable, "-P", "-c", _FROM_NOWHERE, "run", "--once", "--inbox", str(inbox)]
+    done = subprocess.run(command, cwd=current, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "a.jpg" not in read_tree(inbox)
+
+
 def test_what_was_moved_before_the_disk_was_full_is_logged(tmp_path: Path, start: Start) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

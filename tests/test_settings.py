@@ -95,6 +95,21 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (settings.inbox, settings.output, settings.model) == (tmp_path / "in", tmp_path / "out", tmp_path / "model")
 
 
+def test_a_path_that_begins_with_the_parent_folder_outlives_the_current_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current = tmp_path / "here"
+    current.mkdir()
+    monkeypatch.chdir(current)
+    settings = load({"inbox": "../in", "output": "../../a/../b", "model": f"{'../' * 99}m"})
+    assert settings.inbox == tmp_path / "in"
+    assert settings.output == tmp_path.parent / "a/../b"  # `a` may be a link
+    assert settings.model == Path("/m")
+    current.rmdir()
+    assert load({"inbox": "/in"}).inbox == Path("/in")
+    assert refusal(inbox="in") == "--inbox: should be an absolute path, as the current folder is gone, not 'in'"
+
+
 def test_the_output_is_the_inbox_unless_it_is_given() -> None:
     assert load({"inbox": "in"}).output_folder == Path("in")
     assert load({"inbox": "in", "output": "out"}).output_folder == Path("out")
@@ -247,9 +262,14 @@ def test_a_toml_file_that_is_missing_or_not_a_file_is_refused(tmp_path: Path, mo
 
 def test_an_invalid_toml_file_is_refused_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
-    for content in (b"batch_size = ", b"batch_size: 4\n", b'inbox = "caf\xe9"\n'):
+    for content, hint in {
+        b"batch_size = ": "",
+        b"batch_size: 4\n": "",
+        b'inbox = "caf\xe9"\n': "save it as UTF-8",
+        b"\xef\xbb\xbfbatch_size = 4\n": "save it as UTF-8 without a byte order mark",
+    }.items():
         path.write_bytes(content)
-        assert refusal(config=path).startswith(f"the configuration file {path} is not valid TOML: ")
+        assert refusal(config=path).startswith(f"the configuration file {path} is not valid TOML: {hint}")
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that exists and cannot be read")

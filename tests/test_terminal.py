@@ -143,6 +143,16 @@ def test_history_and_undo_print_where_standard_output_is_ascii(tmp_path: Path) -
             assert "->" in done.stdout or "\u2192" in done.stdout
 
 
+def test_a_narrow_terminal_hides_no_name(tmp_path: Path) -> None:
+    inbox = make_tree(tmp_path / "in", {"a-name-of-some-length.jpg": plain((220, 30, 30))})
+    subprocess.run([sys.executable, "-m", "sorter", "run", "--once", "--inbox", inbox], check=True, capture_output=True)
+    terminal = Terminal("history", "--inbox", inbox, COLUMNS="40")
+    terminal.wait_for(b"cats/")
+    assert b"a-name-of-some" in terminal.shown
+    assert terminal.exit_code() == 0
+    terminal.close()
+
+
 _SLOW_UNDO = """
 import sys, time
 from sorter.cli.main import main

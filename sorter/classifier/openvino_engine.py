@@ -22,7 +22,7 @@ from sorter.classifier.manifest import OPENVINO_FP16, OPENVINO_INT8, Manifest
 from sorter.classifier.openvino_graph import at_lower_resolution, layer_output
 from sorter.classifier.outliers import OutlierDetector, check_width
 from sorter.classifier.request_pool import RequestPool
-from sorter.errors import ModelError
+from sorter.errors import ModelError, NotNowError
 from sorter.processors import available_cpus
 
 Floats = npt.NDArray[np.float32]
@@ -48,6 +48,7 @@ class OpenVinoEngine:
 
     Raises:
         ModelError: the network cannot be used.
+        NotNowError: there is too little memory.
     """
 
     name = "openvino"
@@ -77,6 +78,8 @@ class OpenVinoEngine:
             self._passes.append(opened(manifest.input.size, manifest.temperature, 0.0, farthest))
         except RuntimeError as error:
             reason = (str(error).strip().splitlines() or ["no reason given"])[-1][:200]
+            if "bad_alloc" in reason:
+                raise NotNowError("there is too little memory for the model: free some, or raise the limit") from None
             raise ModelError(f"{compiler.path} cannot be used ({reason}): export the model again") from None
 
     def classify(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

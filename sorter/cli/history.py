@@ -18,6 +18,7 @@ from sorter.settings import Settings
 
 _MOVES = 50
 """How many are shown."""
+_LEAST_WIDTH = 80
 _FIELDS = ("label", "how", "label_was", "confidence", "model", "time", "digest")
 
 
@@ -152,8 +153,8 @@ def _print_table(rows: Sequence[dict[str, str]]) -> None:
     for row in rows:
         table.add_row(*map(Text, row.values()))
     terminal = Console()
-    if not terminal.is_terminal:
-        terminal = Console(width=10_000)
+    # A narrow terminal folds the lines itself: rich would leave out the names of photos.
+    terminal = Console(width=max(terminal.width, _LEAST_WIDTH) if terminal.is_terminal else 10_000)
     with terminal.capture() as text:  # printed by us, because rich exits the process when the pipe's reader is gone
         terminal.print(table)
     print(text.get(), end="")

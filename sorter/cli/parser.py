@@ -18,7 +18,7 @@ exit codes:
   0  success, even if files that are not photos were skipped
   1  sorting had to stop: the disk is full or the inbox disappeared
   2  wrong usage, configuration or model; no photo was touched
-  3  finished, but photos went to failed/ or were left in the inbox, or the run was interrupted
+  3  finished, but photos went to failed/ or stayed where they were, or the run was interrupted
   4  not now: another sorter or program has the folder or the GPU, or there is no inbox; try later
 """
 _DESCRIPTION = "Sorts photos into cats/ and dogs/ with a ResNet50, and never overwrites or deletes one."

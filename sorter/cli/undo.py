@@ -101,10 +101,8 @@ def undo(
             else:
                 _print_line(undone, dry_run=settings.dry_run)
     for path in unknown:
-        console.say(
-            f"sorter: {entries.printable(path)} was not sorted, has been moved, or has been restored already",
-            sys.stderr,
-        )
+        place = entries.printable(os.path.abspath(path))
+        console.say(f"sorter: {place} was not sorted, has been moved, or has been restored already", sys.stderr)
     if last and counts["stayed"] and not counts["photo"]:
         console.say(
             "sorter: to undo an earlier run, use sorter undo --run ID; sorter history lists the IDs", sys.stderr

@@ -236,10 +236,11 @@ class _Worker:
             preprocessing.resize,
         ]
         arguments += [limits.max_megapixels, limits.max_jpeg_megapixels]
-        # -P: never import from the current folder, which may be an inbox.
+        # -P: never import from the current folder, which may be an inbox. In one that is gone Python does not start.
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "sorter.decoding.worker", *map(str, arguments)],
+                cwd="/",
                 pass_fds=(theirs.fileno(), memory),
                 # rawpy brings numpy: on 64 CPUs the stacks of 64 BLAS threads would fill a worker's memory.
                 env={

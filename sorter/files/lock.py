@@ -76,8 +76,7 @@ class Lock:
             if error.errno in file_systems.NO_SPACE:
                 raise StorageError(f"{self._folder} is on a full disk ({error.strerror}): free some space") from None
             raise ConfigurationError(
-                f"{self._state / self._name} cannot be created or opened ({error.strerror}): check the "
-                "folder's permissions"
+                f"{self._state / self._name} cannot be created or opened ({error.strerror}): make the folder writable"
             ) from None
         if self._descriptor is not None and os.path.sameopenfile(self._descriptor, descriptor):
             _close(descriptor)

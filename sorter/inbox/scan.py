@@ -107,7 +107,7 @@ class Inbox:
                     continue
                 if folder and self._is_anothers(folder, descriptor):
                     self._anothers.add(folder)
-                    self.unlisted[folder] = "this folder is sorted by itself: run sorter with it as the --inbox"
+                    self.unlisted[folder] = "other runs sort from or into this folder: name it with --inbox or --output"
                     continue
                 # By descriptor, not path: a swapped link cannot redirect the listing out of the inbox.
                 with os.scandir(descriptor) as entries:
