@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from breaking_line import Fault, Line, Request, breaking_line
 from conftest import GREEN, RED, plain
 from object_stores import Server
-from ray_machines import ENVIRONMENT, Machines, machines, processes
+from ray_machines import ENVIRONMENT, INTERRUPTED, Machines, interrupt, machines, processes
 
 from sorter.classifier import manifest as manifests
 from sorter.cluster import job as jobs
@@ -227,6 +228,39 @@ def _worked_on(line: Line, command: "subprocess.Popen[str]") -> bool:
                 return True
         time.sleep(0.02)
     return False
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [
+        ("listing", signal.SIGTERM),
+        ("gcs_server", signal.SIGINT),
+        ("raylet/raylet", signal.SIGTERM),
+        (NODE, signal.SIGINT),
+    ],
+)
+def test_a_signal_before_the_first_node_is_ready_ends_the_command_and_all_of_ray_and_frees_the_lease(
+    bucket: Photos, line: Line, monkeypatch: pytest.MonkeyPatch, phase: str, number: int, proved: Callable[[str], None]
+) -> None:
+    bucket.put({"a.jpg": plain(RED)})
+    monkeypatch.setitem(ENVIRONMENT, "RAY_AUTH_TOKEN", uuid4().hex)
+    command = bucket.start("run", server=line.server)
+
+    def begun() -> object:
+        if phase == "listing":
+            return any("prefix=in%2F" in request.path for request in line.requests)
+        return processes(phase, command.pid)
+
+    out, err, seconds = interrupt(command, begun, number)
+    assert (command.returncode, out) == (3, ""), err
+    assert err.splitlines()[-1] == INTERRUPTED
+    assert bucket.objects() == ["in/a.jpg"]
+    keys = [entry["Key"] for entry in bucket.client.list_objects_v2(Bucket=bucket.bucket)["Contents"]]
+    last = max(key for key in keys if "/lease/" in key)
+    assert json.loads(bucket.client.get_object(Bucket=bucket.bucket, Key=last)["Body"].read())["released"]
+    assert not any("/probe-" in key for key in keys)
+    proved(f"{signal.Signals(number).name} at {phase}: the command and all of Ray ended within {seconds:.1f} s")
 
 
 @pytest.mark.long

@@ -50,6 +50,7 @@ def run(
     job, described = _job(settings, inbox, output, model)
     stream = logs.configure(settings.log_format, settings.log_level)
     shutdown = Shutdown(idle_code=ExitCode.INCOMPLETE)
+    shutdown.unwinds = True
     shutdown.listen()
     mode = _probe(job)
     started = time.monotonic()
@@ -125,16 +126,17 @@ def status(settings: Settings, inbox: str, output: str, job_id: str | None) -> E
     rows = [
         ("job", job.id),
         ("state", f"running, {found.holder.text}" if found.holder.is_fresh else "not running"),
-        ("finished", f"{found.moved} of {found.shards} shards of about {SHARD_ROWS:,} objects ({share:.1%})"),
-        ("decided", f"{found.decided} shards"),
+        ("sorted", f"{found.moved} of {found.shards} shards of about {SHARD_ROWS:,} objects ({share:.1%})"),
+        ("decided", f"{found.decided} of {found.shards} shards"),
     ]
     if found.undone:
-        rows.append(("taken back", f"{found.undone} shards"))
+        restored = _restored(found.restored, found.stayed)
+        rows.append(("undone", f"{found.undone} of {found.moved} sorted shards: {restored[0].lower()}{restored[1:]}"))
     if found.moved < found.shards and found.seconds_left is not None:
         rows.append(("speed", f"about {found.per_second * SHARD_ROWS:.1f} photos/s"))
         rows.append(("time left", f"about {found.seconds_left / 60:.0f} minutes"))
     _print_rows(rows)
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not found.undone:
         width = 50
         print(f"[{'#' * round(width * share):<{width}}]")
     return ExitCode.DONE
@@ -162,9 +164,12 @@ def undo(settings: Settings, inbox: str, output: str, job_id: str | None) -> Exi
     stayed = counts.total() - counts["moved"]
     if stayed > _NAMED:
         console.say(f"sorter: and {stayed - _NAMED} more; {job.folder}undo/ has all of them", sys.stderr)
-    restored = entries.counted(counts["moved"], "object")
-    console.say(f"Restored {restored}; {stayed} could not be restored.", sys.stdout)
+    console.say(_restored(counts["moved"], stayed), sys.stdout)
     return ExitCode.INCOMPLETE if stayed else ExitCode.DONE
+
+
+def _restored(restored: int, stayed: int) -> str:
+    return f"Restored {entries.counted(restored, 'object')}; {stayed} could not be restored."
 
 
 def _job(settings: Settings, inbox: str, output: str, model: Manifest) -> tuple[Job, dict[str, object]]:
