@@ -25,6 +25,7 @@ from ray_machines import ENVIRONMENT, INTERRUPTED, Machines, interrupt, machines
 from sorter.classifier import manifest as manifests
 from sorter.cluster import job as jobs
 from sorter.cluster.job import Job
+from sorter.cluster.object_mover import KEY_BYTES
 from sorter.cluster.stores import open_store
 from sorter.settings import SHIPPED_MODEL, Settings
 
@@ -275,26 +276,48 @@ def test_undo_after_a_job_brings_every_photo_back(bucket: Photos, strict_moto: S
     code, out, _ = bucket.run("status")
     assert code == 0
     assert "1 of 1 shards" in out
+    assert "undone" not in out
+    bucket.put({"2019/7.jpg": b"a stranger's"})
     code, out, err = bucket.run("undo")
-    assert (code, out) == (0, "Restored 41 objects; 0 could not be restored.\n"), err
-    assert sorted(bucket.objects()) == before
+    assert (code, out) == (3, "Restored 40 objects; 1 could not be restored.\n"), err
+    assert "sorted/cats/2019/7.jpg: another object has the key 'in/2019/7.jpg'" in err
+    assert sorted(bucket.objects()) == sorted([*before, "sorted/cats/2019/7.jpg"])
     code, out, _ = bucket.run("undo")
     assert (code, out) == (0, "Restored 0 objects; 0 could not be restored.\n")
+    code, out, _ = bucket.run("status")
+    assert code == 0
+    assert "1 of 1 sorted shards: restored 40 objects; 1 could not be restored." in out
+
+
+ODD_KEYS = ["with  spaces.jpg", "a+b.jpg", "100%.jpg", "%2e%2E.jpg", "Köln/ö.jpg", "🐈/🐕.jpg", "a//b.jpg", "?q&#.jpg"]
 
 
 @pytest.mark.long
-def test_decide_only_moves_nothing_and_the_next_run_moves_by_that(bucket: Photos, line: Line) -> None:
-    bucket.put({f"{n}.jpg": plain(RED, n) for n in range(10)})
+def test_decide_only_moves_nothing_and_the_next_run_moves_by_that_whatever_the_keys(bucket: Photos, line: Line) -> None:
+    fits = "f" * (KEY_BYTES - len("sorted/cats/.jpg")) + ".jpg"
+    longest = "l" * (KEY_BYTES - len("in/.jpg")) + ".jpg"
+    hidden = ["../x.jpg", "./y.jpg", "ends in a slash/"]  # as in a folder, where none of these is a photo's name
+    moved, names = [*ODD_KEYS, fits], [*ODD_KEYS, fits, longest, *hidden]
+    files = {name: plain(RED, number) for number, name in enumerate(names)}
+    for name, data in files.items():
+        bucket.client.put_object(Bucket=bucket.bucket, Key=f"in/{name}", Body=data)
     code, out, err = bucket.run("run", "--decide-only", server=line.server)
     assert code == 0, err
-    assert "10 photos would be sorted" in out
-    assert all(key.startswith("in/") for key in bucket.objects())
+    assert f"{len(moved) + 1} photos would be sorted" in out
+    assert sorted(bucket.objects()) == sorted(f"in/{name}" for name in names)
+
+    def fetched() -> list[str]:
+        return [r.path for r in line.requests if r.operation == "GetObject" and "/in/" in r.path]
+
+    assert len(fetched()) == len(moved) + 1
     line.reset()
-    code, _, err = bucket.run("run", server=line.server)
-    assert code == 0, err
-    assert all(key.startswith("sorted/") for key in bucket.objects())
-    fetched = [r.path for r in line.requests if r.operation == "GetObject" and "/in/" in r.path]
-    assert fetched == []
+    code, out, err = bucket.run("run", server=line.server)
+    assert code == 3, err
+    assert f"{len(moved)} photos sorted" in out
+    assert fetched() == []
+    expected = [*(f"sorted/cats/{name}" for name in moved), *(f"in/{name}" for name in (longest, *hidden))]
+    assert sorted(bucket.objects()) == sorted(expected)
+    assert bucket.contents() == Counter(files.values())
 
 
 @pytest.mark.torture
