@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import object_stores
 import pytest
 from conftest import GREEN, RED, RedGreenEngine, make_tree, plain
+from object_stores import Server
 
 from sorter.classifier.manifest import Manifest
 from sorter.cli.main import main
@@ -252,28 +252,26 @@ def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("action", "said"), [("status", "0 of 1 shards"), ("undo", "Restored 0"), ("check", "keeps every")]
 )
-def test_status_undo_and_check_of_a_bucket_need_no_ray(action: str, said: str, tmp_path: Path) -> None:
+def test_status_undo_and_check_of_a_bucket_need_no_ray(action: str, said: str, strict_moto: Server) -> None:
     """In a process that cannot import it; `run` says what to install."""
     code = "import sys; sys.modules['ray'] = None; from sorter.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    urls = ["--inbox", "s3://photos/in", "--output", "s3://photos/sorted"]
-    with object_stores.moto(tmp_path, strict=True) as server:
-        server.client.create_bucket(Bucket="photos")
-        folder = "sorted/.sorter/cluster/0123456789ab/"
-        for name, data in {
-            "job.json": json.dumps({"inbox": "s3://photos/in/", "folders": []}).encode(),
-            "shards/00000.parquet": b"",
-        }.items():
-            server.client.put_object(Bucket="photos", Key=folder + name, Body=data)
-        run, done = (
-            subprocess.run(
-                [sys.executable, "-c", code, "cluster", one, *urls],
-                env={**os.environ, **server.environment},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            for one in ("run", action)
+    bucket, environment = f"no-ray-{action}", {**os.environ, **strict_moto.environment}
+    urls = ["--inbox", f"s3://{bucket}/in", "--output", f"s3://{bucket}/sorted"]
+    strict_moto.client.create_bucket(Bucket=bucket)
+    described = json.dumps({"inbox": f"s3://{bucket}/in/"}).encode()
+    for name, data in {"job.json": described, "shards/00000.parquet": b""}.items():
+        key = f"sorted/.sorter/cluster/0123456789ab/{name}"
+        strict_moto.client.put_object(Bucket=bucket, Key=key, Body=data)
+    run, done = (
+        subprocess.run(
+            [sys.executable, "-c", code, "cluster", one, *urls],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
+        for one in ("run", action)
+    )
     assert (done.returncode, said in done.stdout) == (0, True), done.stderr
     assert (run.returncode, "'cluster'" in run.stderr) == (2, True), run.stderr
 

@@ -378,7 +378,7 @@ def test_a_connection_that_is_cut_before_or_after_each_request_of_a_move_moves_i
 
 
 def kill_at(place: Place, number: int, after: bool, item: StoredObject, *, undo: bool = False) -> bool:
-    """Move a shard of one photo, or take that back, in a process that is killed at a request. Whether it came so far."""
+    """Move a shard of one photo, or take it back, in a process that is killed at a request. Whether it came so far."""
     folder = f".sorter/cluster/{uuid4().hex}/"
     files = JobFiles(place.store, folder)
     assert files.put_shard("00000", [item])
