@@ -27,7 +27,9 @@ _IN_PLACE_OF = {"dry_run": "use --decide-only", "link": "objects have no links"}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `sorter cluster`."""
-    parser.add_argument("action", choices=_ACTIONS, help="sort; show how far that is; take it back; ask the store")
+    parser.add_argument(
+        "action", choices=_ACTIONS, help="sort; show progress; restore what was sorted; check whether the store is safe"
+    )
     group = parser.add_argument_group("the cluster")
     group.add_argument(
         "--address", metavar="ADDRESS", help="of a Ray cluster, ray://host:10001 (default: Ray on this machine)"
