@@ -4,6 +4,7 @@
     ├── ConfigurationError  2   a setting, a flag, the inbox or the output is wrong
     ├── ModelError          2   the model folder cannot be used
     ├── NotNowError         4   something else has the folder or the GPU, or the inbox is not there yet
+    ├── NotBegunError       3   a signal came before anything was sorted
     ├── StorageError        1   the disk or the folder no longer accepts photos
     │   └── InboxGoneError  1   the inbox vanished while it was being sorted
     └── StoreError          1   the object store does not answer, or refuses
@@ -52,6 +53,12 @@ class NotNowError(SorterError):
     """Something is in the way that goes away by itself: the same command may work later."""
 
     exit_code = ExitCode.NOT_NOW
+
+
+class NotBegunError(SorterError):
+    """A signal asked for the end before anything was sorted."""
+
+    exit_code = ExitCode.INCOMPLETE
 
 
 class StorageError(SorterError):

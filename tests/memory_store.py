@@ -31,9 +31,7 @@ class MemoryStore:
         """What another program does: it writes, whatever is there."""
         self.writes += 1
         etag = f'"{hashlib.md5(data).hexdigest()}{"-1" * as_parts}"'
-        item = StoredObject(
-            key, len(data), etag, None, START + timedelta(seconds=self.writes), "STANDARD", dict(metadata)
-        )
+        item = StoredObject(key, len(data), etag, START + timedelta(seconds=self.writes), "STANDARD", dict(metadata))
         self.objects[key] = item, data
         return replace(item, metadata=None)
 

@@ -1,20 +1,27 @@
 """Run as a program: a node without a model, which decides on a shard's objects at random and moves them.
 
-Arguments: the URL of the bucket, the job's folder in it, the mode, the shard, and how many threads.
+Arguments: the URL of the bucket, the job's folder in it, the mode, the shard, and how many threads; or `undo` for
+these, to take the job back instead.
 """
 
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+from sorter.cluster.job import Job
 from sorter.cluster.object_mover import ObjectMover
 from sorter.cluster.shards import Decided, JobFiles, MovedRow
 from sorter.cluster.stores import StoredObject, open_store
+from sorter.cluster.taking_back import take_back
+from sorter.inbox.sidecars import SidecarNames
 
 url, folder, mode, shard, threads = sys.argv[1:]
 store, _ = open_store(url)
 files = JobFiles(store, folder)
-if files.read_moves(shard) is None:
+if threads == "undo":
+    job = Job(folder.rstrip("/").rpartition("/")[2], store, "in/", store, "")
+    list(take_back(job, mode, SidecarNames()))  # type: ignore[arg-type]
+elif files.read_moves(shard) is None:
     files.begin_attempt(shard, "test")
     items = {item.key: item for item in files.read_shard(shard)}
     # Two processors may disagree about a photo; what was written first counts.

@@ -1,10 +1,11 @@
-"""Object stores that run on this machine for the tests: OpenStack Swift, moto, localbucket, and a line that breaks.
+"""Object stores that run on this machine for the tests: OpenStack Swift, moto, localbucket, rclone.
 
 Each is processes of its own on free ports of 127.0.0.1, which end with the `with` block.
 """
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -120,6 +121,28 @@ def localbucket(folder: Path) -> Iterator[Server]:
     with process([program, "--port", str(port), folder / "buckets"], log) as running:
         wait_for(port, running, log)
         yield Server(f"http://127.0.0.1:{port}")
+
+
+def rclone_with_s3() -> str | None:
+    """The program, where there is one that serves S3: Debian's does not."""
+    for program in (str(Path(sys.executable).with_name("rclone")), shutil.which("rclone")):
+        if program and Path(program).exists():
+            help_text = subprocess.run([program, "serve", "s3", "--help"], capture_output=True, text=True, check=False)
+            if "--auth-key" in help_text.stdout:
+                return program
+    return None
+
+
+@contextmanager
+def rclone(program: str, folder: Path) -> Iterator[Server]:
+    """A folder of this machine behind `rclone serve s3`."""
+    port, log = free_port(), folder / "rclone.log"
+    (folder / "buckets").mkdir()
+    server = Server(f"http://127.0.0.1:{port}", "tester")
+    flags = ["--addr", f"127.0.0.1:{port}", "--auth-key", f"{server.user},{server.secret}", "--config", os.devnull]
+    with process([program, "serve", "s3", *flags, folder / "buckets"], log) as running:
+        wait_for(port, running, log)
+        yield server
 
 
 SWIFT_STORAGE = """

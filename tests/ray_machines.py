@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ ENVIRONMENT = {
     "RAY_AUTH_TOKEN": TOKEN,
     "RAY_worker_niceness": "0",
 }
+INTERRUPTED = "sorter: interrupted before the first node was ready: run the same command again"
 
 
 class Machines:
@@ -83,7 +85,7 @@ def machines(count: int, folder: Path, environment: dict[str, str]) -> Iterator[
 
 
 def processes(name: str, parent: int) -> list[int]:
-    """The descendants of a process whose title begins with a name: Ray's workers are called after what they run."""
+    """The descendants of a process with a name in their title: Ray's workers are called after what they run."""
     titles, parents = {}, {}
     for entry in filter(str.isdigit, os.listdir("/proc")):
         try:
@@ -97,7 +99,31 @@ def processes(name: str, parent: int) -> list[int]:
             process = parents.get(process, 0)
         return process == parent
 
-    return [process for process, title in titles.items() if title.startswith(name) and descends(process)]
+    return [process for process, title in titles.items() if name in title and descends(process)]
+
+
+def interrupt(command: "subprocess.Popen[str]", phase: Callable[[], object], number: int) -> tuple[str, str, float]:
+    """Send a command a signal once it is in a phase: what it printed, and when the last of Ray's had ended, in s."""
+    while not phase():
+        assert command.poll() is None, command.communicate()
+        time.sleep(0.02)
+    before, sent = token_of(command.pid), time.monotonic()
+    assert before is not None
+    command.send_signal(number)
+    out, err = command.communicate(timeout=60)
+    while any(token_of(int(entry)) == before for entry in filter(str.isdigit, os.listdir("/proc"))):
+        assert time.monotonic() < sent + 60
+        time.sleep(0.1)
+    return out, err, time.monotonic() - sent
+
+
+def token_of(process: int) -> str | None:
+    """The token that a process was started with; None if there is no such process any more."""
+    try:
+        entries = Path("/proc", str(process), "environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return next((entry.decode() for entry in entries if entry.startswith(b"RAY_AUTH_TOKEN=")), None)
 
 
 def main(count: int) -> None:

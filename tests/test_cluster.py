@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import GREEN, RED, RedGreenEngine, make_tree, plain
+from object_stores import Server
 
 from sorter.classifier.manifest import Manifest
 from sorter.cli.main import main
@@ -245,6 +247,33 @@ def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch: pytest.M
     for place in ("s3://photos/in", "."):
         assert main(["cluster", "run", "--inbox", place]) == 2
         assert "'cluster'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("action", "said"), [("status", "0 of 1 shards"), ("undo", "Restored 0"), ("check", "keeps every")]
+)
+def test_status_undo_and_check_of_a_bucket_need_no_ray(action: str, said: str, strict_moto: Server) -> None:
+    """In a process that cannot import it; `run` says what to install."""
+    code = "import sys; sys.modules['ray'] = None; from sorter.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    bucket, environment = f"no-ray-{action}", {**os.environ, **strict_moto.environment}
+    urls = ["--inbox", f"s3://{bucket}/in", "--output", f"s3://{bucket}/sorted"]
+    strict_moto.client.create_bucket(Bucket=bucket)
+    described = json.dumps({"inbox": f"s3://{bucket}/in/"}).encode()
+    for name, data in {"job.json": described, "shards/00000.parquet": b""}.items():
+        key = f"sorted/.sorter/cluster/0123456789ab/{name}"
+        strict_moto.client.put_object(Bucket=bucket, Key=key, Body=data)
+    run, done = (
+        subprocess.run(
+            [sys.executable, "-c", code, "cluster", one, *urls],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        for one in ("run", action)
+    )
+    assert (done.returncode, said in done.stdout) == (0, True), done.stderr
+    assert (run.returncode, "'cluster'" in run.stderr) == (2, True), run.stderr
 
 
 def test_the_sorter_alone_imports_nothing_of_the_cluster() -> None:

@@ -14,16 +14,18 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from breaking_line import Fault, Line, Request, breaking_line
 from conftest import GREEN, RED, plain
 from object_stores import Server
-from ray_machines import ENVIRONMENT, Machines, machines, processes
+from ray_machines import ENVIRONMENT, INTERRUPTED, Machines, interrupt, machines, processes
 
 from sorter.classifier import manifest as manifests
 from sorter.cluster import job as jobs
 from sorter.cluster.job import Job
+from sorter.cluster.object_mover import KEY_BYTES
 from sorter.cluster.stores import open_store
 from sorter.settings import SHIPPED_MODEL, Settings
 
@@ -230,6 +232,39 @@ def _worked_on(line: Line, command: "subprocess.Popen[str]") -> bool:
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("phase", "number"),
+    [
+        ("listing", signal.SIGTERM),
+        ("gcs_server", signal.SIGINT),
+        ("raylet/raylet", signal.SIGTERM),
+        (NODE, signal.SIGINT),
+    ],
+)
+def test_a_signal_before_the_first_node_is_ready_ends_the_command_and_all_of_ray_and_frees_the_lease(
+    bucket: Photos, line: Line, monkeypatch: pytest.MonkeyPatch, phase: str, number: int, proved: Callable[[str], None]
+) -> None:
+    bucket.put({"a.jpg": plain(RED)})
+    monkeypatch.setitem(ENVIRONMENT, "RAY_AUTH_TOKEN", uuid4().hex)
+    command = bucket.start("run", server=line.server)
+
+    def begun() -> object:
+        if phase == "listing":
+            return any("prefix=in%2F" in request.path for request in line.requests)
+        return processes(phase, command.pid)
+
+    out, err, seconds = interrupt(command, begun, number)
+    assert (command.returncode, out) == (3, ""), err
+    assert err.splitlines()[-1] == INTERRUPTED
+    assert bucket.objects() == ["in/a.jpg"]
+    keys = [entry["Key"] for entry in bucket.client.list_objects_v2(Bucket=bucket.bucket)["Contents"]]
+    last = max(key for key in keys if "/lease/" in key)
+    assert json.loads(bucket.client.get_object(Bucket=bucket.bucket, Key=last)["Body"].read())["released"]
+    assert not any("/probe-" in key for key in keys)
+    proved(f"{signal.Signals(number).name} at {phase}: the command and all of Ray ended within {seconds:.1f} s")
+
+
+@pytest.mark.long
 def test_undo_after_a_job_brings_every_photo_back(bucket: Photos, strict_moto: Server) -> None:
     files = {f"2019/{n}.jpg": plain(RED if n % 2 else GREEN, n) for n in range(40)} | {"2019/1.xmp": b"<xmp>"}
     bucket.put(files)
@@ -240,27 +275,49 @@ def test_undo_after_a_job_brings_every_photo_back(bucket: Photos, strict_moto: S
     assert not any(key.startswith("in/") for key in bucket.objects())
     code, out, _ = bucket.run("status")
     assert code == 0
-    assert "1 of 1 shards" in out
+    assert "finished\nsorted   1 of 1 shards" in out
+    assert "undone" not in out
+    bucket.put({"2019/7.jpg": b"a stranger's"})
     code, out, err = bucket.run("undo")
-    assert (code, out) == (0, "Restored 41 objects; 0 could not be restored.\n"), err
-    assert sorted(bucket.objects()) == before
+    assert (code, out) == (3, "Restored 40 objects; 1 could not be restored.\n"), err
+    assert "sorted/cats/2019/7.jpg: another object has the key 'in/2019/7.jpg'" in err
+    assert sorted(bucket.objects()) == sorted([*before, "sorted/cats/2019/7.jpg"])
     code, out, _ = bucket.run("undo")
     assert (code, out) == (0, "Restored 0 objects; 0 could not be restored.\n")
+    code, out, _ = bucket.run("status")
+    assert code == 0
+    assert out.splitlines()[1:] == ["state  undone. Restored 40 objects; 1 could not be restored."]
+
+
+ODD_KEYS = ["with  spaces.jpg", "a+b.jpg", "100%.jpg", "%2e%2E.jpg", "Köln/ö.jpg", "🐈/🐕.jpg", "a//b.jpg", "?q&#.jpg"]
 
 
 @pytest.mark.long
-def test_decide_only_moves_nothing_and_the_next_run_moves_by_that(bucket: Photos, line: Line) -> None:
-    bucket.put({f"{n}.jpg": plain(RED, n) for n in range(10)})
+def test_decide_only_moves_nothing_and_the_next_run_moves_by_that_whatever_the_keys(bucket: Photos, line: Line) -> None:
+    fits = "f" * (KEY_BYTES - len("sorted/cats/.jpg")) + ".jpg"
+    longest = "l" * (KEY_BYTES - len("in/.jpg")) + ".jpg"
+    hidden = ["../x.jpg", "./y.jpg", "ends in a slash/"]  # as in a folder, where none of these is a photo's name
+    moved, names = [*ODD_KEYS, fits], [*ODD_KEYS, fits, longest, *hidden]
+    files = {name: plain(RED, number) for number, name in enumerate(names)}
+    for name, data in files.items():
+        bucket.client.put_object(Bucket=bucket.bucket, Key=f"in/{name}", Body=data)
     code, out, err = bucket.run("run", "--decide-only", server=line.server)
     assert code == 0, err
-    assert "10 photos would be sorted" in out
-    assert all(key.startswith("in/") for key in bucket.objects())
+    assert f"{len(moved) + 1} photos would be sorted" in out
+    assert sorted(bucket.objects()) == sorted(f"in/{name}" for name in names)
+
+    def fetched() -> list[str]:
+        return [r.path for r in line.requests if r.operation == "GetObject" and "/in/" in r.path]
+
+    assert len(fetched()) == len(moved) + 1
     line.reset()
-    code, _, err = bucket.run("run", server=line.server)
-    assert code == 0, err
-    assert all(key.startswith("sorted/") for key in bucket.objects())
-    fetched = [r.path for r in line.requests if r.operation == "GetObject" and "/in/" in r.path]
-    assert fetched == []
+    code, out, err = bucket.run("run", server=line.server)
+    assert code == 3, err
+    assert f"{len(moved)} photos sorted" in out
+    assert fetched() == []
+    expected = [*(f"sorted/cats/{name}" for name in moved), *(f"in/{name}" for name in (longest, *hidden))]
+    assert sorted(bucket.objects()) == sorted(expected)
+    assert bucket.contents() == Counter(files.values())
 
 
 @pytest.mark.torture

@@ -10,10 +10,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from conftest import RED, hashes, make_tree, plain, read_tree
-from ray_machines import ENVIRONMENT, machines, processes
+from ray_machines import ENVIRONMENT, INTERRUPTED, interrupt, machines, processes
 
 from sorter.history.reader import HistoryReader
 
@@ -78,6 +79,22 @@ def test_kills_of_nodes_and_of_the_command_lose_nothing_and_undo_brings_everythi
     assert killed == {"node": 4, "command": 3}
     assert sorter("undo", "--since", "1h", "--inbox", inbox, "--output", output).returncode == 0
     assert read_tree(inbox) == files
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("phase", "number"), [("gcs_server", signal.SIGTERM), ("raylet/raylet", signal.SIGINT), (NODE, signal.SIGTERM)]
+)
+def test_a_signal_before_the_first_node_is_ready_ends_the_command_and_all_of_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, number: int, proved: Callable[[str], None]
+) -> None:
+    inbox = make_tree(tmp_path / "in", {"a.jpg": plain(RED)})
+    monkeypatch.setitem(ENVIRONMENT, "RAY_AUTH_TOKEN", uuid4().hex)
+    command = start(inbox, tmp_path / "out")
+    out, err, seconds = interrupt(command, lambda: processes(phase, command.pid), number)
+    assert (command.returncode, out, err) == (3, "", f"{INTERRUPTED}\n")
+    assert set(read_tree(tmp_path)) == {"in/a.jpg"}
+    proved(f"{signal.Signals(number).name} at {phase}: the command and all of Ray ended within {seconds:.1f} s")
 
 
 @pytest.mark.long

@@ -221,9 +221,9 @@ class Million(MemoryStore):
             return
         for number in range(1_000_000):
             key = f"in/{number // 10_000:03}/IMG_{number:07}.jpg"
-            yield StoredObject(key, 0, '"d41d8cd98f00b204e9800998ecf8427e"', None, START, "STANDARD")
+            yield StoredObject(key, 0, '"d41d8cd98f00b204e9800998ecf8427e"', START, "STANDARD")
             if self.has_more and number % 100_000 == 0:
-                yield StoredObject(f"{key}.new.jpg", 0, '"1"', None, datetime(2026, 2, 1, tzinfo=UTC), "STANDARD")
+                yield StoredObject(f"{key}.new.jpg", 0, '"1"', datetime(2026, 2, 1, tzinfo=UTC), "STANDARD")
 
 
 @pytest.mark.torture

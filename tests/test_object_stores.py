@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -108,28 +109,39 @@ def test_the_probe_refuses_a_bucket_of_swift_with_versions(place: Place) -> None
     assert list(place.store.list("")) == []
 
 
-def test_the_probe_refuses_a_store_that_deletes_whatever_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with object_stores.localbucket(tmp_path) as server:
-        server.client.create_bucket(Bucket="bucket")
+@contextmanager
+def bucket_of(server: Server) -> Iterator[Store]:
+    """A bucket with objects of others, which have to be all there is afterwards."""
+    there = {"out/a.jpg": b"a photo", "out/.sorter/b": b"somebody's", "c.jpg": b"another"}
+    server.client.create_bucket(Bucket="bucket")
+    for key, data in there.items():
+        server.client.put_object(Bucket="bucket", Key=key, Body=data)
+    with pytest.MonkeyPatch.context() as patch:
         for variable, value in server.environment.items():
-            monkeypatch.setenv(variable, value)
+            patch.setenv(variable, value)
         store, _ = open_store("s3://bucket")
-        with pytest.raises(UnsafeStoreError, match="it ignores If-Match when an object is deleted"):
-            probe(store, "")
-        assert list(store.list("")) == []
+    yield store
+    assert {item.key: store.read(item.key) for item in store.list("")} == there
 
 
-def test_the_probe_does_not_trust_the_copies_of_a_store_that_ignores_conditions(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with object_stores.moto(tmp_path, strict=False) as server:
-        server.client.create_bucket(Bucket="bucket")
-        for variable, value in server.environment.items():
-            monkeypatch.setenv(variable, value)
-        store, _ = open_store("s3://bucket")
-        assert probe(store, "") == "upload", "it overwrites with CopyObject, and copies whatever version is there"
+def test_the_probe_refuses_a_store_that_deletes_whatever_is_there(tmp_path: Path) -> None:
+    refused = pytest.raises(UnsafeStoreError, match="it ignores If-Match when an object is deleted")
+    with object_stores.localbucket(tmp_path) as server, bucket_of(server) as store, refused:
+        probe(store, "out/")
+
+
+def test_the_probe_refuses_a_store_that_overwrites_whatever_is_there(tmp_path: Path) -> None:
+    program = object_stores.rclone_with_s3()
+    if program is None:
+        pytest.skip("needs rclone 1.65 or newer, whose serve knows s3")
+    refused = pytest.raises(UnsafeStoreError, match="it ignores If-None-Match when an object is written")
+    with object_stores.rclone(program, tmp_path) as server, bucket_of(server) as store, refused:
+        probe(store, "out/")
+
+
+def test_the_probe_does_not_trust_the_copies_of_a_store_that_ignores_conditions(tmp_path: Path) -> None:
+    with object_stores.moto(tmp_path, strict=False) as server, bucket_of(server) as store:
+        assert probe(store, "out/") == "upload", "it overwrites with CopyObject, and copies whatever version is there"
 
 
 @everywhere
@@ -365,11 +377,15 @@ def test_a_connection_that_is_cut_before_or_after_each_request_of_a_move_moves_i
             place.client.delete_object(Bucket=place.bucket, Key=f"cats/{key}")
 
 
-def kill_at(place: Place, number: int, after: bool, item: StoredObject) -> bool:
-    """Move a shard of one photo in a process that is killed at a request. Whether it came so far."""
+def kill_at(place: Place, number: int, after: bool, item: StoredObject, *, undo: bool = False) -> bool:
+    """Move a shard of one photo, or take it back, in a process that is killed at a request. Whether it came so far."""
     folder = f".sorter/cluster/{uuid4().hex}/"
     files = JobFiles(place.store, folder)
     assert files.put_shard("00000", [item])
+    command = [sys.executable, str(HERE / "move_shard.py"), place.url, folder, place.mode, "00000", "1"]
+    if undo:
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        command[-1] = "undo"
     place.line.reset()
     killed: list[str] = []
 
@@ -380,7 +396,6 @@ def kill_at(place: Place, number: int, after: bool, item: StoredObject) -> bool:
             process.wait()
         return "cut before" if killed else None
 
-    command = [sys.executable, str(HERE / "move_shard.py"), place.url, folder, place.mode, "00000", "1"]
     if after:
         place.line.after = kill
     else:
@@ -396,18 +411,20 @@ def kill_at(place: Place, number: int, after: bool, item: StoredObject) -> bool:
     assert decisions is not None
     assert moves is not None
     assert [row.destination for row in moves] == [decisions[0].destination]
+    if undo:
+        assert [row.destination for row in files.read_moves("00000", "undo") or ()] == [item.key]
     return True
 
 
 @pytest.mark.torture
 @pytest.mark.timeout(1200)
-@of_each_kind
+@everywhere
 def test_a_node_killed_before_or_after_each_of_its_requests_moves_each_photo_once(
-    place: Place, proved: Callable[[str], None]
+    place: Place, pytestconfig: pytest.Config, proved: Callable[[str], None]
 ) -> None:
     kills = 0
     for after in (False, True):
-        for number in range(100):
+        for number in range(0, 100, pytestconfig.getoption("every")):
             name = f"{number}-{after}.jpg"
             came_so_far = kill_at(place, number, after, place.put(f"in/{name}", name.encode(), Metadata={"a": "b"}))
             assert sorted(place.tree().values()) == [name.encode()]
@@ -418,7 +435,34 @@ def test_a_node_killed_before_or_after_each_of_its_requests_moves_each_photo_onc
             if not came_so_far:
                 break
             kills += 1
-    proved(f"a node killed before and after each request of a shard of one, {place.mode}: {kills} kills, moved once")
+    server = "Swift" if place.is_swift else "moto"
+    proved(
+        f"a node killed before and after requests of a shard of one, {server}, {place.mode}: {kills} kills, moved once"
+    )
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("place", [way for way in WAYS if way != "swift-multipart"], indirect=True)
+def test_an_undo_killed_before_or_after_each_of_its_requests_brings_each_photo_back_once(
+    place: Place, pytestconfig: pytest.Config, proved: Callable[[str], None]
+) -> None:
+    kills = 0
+    for after in (False, True):
+        for number in range(0, 100, pytestconfig.getoption("every")):
+            key = f"in/{number}-{after}.jpg"
+            item = place.put(key, key.encode(), Metadata={"a": "b"})
+            came_so_far = kill_at(place, number, after, item, undo=True)
+            assert place.tree() == {key: key.encode()}
+            assert place.client.head_object(Bucket=place.bucket, Key=key)["Metadata"]["a"] == "b"
+            place.client.delete_object(Bucket=place.bucket, Key=key)
+            if not came_so_far:
+                break
+            kills += 1
+    server = "Swift" if place.is_swift else "moto"
+    proved(
+        f"an undo killed before and after requests of a shard of one, {server}, {place.mode}: {kills} kills, back once"
+    )
 
 
 @everywhere

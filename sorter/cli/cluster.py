@@ -10,8 +10,9 @@ from sorter.classifier.manifest import Manifest
 from sorter.cli import check as check_command
 from sorter.cli import options, preflight
 from sorter.cli import run as run_command
-from sorter.errors import ConfigurationError, ExitCode
+from sorter.errors import ConfigurationError, ExitCode, NotBegunError
 from sorter.history.store import Run
+from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
 _ACTIONS = ("run", "status", "undo", "check")
@@ -26,7 +27,9 @@ _IN_PLACE_OF = {"dry_run": "use --decide-only", "link": "objects have no links"}
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `sorter cluster`."""
-    parser.add_argument("action", choices=_ACTIONS, help="sort; show how far that is; take it back; ask the store")
+    parser.add_argument(
+        "action", choices=_ACTIONS, help="sort; show progress; restore what was sorted; check whether the store is safe"
+    )
     group = parser.add_argument_group("the cluster")
     group.add_argument(
         "--address", metavar="ADDRESS", help="of a Ray cluster, ray://host:10001 (default: Ray on this machine)"
@@ -53,19 +56,12 @@ def cluster(
     inbox, output = str(settings.inbox), str(settings.output_folder)
     if bool(_URL.match(inbox)) != bool(_URL.match(output)):
         raise ConfigurationError("--inbox and --output are a folder and a URL: use two folders, or two URLs")
-    if not _URL.match(inbox):
-        return _with_folders(settings, action, address, workers, decide_only=decide_only)
-    _refuse_of_folders(settings)
-    for module in ("boto3", "pyarrow", "ray"):
-        extras.require(module, "cluster", "sorter cluster with an object store")
-    from sorter.cli import object_store
-
-    urls = (_url(inbox), _url(output))
-    if action == "run":
-        return object_store.run(settings, *urls, address=address, nodes=workers, decide_only=decide_only)
-    if action == "check":
-        return object_store.check(settings, *urls)
-    return {"status": object_store.status, "undo": object_store.undo}[action](settings, *urls, job)
+    try:
+        if not _URL.match(inbox):
+            return _with_folders(settings, action, address, workers, decide_only=decide_only)
+        return _with_urls(settings, action, _url(inbox), _url(output), address, workers, decide_only, job)
+    except KeyboardInterrupt:  # of `Shutdown`
+        raise NotBegunError("interrupted before the first node was ready: run the same command again") from None
 
 
 def _url(path: str) -> str:
@@ -101,18 +97,47 @@ def _with_folders(
 
 
 def _open_nodes(
-    settings: Settings, model: Manifest, stack: ExitStack, *, address: str | None, workers: int | None
+    settings: Settings,
+    model: Manifest,
+    stack: ExitStack,
+    shutdown: Shutdown,
+    *,
+    address: str | None,
+    workers: int | None,
 ) -> run_command.Opened:
     from sorter.cluster import node, ray_cluster
     from sorter.cluster.pool import Pool
     from sorter.cluster.shared_disk import RemotePipeline
 
+    shutdown.unwinds = True
     ray = stack.enter_context(ray_cluster.connected(address))
     shape = ray_cluster.shape(ray, settings.device, workers)
     pool = Pool(ray, shape, node.setup(settings, preflight.measured_engine(settings, model), shape.cpus))
     stack.callback(pool.finish)
     run = Run.new(model.name)
     return run_command.Opened(pool.await_first(), run, partial(RemotePipeline.start, pool, run))
+
+
+def _with_urls(
+    settings: Settings,
+    action: str,
+    inbox: str,
+    output: str,
+    address: str | None,
+    workers: int | None,
+    decide_only: bool,
+    job: str | None,
+) -> ExitCode:
+    _refuse_of_folders(settings)
+    for module in ("boto3", "pyarrow", *(["ray"] if action == "run" else [])):
+        extras.require(module, "cluster", "sorter cluster with an object store")
+    from sorter.cli import object_store
+
+    if action == "run":
+        return object_store.run(settings, inbox, output, address=address, nodes=workers, decide_only=decide_only)
+    if action == "check":
+        return object_store.check(settings, inbox, output)
+    return {"status": object_store.status, "undo": object_store.undo}[action](settings, inbox, output, job)
 
 
 def _refuse_of_folders(settings: Settings) -> None:

@@ -139,9 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(error: Exception, *, as_json: bool, with_traceback: bool) -> None:
     detail = str(error) if isinstance(error, SorterError) else f"{type(error).__name__}: {error}"
-    # A mistake is corrected by a person, wherever standard error goes, so it is an event only for those who asked.
-    is_mistake = isinstance(error, SorterError) and error.exit_code in (ExitCode.USAGE, ExitCode.NOT_NOW)
-    if structlog.is_configured() and (as_json or not is_mistake):
+    # What a person corrects or did is said plainly, wherever standard error goes; it is an event for those who asked.
+    is_plain = isinstance(error, SorterError) and error.exit_code != ExitCode.STOPPED
+    if structlog.is_configured() and (as_json or not is_plain):
         structlog.get_logger().error("run.failed", detail=detail, exc_info=error if with_traceback else None)
     else:
         for line in detail.splitlines():

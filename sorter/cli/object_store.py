@@ -32,8 +32,8 @@ from sorter.settings import Settings
 
 _NAMED = 20  # objects that could not be brought back are named up to so many
 _UPLOADED = (
-    "such a store, as OpenStack Swift, may keep conditions only against what happened before: run one job at a time, "
-    "and let nothing else write to the inbox and the output meanwhile"
+    "like OpenStack Swift, this store may check conditions only against requests that have ended, not against those at "
+    "the same moment: run one job at a time, and let nothing else write to the inbox and the output meanwhile"
 )
 
 
@@ -50,6 +50,7 @@ def run(
     job, described = _job(settings, inbox, output, model)
     stream = logs.configure(settings.log_format, settings.log_level)
     shutdown = Shutdown(idle_code=ExitCode.INCOMPLETE)
+    shutdown.unwinds = True
     shutdown.listen()
     mode = _probe(job)
     started = time.monotonic()
@@ -103,7 +104,7 @@ def check(settings: Settings, inbox: str, output: str) -> ExitCode:
     rows = {
         "inbox": f"{job.inbox.url}/{job.inbox_prefix}",
         "output": f"{job.output.url}/{job.output_prefix}",
-        "store": f"keeps every condition of a safe move; objects are moved with mode {mode}",
+        "store": f"keeps every condition that a safe move needs; objects are copied in the mode {mode}",
         **({"note": _UPLOADED} if mode == "upload" else {}),
         "job": job.id,
         "model": f"{model.name}, {model.architecture} at {model.input.size} px",
@@ -122,19 +123,23 @@ def status(settings: Settings, inbox: str, output: str, job_id: str | None) -> E
     job = _known(settings, inbox, output, job_id)
     found = statuses.read(job)
     share = found.moved / max(found.shards, 1)
-    rows = [
-        ("job", job.id),
-        ("state", f"running, {found.holder.text}" if found.holder.is_fresh else "not running"),
-        ("finished", f"{found.moved} of {found.shards} shards of about {SHARD_ROWS:,} objects ({share:.1%})"),
-        ("decided", f"{found.decided} shards"),
-    ]
-    if found.undone:
-        rows.append(("taken back", f"{found.undone} shards"))
+    restored, is_undone = _restored(found.restored, found.stayed), 0 < found.moved == found.undone
+    state = "finished" if found.moved == found.shards else "not running"
+    if found.holder.is_fresh:
+        state = f"running, {found.holder.text}"
+    elif is_undone:
+        state = f"undone. {restored}"
+    rows = [("job", job.id), ("state", state)]
+    if not is_undone:
+        rows.append(("sorted", f"{found.moved} of {found.shards} shards of about {SHARD_ROWS:,} objects ({share:.1%})"))
+        rows.append(("decided", f"{found.decided} of {found.shards} shards"))
+        if found.undone:
+            rows.append(("undone", f"{found.undone} of {found.moved} sorted shards. {restored}"))
     if found.moved < found.shards and found.seconds_left is not None:
         rows.append(("speed", f"about {found.per_second * SHARD_ROWS:.1f} photos/s"))
         rows.append(("time left", f"about {found.seconds_left / 60:.0f} minutes"))
     _print_rows(rows)
-    if sys.stdout.isatty():
+    if sys.stdout.isatty() and not found.undone:
         width = 50
         print(f"[{'#' * round(width * share):<{width}}]")
     return ExitCode.DONE
@@ -162,9 +167,12 @@ def undo(settings: Settings, inbox: str, output: str, job_id: str | None) -> Exi
     stayed = counts.total() - counts["moved"]
     if stayed > _NAMED:
         console.say(f"sorter: and {stayed - _NAMED} more; {job.folder}undo/ has all of them", sys.stderr)
-    restored = entries.counted(counts["moved"], "object")
-    console.say(f"Restored {restored}; {stayed} could not be restored.", sys.stdout)
+    console.say(_restored(counts["moved"], stayed), sys.stdout)
     return ExitCode.INCOMPLETE if stayed else ExitCode.DONE
+
+
+def _restored(restored: int, stayed: int) -> str:
+    return f"Restored {entries.counted(restored, 'object')}; {stayed} could not be restored."
 
 
 def _job(settings: Settings, inbox: str, output: str, model: Manifest) -> tuple[Job, dict[str, object]]:
@@ -182,7 +190,7 @@ def _known(settings: Settings, inbox: str, output: str, job_id: str | None) -> J
         found = [id_ for id_ in found if id_ == job_id]
     if not found:
         named = "job" if job_id is None else f"job {entries.printable(job_id)}"
-        raise ConfigurationError(f"{output} has no {named} of {inbox}: check --inbox and --output")
+        raise ConfigurationError(f"{output} has no {named} for {inbox}: check --inbox and --output")
     if len(found) > 1:
         raise ConfigurationError(f"{inbox} has several jobs, {', '.join(found)}: choose one with --job")
     return Job(found[0], *stores)

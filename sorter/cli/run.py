@@ -69,7 +69,7 @@ class Opened:
     Attributes:
         engine: what runs it.
         run: names the model in the history and the log, until another one replaces it.
-        start: starts the pipeline, with the arguments of `Pipeline.start` after the model.
+        start: starts the pipeline, with the arguments of `Pipeline.start` but for the model and the decoders' number.
     """
 
     engine: Described
@@ -77,19 +77,20 @@ class Opened:
     start: "Callable[..., Stages]"
 
 
-def open_here(settings: Settings, manifest: Manifest, _stack: ExitStack) -> Opened:
+def open_here(settings: Settings, manifest: Manifest, _stack: ExitStack, _shutdown: Shutdown) -> Opened:
     """Load the model in this process.
 
     Raises:
         ConfigurationError, ModelError, NotNowError: as `preflight.open_engine`.
     """
     # Imported here because they take long, and most mistakes have been reported by now.
+    from sorter.decoding.decoders import default_workers
     from sorter.pipeline.model_in_use import ModelInUse
     from sorter.pipeline.pipeline import Pipeline
 
     engine = preflight.open_engine(settings, manifest)
     model = ModelInUse.in_new_run(engine, manifest, settings.min_confidence)
-    return Opened(engine, model.run, partial(Pipeline.start, model))
+    return Opened(engine, model.run, partial(Pipeline.start, model, workers=default_workers()))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -100,14 +101,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(
-    settings: Settings, *, as_json: bool, open_model: Callable[[Settings, Manifest, ExitStack], Opened] = open_here
+    settings: Settings,
+    *,
+    as_json: bool,
+    open_model: Callable[[Settings, Manifest, ExitStack, Shutdown], Opened] = open_here,
 ) -> ExitCode:
     """Sort the inbox: once, or until told to stop.
 
     Args:
         settings: all of them.
         as_json: print the decisions of a dry run as JSON.
-        open_model: makes the model ready, and has the stack end what it started.
+        open_model: makes the model ready, has the stack end what it started, and says how a signal ends it meanwhile.
 
     Raises:
         SorterError: something is wrong, or sorting cannot continue.
@@ -124,14 +128,13 @@ def run(
     shutdown.listen()
 
     # Imported here because they take long, and most mistakes have been reported by now.
-    from sorter.decoding.decoders import default_workers
     from sorter.pipeline.pipeline import Pipeline
     from sorter.service.loop import Service
     from sorter.service.reload import Reloader
 
     with ExitStack() as stack:
         # Everything that ends with `ExitCode.USAGE` comes before the first change to a folder.
-        opened = open_model(settings, manifest, stack)
+        opened = open_model(settings, manifest, stack, shutdown)
         if late:
             _wait_for_inbox(settings)
             preflight.check_folders(settings, manifest)
@@ -154,7 +157,6 @@ def run(
             mover,
             history,
             settings,
-            workers=default_workers(),
             on_moved=_ignore if hook is None else hook.notify_batch,
             measures=metrics,
             sorted_again=preflight.sorted_again(settings),

@@ -25,8 +25,8 @@ SHARD_ROWS = 1_000
 AHEAD_ROWS = 2 * SHARD_ROWS
 """So many rows are looked at for what belongs together: names of sidecars come soon after or before their photos'."""
 
-
 READERS = 16
+"""So many of a job's files are read at a time."""
 
 
 def list_new(

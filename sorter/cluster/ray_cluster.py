@@ -4,19 +4,24 @@ In: an address, or none. Out: how many nodes fit, and what each may use. Ray's o
 to the cluster without its token, unless the user's environment says otherwise.
 """
 
+import atexit
 import contextlib
+import ctypes
 import os
 import secrets
 import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sorter import extras
 from sorter.cluster.scratch import PrivateFolder
-from sorter.errors import ConfigurationError, NotNowError
+from sorter.errors import ConfigurationError, ExitCode, NotNowError
 from sorter.processors import available_cpus
 
 _OBJECT_STORE_BYTES = 100_000_000  # names and decisions; no pixels travel
@@ -54,34 +59,76 @@ def connected(address: str | None) -> Iterator[Any]:
     import ray
 
     # This program's lines say what happens; about a node that was killed Ray writes to standard error all the same.
-    quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": "error"}
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False, "logging_level": "error"}
     folder = None
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        if address is None:
-            folder = PrivateFolder(Path(tempfile.gettempdir()), _LOCAL_PREFIX)
-            ray.init(
-                num_cpus=available_cpus(),
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE_BYTES,
-                _temp_dir=str(folder.path),
-                **quiet,
-            )
+    if address is None:
+        folder = PrivateFolder(Path(tempfile.gettempdir()), _LOCAL_PREFIX)
+        options |= {
+            "num_cpus": available_cpus(),
+            "include_dashboard": False,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "_temp_dir": str(folder.path),
+        }
+    started, ending = Future[None](), threading.Event()
+
+    def hold() -> None:
+        try:
+            ray.init(address=address, **options)
+        except BaseException as error:
+            started.set_exception(error)
         else:
-            ray.init(address=address, **quiet)
-    except Exception as error:  # whatever Ray and gRPC raise here
-        if folder is not None:
-            folder.close()
-        where = "Ray did not start on this machine" if address is None else f"there is no Ray cluster at {address}"
-        raise NotNowError(f"{where} ({_first_line(error)}): start it, or check --address and RAY_AUTH_TOKEN") from error
-    for number, handler in handlers.items():
-        signal.signal(number, handler)  # Ray took it
-    try:
-        yield ray
-    finally:
+            started.set_result(None)
+            ending.wait()
+
+    def end() -> None:
         ray.shutdown()
+        ending.set()
+        thread.join()
         if folder is not None:
             folder.close()
+
+    # Ray's start takes up to half a minute, in which it sees no signal: in a thread of its own it leaves both the
+    # signals and their handlers alone. Its processes die with the thread that has started them.
+    thread = threading.Thread(target=hold, name="ray", daemon=True)
+    thread.start()
+    try:
+        try:
+            started.result()
+        except Exception as error:  # whatever Ray and gRPC raise here
+            where = "Ray did not start on this machine" if address is None else f"there is no Ray cluster at {address}"
+            hint = "start it, or check --address and RAY_AUTH_TOKEN"
+            raise NotNowError(f"{where} ({_first_line(error)}): {hint}") from error
+        yield ray
+    except KeyboardInterrupt:
+        # Before anything is in hand. Only the end of the process ends Ray's start; the next command removes the folder.
+        atexit.register(_end_at_once)
+        raise
+    except BaseException:
+        end()
+        raise
+    else:
+        end()
+
+
+def _end_at_once() -> None:
+    """End this process and all that it has started, and what these have started."""
+    if sys.platform.startswith("linux"):
+        pr_set_child_subreaper = 36  # the children of those that are killed become this process's own
+        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
+        while children := [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in _words(file)]:
+            for child in children:
+                with contextlib.suppress(ProcessLookupError, ChildProcessError):  # Ray's thread has seen its end
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+    os._exit(ExitCode.INCOMPLETE)
+
+
+def _words(file: Path) -> list[str]:
+    """What is in a thread's file; nothing once the thread is gone."""
+    try:
+        return file.read_text().split()
+    except OSError:
+        return []
 
 
 def shape(ray: Any, device: str, nodes: int | None) -> Shape:

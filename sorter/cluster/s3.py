@@ -356,7 +356,7 @@ def _status(error: exceptions.ClientError) -> int:
 
 def _listed(entry: dict[str, Any]) -> StoredObject:
     modified = _second(entry["LastModified"])
-    return StoredObject(entry["Key"], entry["Size"], entry["ETag"], None, modified, entry.get("StorageClass"))
+    return StoredObject(entry["Key"], entry["Size"], entry["ETag"], modified, entry.get("StorageClass"))
 
 
 def _looked_at(key: str, found: dict[str, Any]) -> StoredObject:
@@ -364,7 +364,6 @@ def _looked_at(key: str, found: dict[str, Any]) -> StoredObject:
         key,
         found["ContentLength"],
         found["ETag"],
-        found.get("VersionId"),
         _second(found["LastModified"]),
         found.get("StorageClass"),
         found["Metadata"],

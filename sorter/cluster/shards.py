@@ -28,9 +28,7 @@ from sorter.inbox.sidecars import SidecarNames
 Table = Literal["decisions", "moves", "undo"]
 _SECOND = pyarrow.timestamp("s", tz="UTC")
 _TEXT, _WHOLE = pyarrow.string(), pyarrow.int64()
-_LISTED = pyarrow.schema(
-    {"key": _TEXT, "size": _WHOLE, "etag": _TEXT, "version": _TEXT, "modified": _SECOND, "storage_class": _TEXT}
-)
+_LISTED = pyarrow.schema({"key": _TEXT, "size": _WHOLE, "etag": _TEXT, "modified": _SECOND, "storage_class": _TEXT})
 _DECIDED = pyarrow.schema(
     {
         "key": _TEXT,

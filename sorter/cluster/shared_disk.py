@@ -67,12 +67,11 @@ class RemotePipeline(Stages):
         mover: Mover,
         history: History | None,
         settings: Settings,
-        workers: int,
         on_moved: Callable[[Sequence[Outcome]], None] = lambda _: None,
         measures: Measures | None = None,
         sorted_again: str | None = None,
     ) -> Self:
-        """Start the threads; the arguments are those of `Pipeline.start`, with the nodes in place of the model."""
+        """Start the threads; the arguments are those of `Pipeline.start`, with nodes in place of model and decoders."""
         failure = Failure()
         batch_mover = BatchMover(mover, history, patient=False, stopping=failure.stopping, flat=settings.flat)
         pipeline = cls(pool, run, MoveStage(batch_mover, on_moved, measures or Measures()), failure, sorted_again)

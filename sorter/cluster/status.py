@@ -1,14 +1,16 @@
-"""How far a job is, how fast, and for how long still: from the names and times of its files alone.
+"""How far a job is, how fast, and for how long still: from the names and times of its files, and what an undo wrote.
 
 In: a job's folder. Out: a `Status`. It reads no photo and asks no node, so it can be had from anywhere, at any time.
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from sorter.cluster import lease
 from sorter.cluster.job import Job
 from sorter.cluster.lease import Holder
+from sorter.cluster.listing import READERS
 
 _RECENT_SECONDS = 600.0
 
@@ -22,6 +24,8 @@ class Status:
         decided: of which it is known what belongs where.
         moved: that are finished.
         undone: that were taken back.
+        restored: objects of these that are back.
+        stayed: objects of these that could not be brought back.
         per_second: shards that were finished per second lately; 0 if none was.
         holder: who works on it.
     """
@@ -30,6 +34,8 @@ class Status:
     decided: int
     moved: int
     undone: int
+    restored: int
+    stayed: int
     per_second: float
     holder: Holder
 
@@ -50,11 +56,19 @@ def read(job: Job) -> Status:
     recent = sorted(moment for moment in times if moment > now - _RECENT_SECONDS)
     # From the first of them to now, because a job may have begun, or stood still, in between.
     per_second = (len(recent) - 1) / max(now - recent[0], 1.0) if len(recent) > 1 else 0.0
+    undone = files.finished("undo")
+    with ThreadPoolExecutor(READERS) as pool:
+        kinds = [
+            row.kind for rows in pool.map(lambda name: files.read_moves(name, "undo"), undone) for row in rows or ()
+        ]
+    restored = kinds.count("moved")
     return Status(
         shards=sum(1 for _ in files.shards()),
         decided=len(files.finished("decisions")),
         moved=len(times),
-        undone=len(files.finished("undo")),
+        undone=len(undone),
+        restored=restored,
+        stayed=len(kinds) - restored,
         per_second=per_second,
         holder=lease.holder(job.output, job.folder),
     )

@@ -38,7 +38,6 @@ class StoredObject:
         size: in bytes.
         etag: with its quotation marks, as conditions need it. It differs between versions, and may also differ between
             copies of the same bytes.
-        version: its version in a bucket with versions, if that is known. A listing does not tell it.
         modified: when it was written, in UTC, to the second.
         storage_class: `STANDARD`, `GLACIER` …; None if the store does not say.
         metadata: the user's, and the sorter's marks; None in a listing, filled in by `head`.
@@ -47,7 +46,6 @@ class StoredObject:
     key: str
     size: int
     etag: str
-    version: str | None
     modified: datetime
     storage_class: str | None
     metadata: Mapping[str, str] | None = None

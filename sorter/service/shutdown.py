@@ -20,6 +20,8 @@ class Shutdown:
 
     Attributes:
         requested: whether to end.
+        unwinds: while nothing is in hand yet, have the first signal raise `KeyboardInterrupt`, so that what was started
+            is ended; otherwise it ends the process.
         reloads: filled with an item for each SIGHUP that asks for a new model.
         wake: ends the loop's sleep.
         move_lock: held while one photo moves; None while nothing can be in hand.
@@ -30,7 +32,7 @@ class Shutdown:
     def __init__(self, idle_code: int) -> None:
         # Not a threading.Event: the thread that the handler interrupts may be the one that holds its lock. To put
         # something into a SimpleQueue needs none.
-        self.requested = False
+        self.requested = self.unwinds = False
         self.reloads: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self.wake: Callable[[], None] = lambda: None
         self.move_lock: threading.Lock | None = None
@@ -49,18 +51,21 @@ class Shutdown:
         self.reloads.put(True)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self.move_lock is None:
+        if self.move_lock is None and not self.unwinds:
             os._exit(self._idle_code)
         if self.requested and number == signal.SIGHUP:  # the kernel and the shell each send one
             return
         if self.requested:
             # The photo in hand may finish its move, so that nothing is half moved. A copy that takes longer leaves a
             # hidden partial file, and the photo where it was.
-            self.move_lock.acquire(timeout=_MOVE_SECONDS)
+            if self.move_lock is not None:
+                self.move_lock.acquire(timeout=_MOVE_SECONDS)
             self.kill_children()
             self.restore_terminal()
             os._exit(128 + number)
         self.requested = True
+        if self.move_lock is None:
+            raise KeyboardInterrupt
         self.wake()
 
 
