@@ -6,11 +6,8 @@ to the cluster without its token, unless the user's environment says otherwise.
 
 import atexit
 import contextlib
-import ctypes
 import os
 import secrets
-import signal
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -99,36 +96,12 @@ def connected(address: str | None) -> Iterator[Any]:
             hint = "start it, or check --address and RAY_AUTH_TOKEN"
             raise NotNowError(f"{where} ({_first_line(error)}): {hint}") from error
         yield ray
-    except KeyboardInterrupt:
-        # Before anything is in hand. Only the end of the process ends Ray's start; the next command removes the folder.
-        atexit.register(_end_at_once)
-        raise
-    except BaseException:
-        end()
-        raise
-    else:
-        end()
-
-
-def _end_at_once() -> None:
-    """End this process and all that it has started, and what these have started."""
-    if sys.platform.startswith("linux"):
-        pr_set_child_subreaper = 36  # the children of those that are killed become this process's own
-        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
-        while children := [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in _words(file)]:
-            for child in children:
-                with contextlib.suppress(ProcessLookupError, ChildProcessError):  # Ray's thread has seen its end
-                    os.kill(child, signal.SIGKILL)
-                    os.waitpid(child, 0)
-    os._exit(ExitCode.INCOMPLETE)
-
-
-def _words(file: Path) -> list[str]:
-    """What is in a thread's file; nothing once the thread is gone."""
-    try:
-        return file.read_text().split()
-    except OSError:
-        return []
+    finally:
+        if started.done():
+            end()
+        else:
+            # Only the end of this process ends Ray's start. The next command removes the folder.
+            atexit.register(os._exit, ExitCode.INCOMPLETE)
 
 
 def shape(ray: Any, device: str, nodes: int | None) -> Shape:
