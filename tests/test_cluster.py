@@ -17,6 +17,7 @@ from conftest import GREEN, RED, RedGreenEngine, make_tree, plain
 from object_stores import Server
 
 from sorter.classifier.manifest import Manifest
+from sorter.cli import cluster
 from sorter.cli.main import main
 from sorter.cluster.deciding import Decider
 from sorter.cluster.node import setup
@@ -159,7 +160,9 @@ class _Machines:
         ([{"CPU": 2}], "auto", 2, Shape(2, 1, 0)),
         ([{"CPU": 0}, {"CPU": 64}, {"CPU": 64}], "auto", None, Shape(2, 64, 0)),  # a head without work, and workers
         ([{"CPU": 16}, {"CPU": 64}], "auto", None, Shape(5, 16, 0)),
+        ([{"CPU": 1}, *[{"CPU": 16}] * 8], "auto", None, Shape(8, 16, 0)),  # a head with one CPU
         ([{"CPU": 64}], "auto", 8, Shape(8, 8, 0)),
+        ([{"CPU": 2}], "auto", 4, Shape(2, 1, 0)),
         ([{"CPU": 64}, {"CPU": 64}], "auto", 8, Shape(8, 64, 0)),  # of a cluster that grows
         ([{"CPU": 8}, {"CPU": 64, "GPU": 4}], "auto", None, Shape(4, 16, 1)),
         ([{"CPU": 8}, {"CPU": 64, "GPU": 4}], "cpu", None, Shape(9, 8, 0)),
@@ -226,6 +229,10 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(flags: str, said: str, cap
     assert said in err
     assert err.startswith("sorter: ")
     assert err.count("\n") == 1
+
+
+def test_the_scheme_of_a_url_may_be_in_capitals() -> None:
+    assert cluster._url("S3:/Bucket/In") == cluster._url("s3://Bucket/In") == "s3://Bucket/In"
 
 
 def test_a_url_for_one_machine_is_led_to_the_cluster(capsys: Capture) -> None:

@@ -65,8 +65,8 @@ def cluster(
 
 
 def _url(path: str) -> str:
-    """A URL that has been taken for a path, and has lost a slash."""
-    return _URL.sub(r"\1://", path)
+    """A URL that has been taken for a path, and has lost a slash; its scheme may be in capitals."""
+    return _URL.sub(lambda match: f"{match[1].lower()}://", path)
 
 
 def _check_options(
