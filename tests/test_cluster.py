@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,35 @@ def test_an_endpoint_that_is_no_url_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "foo")
     with pytest.raises(ConfigurationError, match="Invalid endpoint: foo"):
         open_store("s3://photos/in")
+
+
+class _Forbidden(BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        self.send_response(403)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_PUT = do_DELETE = do_HEAD  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_credentials_that_may_not_write_are_said_with_the_bucket(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Forbidden) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"):
+            monkeypatch.setenv(f"AWS_{name}", "some")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        code = main(["cluster", "check", "--inbox", "s3://photos/in", "--output", "s3://photos/sorted"])
+        server.shutdown()
+        thread.join()
+    assert code == 1
+    said = "s3://photos cannot be used: the store refuses it (403: Forbidden); check the permissions"
+    assert said in capsys.readouterr().err
 
 
 def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
