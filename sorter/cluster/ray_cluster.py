@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from sorter import extras
 from sorter.cluster.scratch import PrivateFolder
 from sorter.errors import ConfigurationError, ExitCode, NotNowError
@@ -67,6 +69,7 @@ def connected(address: str | None) -> Iterator[Any]:
             "object_store_memory": _OBJECT_STORE_BYTES,
             "_temp_dir": str(folder.path),
         }
+    structlog.get_logger().info("cluster.connecting", address=address or "this machine")  # which may take minutes
     started, ending = Future[None](), threading.Event()
 
     def hold() -> None:
