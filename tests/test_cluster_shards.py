@@ -1,13 +1,15 @@
 """A shard's way through a node, a job's lease and its undo, with real decoders, on a store in memory."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import GREEN, RED, RedGreenEngine, plain
-from memory_store import START, MemoryStore
+from memory_store import START, MemoryStore, every_order
 
 from sorter.classifier.manifest import Manifest
 from sorter.cli import preflight
@@ -264,27 +266,101 @@ def test_undo_also_finds_what_a_killed_node_has_moved(
     assert tree(store) == before
 
 
+def described(inbox: str = "memory://photos/in/") -> dict[str, object]:
+    return {"inbox": inbox, "folders": ["cats", "dogs", "unsure", "failed"]}
+
+
+@pytest.fixture
+def _clock_of_the_store(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + store.writes)
+
+
+@pytest.mark.usefixtures("_clock_of_the_store")
+@pytest.mark.parametrize("inbox", ["in/", "in/2019/", ""])
 def test_a_job_with_other_settings_waits_until_a_half_done_one_is_finished_or_taken_back(
-    store: MemoryStore, job: Job, new_sorter: NewSorter, manifest: Manifest
+    store: MemoryStore, job: Job, new_sorter: NewSorter, inbox: str
 ) -> None:
-    described = {"inbox": "memory://photos/in/", "folders": ["cats", "dogs"]}
-    jobs.begin(job, described)
-    job.files.put_shard("00000", put(store, {"a.jpg": plain(RED)}))
-    new_sorter(decide_only=True).sort("00000")
-    other = replace(job, id="ba9876543210")
-    jobs.begin(other, described)  # nothing was moved yet
+    other, others = replace(job, id="ba9876543210", inbox_prefix=inbox), described(f"memory://photos/{inbox}")
+    with jobs.begin(job, described()):
+        job.files.put_shard("00000", put(store, {"a.jpg": plain(RED)}))
+        new_sorter(decide_only=True).sort("00000")
+    with jobs.begin(other, others):
+        pass  # nothing was moved yet
     store.put_new(f"{job.folder}moving/00000", b"")
-    with pytest.raises(NotNowError, match=job.id):
-        jobs.begin(other, described)
+    with pytest.raises(NotNowError, match=f"{job.id}.* is not finished"), jobs.begin(other, others):
+        pass
+    assert not lease.holder(store, other.folder).is_fresh, "who is refused is in nobody's way"
     assert list(take_back(job, "copy", SidecarNames())) != []
-    jobs.begin(other, described)
+    with jobs.begin(other, others):
+        pass
 
 
+@pytest.mark.usefixtures("_clock_of_the_store")
+@pytest.mark.parametrize("inbox", ["in/", "in/2019/", ""])
+def test_of_two_jobs_of_one_inbox_the_second_is_refused_and_no_photo_is_sorted_twice(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, inbox: str
+) -> None:
+    files = {f"2019/{n}.jpg": plain(RED, n) for n in range(5)}
+    put(store, files)
+    other, others = replace(job, id="ba9876543210", inbox_prefix=inbox), described(f"memory://photos/{inbox}")
+    with jobs.begin(job, described()):
+        assert jobs.list_inbox(job, preflight.selection(SETTINGS)) == (5, 1)
+        with pytest.raises(NotNowError, match=f"process .* is at work on .*{job.id}"), jobs.begin(other, others):
+            pass
+        neighbor = replace(job, id="aaaaaaaaaaaa", inbox_prefix="in2/")
+        with jobs.begin(neighbor, described("memory://photos/in2/")):
+            pass  # another inbox
+        new_sorter().sort("00000")
+    assert tree(store) == {f"sorted/cats/{name}": data for name, data in files.items()}
+    with jobs.begin(other, others):
+        assert jobs.list_inbox(other, preflight.selection(SETTINGS)) == (0, 0)
+
+
+class Watched(MemoryStore):
+    """Also looking for other jobs, and for whoever holds a lease, is a step."""
+
+    def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
+        if prefix.endswith("/lease/") or prefix == after:
+            self.step("list")
+        yield from super().list(prefix, after)
+
+
+def test_two_jobs_of_one_inbox_that_begin_at_once_are_never_both_at_work(
+    monkeypatch: pytest.MonkeyPatch, proved: Callable[[str], None]
+) -> None:
+    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + 1)
+    monkeypatch.setattr(Lease, "__enter__", lambda self: self)  # it lasts for an instant: nothing is renewed
+    monkeypatch.setattr(Lease, "__exit__", lambda self, *_: self._renew(released=True) and None)
+    ends: Counter[tuple[object, ...]] = Counter()
+
+    def scene() -> tuple[MemoryStore, list[Callable[[], object]], list[Callable[[], object]]]:
+        store, at_work = Watched(), set[str]()
+
+        def work(id_: str) -> str:
+            try:
+                with jobs.begin(Job(id_, store, "in/", store, "sorted/"), described()):
+                    at_work.add(id_)
+                    store.step("work")
+                    is_alone = at_work == {id_}
+                    at_work.discard(id_)
+                    return "done" if is_alone else "both"
+            except NotNowError:
+                return "refused"
+
+        return store, [partial(work, "a"), partial(work, "b")], []
+
+    count = every_order(scene, lambda _, results: ends.update([tuple(results)]), kills=0)
+    assert set(ends) == {("done", "done"), ("done", "refused"), ("refused", "done"), ("refused", "refused")}
+    proved(f"two jobs of one inbox that begin at once, {count} orders of requests: never both at work")
+
+
+@pytest.mark.usefixtures("_clock_of_the_store")
 def test_the_inbox_may_be_the_output_and_sorted_photos_are_not_listed_again(
     store: MemoryStore, new_sorter: NewSorter
 ) -> None:
     job = Job("0123456789ab", store, "in/", store, "in/")
-    jobs.begin(job, {"inbox": "memory://photos/in/", "folders": ["cats", "dogs", "unsure", "failed"]})
+    with jobs.begin(job, described()):
+        pass
     put(
         store,
         {"a.jpg": plain(RED), "cats/b.jpg": plain(RED), "failed/c.jpg": b"", ".hidden.jpg": b"", "d.jpg.part": b""},

@@ -44,6 +44,12 @@ class Holder:
         """Whether somebody is at work."""
         return not self.is_gone and self.age_seconds < FRESH_SECONDS
 
+    @property
+    def advice(self) -> str:
+        """What whoever cannot have the lease is to do."""
+        wait_seconds = max(0.0, FRESH_SECONDS - self.age_seconds)
+        return f"wait for its end, or, if it was killed, for {wait_seconds:.0f} seconds"
+
 
 def holder(store: Store, folder: str) -> Holder:
     """Who holds a job's lease.
@@ -85,11 +91,7 @@ class Lease:
         last = holder(store, folder)
         self._number = last.number
         if last.is_fresh or not self._renew():
-            wait_seconds = max(0.0, FRESH_SECONDS - last.age_seconds)
-            raise NotNowError(
-                f"{last.text or 'another process'} is at work on this job: wait for its end, or, if it was killed, for "
-                f"{wait_seconds:.0f} seconds"
-            )
+            raise NotNowError(f"{last.text or 'another process'} is at work on this job: {last.advice}")
 
     def __enter__(self) -> Self:
         """Start the thread that renews it."""
