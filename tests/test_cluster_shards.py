@@ -15,6 +15,7 @@ from sorter.classifier.manifest import Manifest
 from sorter.cli import preflight
 from sorter.cluster import job as jobs
 from sorter.cluster import lease, shard_mover
+from sorter.cluster import status as statuses
 from sorter.cluster.deciding import Decider
 from sorter.cluster.job import Job, unfinished
 from sorter.cluster.lease import FRESH_SECONDS, Lease
@@ -226,20 +227,98 @@ def test_an_attempt_that_the_store_ended_is_no_death(
     assert new_sorter().sort("00000").counts == {"cats/": 1}
 
 
-def test_undo_brings_all_back_and_names_who_is_in_the_way(store: MemoryStore, job: Job, new_sorter: NewSorter) -> None:
+def undo(job: Job) -> dict[str, str]:
+    """What became of each object that was not back before."""
+    return {row.key: row.kind for shard in take_back(job, "copy", SidecarNames()) for row in shard}
+
+
+def test_undo_brings_all_back_and_what_somebody_was_in_the_way_of_by_the_next_undo(
+    store: MemoryStore, job: Job, new_sorter: NewSorter
+) -> None:
     files = {"x/a.jpg": plain(RED), "x/a.xmp": b"<xmp>", "b.jpg": plain(GREEN), "c.jpg": plain(RED, 1), "d.txt": b"d"}
     job.files.put_shard("00000", put(store, files))
     before = tree(store)
     new_sorter().sort("00000")
     store.put("in/c.jpg", b"a stranger's")
-    rows = [row for shard in take_back(job, "copy", SidecarNames()) for row in shard]
-    assert [(row.key, row.kind) for row in rows if row.kind != "moved"] == [("sorted/cats/c.jpg", "left")]
+    assert undo(job) == {
+        "sorted/cats/c.jpg": "left",
+        **dict.fromkeys(("sorted/cats/x/a.jpg", "sorted/cats/x/a.xmp", "sorted/dogs/b.jpg"), "moved"),
+    }
     assert tree(store) == before | {"in/c.jpg": b"a stranger's", "sorted/cats/c.jpg": files["c.jpg"]}
-    assert list(take_back(job, "copy", SidecarNames())) == []
-    assert jobs.list_inbox(job, preflight.selection(SETTINGS)) == (
-        1,
-        1,
-    )  # the stranger's; what was brought back is left alone
+    assert undo(job) == {"sorted/cats/c.jpg": "left"}
+    found = statuses.read(job)
+    assert (found.undone, found.restored, found.stayed) == (1, 3, 1)
+    assert jobs.list_inbox(job, preflight.selection(SETTINGS)) == (1, 1)  # the stranger's alone
+    del store.objects["in/c.jpg"]
+    assert undo(job) == {"sorted/cats/c.jpg": "moved"}
+    assert tree(store) == before
+    found = statuses.read(job)
+    assert (found.undone, found.restored, found.stayed) == (1, 4, 0)
+    assert undo(job) == {}
+    assert jobs.list_inbox(job, preflight.selection(SETTINGS)) == (0, 0)
+
+
+def test_what_was_restored_and_then_edited_or_deleted_is_no_concern_of_the_next_undo(
+    store: MemoryStore, job: Job, new_sorter: NewSorter
+) -> None:
+    job.files.put_shard("00000", put(store, {f"{n}.jpg": plain(RED, n) for n in range(4)}))
+    new_sorter().sort("00000")
+    store.put("sorted/cats/0.jpg", b"edited")
+    assert undo(job)["sorted/cats/0.jpg"] == "changed"
+    store.put("in/1.jpg", b"edited")
+    del store.objects["in/2.jpg"]
+    before = tree(store)
+    assert undo(job) == {"sorted/cats/0.jpg": "changed"}
+    assert tree(store) == before
+
+
+@pytest.mark.parametrize("deaths", range(1, 5))
+def test_a_second_undo_that_is_killed_is_finished_by_the_third(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, deaths: int
+) -> None:
+    files = {f"{n}.jpg": plain(RED, n) for n in range(3)}
+    job.files.put_shard("00000", put(store, files))
+    new_sorter().sort("00000")
+    strangers = [store.put(f"in/{name}", b"a stranger's") for name in files]
+    assert set(undo(job).values()) == {"left"}
+    for stranger in strangers:
+        store.delete_exact(stranger)
+    requests = Counter[str]()
+
+    def die(request: str) -> None:
+        requests[request] += 1
+        if request == "put" or requests["delete"] == deaths:
+            raise KeyboardInterrupt
+
+    store.step = die
+    with pytest.raises(KeyboardInterrupt):
+        undo(job)
+    store.step = lambda request: None
+    assert set(undo(job).values()) == {"moved"}
+    assert tree(store) == {f"in/{name}": data for name, data in files.items()}
+    assert jobs.list_inbox(job, preflight.selection(SETTINGS)) == (0, 0)
+
+
+@pytest.mark.parametrize("fate", ["in the way", "edited", "deleted"])
+def test_a_sidecar_stays_with_a_photo_that_undo_cannot_restore(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, fate: str
+) -> None:
+    files = {"a.jpg": plain(RED), "a.jpg.json": b"{}", "a.xmp": b"<xmp>", "b.jpg": plain(RED, 1), "b.xmp": b"<b>"}
+    job.files.put_shard("00000", put(store, files))
+    new_sorter().sort("00000")
+    if fate == "in the way":
+        store.put("in/a.jpg", b"a stranger's")
+    elif fate == "edited":
+        store.put("sorted/cats/a.jpg", b"edited")
+    else:
+        del store.objects["sorted/cats/a.jpg"]
+    found = undo(job)
+    assert (found["sorted/cats/a.xmp"], found["sorted/cats/a.jpg.json"]) == ("stayed", "stayed")
+    assert {"sorted/cats/a.xmp", "sorted/cats/a.jpg.json", "in/b.jpg", "in/b.xmp"} <= set(tree(store))
+    if fate == "in the way":
+        del store.objects["in/a.jpg"]
+        assert set(undo(job).values()) == {"moved"}
+        assert tree(store) == {f"in/{name}": data for name, data in files.items()}
 
 
 def test_undo_also_finds_what_a_killed_node_has_moved(
@@ -261,8 +340,7 @@ def test_undo_also_finds_what_a_killed_node_has_moved(
         with pytest.raises(KeyboardInterrupt):
             new_sorter().sort("00000")
     assert shard_mover.begun(job.files) - job.files.finished("moves") == {"00000"}
-    rows = [row for shard in take_back(job, "copy", SidecarNames()) for row in shard]
-    assert {row.kind for row in rows} == {"moved"}
+    assert set(undo(job).values()) == {"moved"}
     assert tree(store) == before
 
 
@@ -290,7 +368,7 @@ def test_a_job_with_other_settings_waits_until_a_half_done_one_is_finished_or_ta
     with pytest.raises(NotNowError, match=f"{job.id}.* is not finished"), jobs.begin(other, others):
         pass
     assert not lease.holder(store, other.folder).is_fresh, "who is refused is in nobody's way"
-    assert list(take_back(job, "copy", SidecarNames())) != []
+    assert undo(job) == {"sorted/cats/a.jpg": "moved"}
     with jobs.begin(other, others):
         pass
 
