@@ -1,5 +1,6 @@
 """A shard's way through a node, a job's lease and its undo, with real decoders, on a store in memory."""
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -392,6 +393,24 @@ def test_of_two_jobs_of_one_inbox_the_second_is_refused_and_no_photo_is_sorted_t
     assert tree(store) == {f"sorted/cats/{name}": data for name, data in files.items()}
     with jobs.begin(other, others):
         assert jobs.list_inbox(other, preflight.selection(SETTINGS)) == (0, 0)
+
+
+def test_a_job_waits_for_the_nodes_of_another_one_whose_command_was_killed(
+    store: MemoryStore, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node on another machine may still decide to move something, which no mark says yet."""
+    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + store.writes)
+    other = replace(job, id="ba9876543210")
+    store.put_new(f"{job.folder}job.json", json.dumps(described()).encode())
+    with monkeypatch.context() as patch:
+        patch.setattr("sorter.cluster.lease.os.getpid", lambda: 2**22 + 1)  # more than any process has
+        Lease(store, job.folder)
+    with pytest.raises(NotNowError, match=r"if it was killed, for \d+ seconds"), jobs.begin(other, described()):
+        pass
+    with jobs.begin(job, described()):
+        pass  # the same command goes on at once
+    with jobs.begin(other, described()):
+        pass
 
 
 class Watched(MemoryStore):

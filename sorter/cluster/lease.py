@@ -31,18 +31,25 @@ class Holder:
         number: of that renewal; 0 if there was none.
         text: the process, for a person.
         age_seconds: how long ago that was, by the clocks of the store and of this machine.
-        is_gone: it was released, or its process on this machine has ended.
+        is_released: its work has ended in good order.
+        is_killed: its process was on this machine, and has ended.
     """
 
     number: int
     text: str = ""
     age_seconds: float = 0.0
-    is_gone: bool = True
+    is_released: bool = True
+    is_killed: bool = False
 
     @property
     def is_fresh(self) -> bool:
         """Whether somebody is at work."""
-        return not self.is_gone and self.age_seconds < FRESH_SECONDS
+        return self.may_have_nodes and not self.is_killed
+
+    @property
+    def may_have_nodes(self) -> bool:
+        """Whether nodes may be at work: those on other machines outlive a command that is killed, for a while."""
+        return not self.is_released and self.age_seconds < FRESH_SECONDS
 
     @property
     def advice(self) -> str:
@@ -68,7 +75,8 @@ def holder(store: Store, folder: str) -> Holder:
         number=int(last.key.rpartition("/")[2].partition(".")[0]),
         text=f"process {said['process']} on {said['host']}",
         age_seconds=time.time() - last.modified.timestamp(),
-        is_gone=said["released"] or (here and not os.path.exists(f"/proc/{said['process']}")),
+        is_released=said["released"],
+        is_killed=here and not os.path.exists(f"/proc/{said['process']}"),
     )
 
 
