@@ -21,7 +21,7 @@ ENVIRONMENT = {
     "RAY_AUTH_TOKEN": TOKEN,
     "RAY_worker_niceness": "0",
 }
-INTERRUPTED = "sorter: interrupted before the first node was ready: run the same command again"
+INTERRUPTED = "sorter: interrupted before this command had sorted anything: run it again"
 
 
 class Machines:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from conftest import GREEN, RED, RedGreenEngine, make_tree, plain
 from object_stores import Server
 
 from sorter.classifier.manifest import Manifest
+from sorter.cli import cluster
 from sorter.cli.main import main
 from sorter.cluster.deciding import Decider
 from sorter.cluster.node import setup
@@ -159,7 +161,9 @@ class _Machines:
         ([{"CPU": 2}], "auto", 2, Shape(2, 1, 0)),
         ([{"CPU": 0}, {"CPU": 64}, {"CPU": 64}], "auto", None, Shape(2, 64, 0)),  # a head without work, and workers
         ([{"CPU": 16}, {"CPU": 64}], "auto", None, Shape(5, 16, 0)),
+        ([{"CPU": 1}, *[{"CPU": 16}] * 8], "auto", None, Shape(8, 16, 0)),  # a head with one CPU
         ([{"CPU": 64}], "auto", 8, Shape(8, 8, 0)),
+        ([{"CPU": 2}], "auto", 4, Shape(2, 1, 0)),
         ([{"CPU": 64}, {"CPU": 64}], "auto", 8, Shape(8, 64, 0)),  # of a cluster that grows
         ([{"CPU": 8}, {"CPU": 64, "GPU": 4}], "auto", None, Shape(4, 16, 1)),
         ([{"CPU": 8}, {"CPU": 64, "GPU": 4}], "cpu", None, Shape(9, 8, 0)),
@@ -228,6 +232,10 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(flags: str, said: str, cap
     assert err.count("\n") == 1
 
 
+def test_the_scheme_of_a_url_may_be_in_capitals() -> None:
+    assert cluster._url("S3:/Bucket/In") == cluster._url("s3://Bucket/In") == "s3://Bucket/In"
+
+
 def test_a_url_for_one_machine_is_led_to_the_cluster(capsys: Capture) -> None:
     assert main(["run", "--once", "--inbox", "s3://photos/in"]) == 2
     assert "use sorter cluster run" in capsys.readouterr().err
@@ -237,6 +245,35 @@ def test_an_endpoint_that_is_no_url_is_said(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "foo")
     with pytest.raises(ConfigurationError, match="Invalid endpoint: foo"):
         open_store("s3://photos/in")
+
+
+class _Forbidden(BaseHTTPRequestHandler):
+    def do_HEAD(self) -> None:
+        self.send_response(403)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_PUT = do_DELETE = do_HEAD  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_credentials_that_may_not_write_are_said_with_the_bucket(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Forbidden) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"):
+            monkeypatch.setenv(f"AWS_{name}", "some")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        code = main(["cluster", "check", "--inbox", "s3://photos/in", "--output", "s3://photos/sorted"])
+        server.shutdown()
+        thread.join()
+    assert code == 1
+    said = "s3://photos cannot be used: the store refuses it (403: Forbidden); check the permissions"
+    assert said in capsys.readouterr().err
 
 
 def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -1,6 +1,7 @@
 """`sorter review` as a server: who may talk to it, what it shows, and what it takes; all as real requests."""
 
 import io
+import json
 import os
 import re
 import socket
@@ -9,8 +10,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from conftest import photo, read_tree
@@ -19,9 +21,11 @@ from pictures import encoded, every_format, turned
 from PIL import ExifTags, Image
 from reviewing import CAT, DOG, UNSURE, Client, Sorted, fixed, ids, reviewing, rows, sort_as
 
+from sorter.classifier import manifest
 from sorter.cli.main import main
 from sorter.files import lock
 from sorter.files.lock import Lock
+from sorter.settings import SHIPPED_MODEL
 
 for module in ("starlette", "uvicorn", "jinja2"):
     pytest.importorskip(module, reason="needs the extra review")
@@ -177,6 +181,31 @@ def test_an_answer_does_not_wait_for_its_own_acknowledgement() -> None:
         accepted, _ = listener.accept()
         with accepted:
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_what_was_taken_back_before_an_error_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sorter.review import app, corrections, deck  # not where the extra is missing
+
+    output, known = tmp_path / "out", manifest.read(SHIPPED_MODEL)
+    sort_as(output, {f"{n}.jpg": (photo(n), CAT) for n in range(3)})
+    with closing(corrections.Corrections(output, known.classes)) as reviewed, closing(deck.Deck(output)) as cards:
+        seen = {card.id: card.file for card in cards.page("least-sure")[0]}
+        versions = {n: corrections.Version(f.identity.size, f.identity.mtime_ns) for n, f in seen.items() if f}
+        reviewed.decide([corrections.Verdict(n, version, "dog", "corrected") for n, version in versions.items()])
+        take_back, undoing = reviewed.take_back, Lock(output, lock.UNDOING)
+
+        def beside_an_undo(number: int) -> corrections.Outcome:
+            if number != min(seen):
+                undoing.take()
+            return take_back(number)
+
+        monkeypatch.setattr(lock, "UNDOING_PATIENCE_SECONDS", 0.1)
+        monkeypatch.setattr(reviewed, "take_back", beside_an_undo)
+        routes = app._Routes(app.Review("", {}, {}, cards, reviewed, pictures=cast(Any, None)))
+        outcomes = json.loads(bytes(routes._take_back(sorted(seen)).body))["outcomes"]
+        undoing.release()
+    assert [bool(outcome["error"]) for outcome in outcomes] == [False, True, True]
+    assert sorted(Path(name).parent.name for name in read_tree(output)) == ["cats", "dogs", "dogs"]
 
 
 def test_a_picture_has_nothing_of_the_file_but_what_is_seen(tmp_path: Path) -> None:

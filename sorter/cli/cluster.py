@@ -61,12 +61,12 @@ def cluster(
             return _with_folders(settings, action, address, workers, decide_only=decide_only)
         return _with_urls(settings, action, _url(inbox), _url(output), address, workers, decide_only, job)
     except KeyboardInterrupt:  # of `Shutdown`
-        raise NotBegunError("interrupted before the first node was ready: run the same command again") from None
+        raise NotBegunError("interrupted before this command had sorted anything: run it again") from None
 
 
 def _url(path: str) -> str:
-    """A URL that has been taken for a path, and has lost a slash."""
-    return _URL.sub(r"\1://", path)
+    """A URL that has been taken for a path, and has lost a slash; its scheme may be in capitals."""
+    return _URL.sub(lambda match: f"{match[1].lower()}://", path)
 
 
 def _check_options(

@@ -4,8 +4,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import structlog
 
@@ -73,9 +74,10 @@ def run(
             stack.callback(pool.finish)
             pool.await_first()
             shutdown.move_lock = threading.Lock()  # a second signal ends it at once: the same command goes on
-            show = _bar(settings, stream, stack, (len(to_do) - 1) * SHARD_ROWS + len(job.files.read_shard(to_do[-1])))
+            total = (len(to_do) - 1) * SHARD_ROWS + len(job.files.read_shard(to_do[-1]))
+            show = _bar(settings, stream, shutdown, stack, total)
             loop = jobs.Run(
-                pool, to_do, stopping=lambda: shutdown.requested, check=held.check, on_progress=lambda _, n: show(n)
+                pool, to_do, stopping=_stopping(shutdown), check=held.check, on_progress=lambda _, n: show(n)
             )
             totals = loop.run()
             structlog.get_logger().info(
@@ -123,7 +125,9 @@ def status(settings: Settings, inbox: str, output: str, job_id: str | None) -> E
     found = statuses.read(job)
     share = found.moved / max(found.shards, 1)
     restored, is_undone = _restored(found.restored, found.stayed), 0 < found.moved == found.undone
-    state = "finished" if found.moved == found.shards else "not running"
+    state = "not running"
+    if found.moved == found.shards:
+        state = "finished" if found.shards else "nothing was listed yet"
     if found.holder.is_fresh:
         state = f"running, {found.holder.text}"
     elif is_undone:
@@ -134,7 +138,7 @@ def status(settings: Settings, inbox: str, output: str, job_id: str | None) -> E
         rows.append(("decided", f"{found.decided} of {found.shards} shards"))
         if found.undone:
             rows.append(("undone", f"{found.undone} of {found.moved} sorted shards. {restored}"))
-    if found.moved < found.shards and found.seconds_left is not None:
+    if found.holder.is_fresh and found.moved < found.shards and found.seconds_left is not None:
         rows.append(("speed", f"about {found.per_second * SHARD_ROWS:.1f} photos/s"))
         rows.append(("time left", f"about {found.seconds_left / 60:.0f} minutes"))
     _print_rows(rows)
@@ -184,17 +188,25 @@ def _known(settings: Settings, inbox: str, output: str, job_id: str | None) -> J
     """The one job of an inbox, or the one that was named."""
     stores = (*open_store(inbox), *open_store(output))
     url = f"{stores[0].url}/{stores[1]}"
-    found = [id_ for id_, job in jobs.known_jobs(*stores[2:]).items() if job["inbox"] == url]
-    if job_id is not None:
-        found = [id_ for id_ in found if id_ == job_id]
+    known = jobs.known_jobs(*stores[2:])
+    found = [id_ for id_, described in known.items() if described["inbox"] == url and job_id in (None, id_)]
     if not found:
         named = "job" if job_id is None else f"job {entries.printable(job_id)}"
         raise ConfigurationError(f"{output} has no {named} for {inbox}: check --inbox and --output")
     if len(found) > 1:  # one that was refused before it listed anything has no shards
         found = [id_ for id_ in found if Job(id_, *stores).files.shards()] or found
     if len(found) > 1:
-        raise ConfigurationError(f"{inbox} has several jobs, {', '.join(found)}: choose one with --job")
+        listed = "\n".join(f"    {id_}  {_began(known[id_])}" for id_ in found)
+        raise ConfigurationError(f"{inbox} has several jobs: choose one with --job\n{listed}")
     return Job(found[0], *stores)
+
+
+def _began(described: Mapping[str, Any]) -> str:
+    """When a job began, and with what."""
+    when, threshold = entries.local_time(described["began"]), described["min_confidence"]
+    return f"began {when}, model {described['model']}, min_confidence {threshold:g}" + (
+        ", catch_neither" if described["catch_neither"] else ""
+    )
 
 
 def _probe(job: Job) -> Mode:
@@ -207,10 +219,29 @@ def _probe(job: Job) -> Mode:
     return mode
 
 
-def _bar(settings: Settings, stream: logs.LogStream, stack: ExitStack, total: int) -> Callable[[int], None]:
+def _stopping(shutdown: Shutdown) -> Callable[[], bool]:
+    """Whether a signal has come; says once what happens then."""
+    told = False
+
+    def stopping() -> bool:
+        nonlocal told
+        if shutdown.requested and not told:
+            told = True
+            structlog.get_logger().info(
+                "cluster.stopping", detail="the shards in hand are finished first; a second signal ends it at once"
+            )
+        return shutdown.requested
+
+    return stopping
+
+
+def _bar(
+    settings: Settings, stream: logs.LogStream, shutdown: Shutdown, stack: ExitStack, total: int
+) -> Callable[[int], None]:
     """What shows how many photos were decided on, if somebody watches."""
     if settings.log_format == "json" or not stream.isatty():
         return lambda _: None
+    shutdown.restore_terminal = stream.show_cursor
     bar, started = stack.enter_context(console.bar(stream, total)), time.monotonic()
     return lambda done: bar.show(done, done / max(time.monotonic() - started, 0.001))
 

@@ -12,7 +12,7 @@ from sorter.cluster.stores import MARK, Mode, Store
 from sorter.errors import ObjectError, StoreError, UnsafeStoreError
 
 MODES: dict[Mode, str] = {"upload": "PutObject", "multipart": "CompleteMultipartUpload", "copy": "CopyObject"}
-"""The request that has the condition; last those that a careless store may leave other bytes behind."""
+"""The request that has the condition. `copy` comes last: a careless store overwrites with it."""
 
 OLD, OTHER = b"what is there", b"what another program wrote"
 _WRONG_ETAG = f'"{"0" * 32}"'
@@ -29,11 +29,13 @@ def probe(store: Store, prefix: str) -> Mode:
 
     Raises:
         UnsafeStoreError: a condition is ignored or refused; the message names it.
-        StoreError: the store does not answer.
+        StoreError: the store does not answer, or these credentials may not write there.
     """
     folder = f"{prefix}.sorter/probe-{uuid4().hex}/"
     try:
         return _probe(store, folder)
+    except ObjectError as error:
+        raise StoreError(f"{store.url} cannot be used: {error}; check the permissions of these credentials") from error
     finally:
         with suppress(StoreError, ObjectError):
             for item in store.list(folder):

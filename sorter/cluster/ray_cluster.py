@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import structlog
+
 from sorter import extras
 from sorter.cluster.scratch import PrivateFolder
 from sorter.errors import ConfigurationError, ExitCode, NotNowError
 from sorter.processors import available_cpus
 
 _OBJECT_STORE_BYTES = 100_000_000  # names and decisions; no pixels travel
+_LEAST_SHARE = 8  # a machine with less than an eighth of the largest one's CPUs has no node
 _LOCAL_PREFIX = "sorter-ray-"  # in the folder for temporary files: paths of sockets must stay short
 
 
@@ -66,11 +69,12 @@ def connected(address: str | None) -> Iterator[Any]:
             "object_store_memory": _OBJECT_STORE_BYTES,
             "_temp_dir": str(folder.path),
         }
+    structlog.get_logger().info("cluster.connecting", address=address or "this machine")  # which may take minutes
     started, ending = Future[None](), threading.Event()
 
     def hold() -> None:
         try:
-            ray.init(address=address, **options)
+            ray.init(address=address or "local", **options)  # whatever RAY_ADDRESS says
         except BaseException as error:
             started.set_exception(error)
         else:
@@ -92,8 +96,9 @@ def connected(address: str | None) -> Iterator[Any]:
         try:
             started.result()
         except Exception as error:  # whatever Ray and gRPC raise here
-            where = "Ray did not start on this machine" if address is None else f"there is no Ray cluster at {address}"
-            hint = "start it, or check --address and RAY_AUTH_TOKEN"
+            where, hint = f"there is no Ray cluster at {address}", "start it, or check --address and RAY_AUTH_TOKEN"
+            if address is None:
+                where, hint = "Ray did not start on this machine", "check free memory and space for temporary files"
             raise NotNowError(f"{where} ({_first_line(error)}): {hint}") from error
         yield ray
     finally:
@@ -122,12 +127,16 @@ def shape(ray: Any, device: str, nodes: int | None) -> Shape:
     if with_gpu:
         cpus = max(1, min(int(m["CPU"] // m["GPU"]) for m in with_gpu))
         return Shape(nodes or sum(int(m["GPU"]) for m in with_gpu), cpus, 1)
+    # Nodes are of one size: a small machine among large ones, such as a head, would cut all of them into pieces.
+    largest = max(int(m["CPU"]) for m in machines)
+    machines = [m for m in machines if int(m["CPU"]) * _LEAST_SHARE >= largest]
     cpus = min(int(m["CPU"]) for m in machines)
     fitting = sum(int(m["CPU"]) // cpus for m in machines)
     if nodes is None or nodes <= fitting:
         return Shape(nodes or fitting, cpus, 0)
-    # More were asked for than there are machines: they share these. On a cluster that grows, the others wait for it.
-    return Shape(nodes, max(1, sum(int(m["CPU"]) for m in machines) // nodes) if len(machines) == 1 else cpus, 0)
+    if len(machines) == 1:  # they share it
+        return Shape(min(nodes, cpus), max(1, cpus // nodes), 0)
+    return Shape(nodes, cpus, 0)  # on a cluster that grows, some wait for that
 
 
 def _prepare_environment(*, local: bool) -> None:

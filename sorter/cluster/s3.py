@@ -40,7 +40,7 @@ METADATA_BYTES = 2_048
 CHUNK_BYTES = 1 << 20
 MEMORY_BYTES = 32 << 20
 
-# A copy with metadata of its own has none of these but those that are sent again.
+# A copy with metadata of its own keeps only those of these that are sent again.
 _CARRIED = (
     "BucketKeyEnabled",
     "CacheControl",
@@ -303,6 +303,8 @@ class S3Store:
             raise self._meant(error, key) from error
         except _NOT_CONFIGURED as error:
             raise ConfigurationError(f"{self.url} cannot be used: {error}; see boto3's configuration") from error
+        except exceptions.ParamValidationError as error:
+            raise ConfigurationError(f"{self.url} is not a bucket's name: check the URL") from error
         except exceptions.BotoCoreError as error:
             raise StoreError(f"{self.url} does not answer: {error}; start again once it does") from error
 

@@ -195,13 +195,22 @@ class _Routes:
         return self._answer(outcomes)
 
     async def take_back(self, request: Request) -> Response:
-        """Take verdicts back, the last one first, and move the photos to where they were."""
+        """Take verdicts back, and move the photos to where they were."""
         photos = await _read(request, _PHOTOS)
         return await run_in_threadpool(self._take_back, photos)
 
     def _take_back(self, photos: Sequence[int]) -> Response:
+        outcomes: list[Outcome] = []
         with self._one_at_a_time:
-            outcomes = [self._review.corrections.take_back(photo) for photo in photos]
+            for photo in photos:
+                try:
+                    outcomes.append(self._review.corrections.take_back(photo))
+                except SorterError as error:
+                    if not outcomes:
+                        raise
+                    # The page has to know which ones are back; the others would only wait for the same.
+                    outcomes += [Outcome(other, "", str(error)) for other in photos[len(outcomes) :]]
+                    break
         return self._answer(outcomes)
 
     def _answer(self, outcomes: Sequence[Outcome]) -> Response:
