@@ -1,18 +1,22 @@
 """A shard's way through a node, a job's lease and its undo, with real decoders, on a store in memory."""
 
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import GREEN, RED, RedGreenEngine, plain
-from memory_store import START, MemoryStore
+from memory_store import START, MemoryStore, every_order
 
 from sorter.classifier.manifest import Manifest
 from sorter.cli import preflight
 from sorter.cluster import job as jobs
 from sorter.cluster import lease, shard_mover
+from sorter.cluster import status as statuses
 from sorter.cluster.deciding import Decider
 from sorter.cluster.job import Job, unfinished
 from sorter.cluster.lease import FRESH_SECONDS, Lease
@@ -224,20 +228,98 @@ def test_an_attempt_that_the_store_ended_is_no_death(
     assert new_sorter().sort("00000").counts == {"cats/": 1}
 
 
-def test_undo_brings_all_back_and_names_who_is_in_the_way(store: MemoryStore, job: Job, new_sorter: NewSorter) -> None:
+def undo(job: Job) -> dict[str, str]:
+    """What became of each object that was not back before."""
+    return {row.key: row.kind for shard in take_back(job, "copy", SidecarNames()) for row in shard}
+
+
+def test_undo_brings_all_back_and_what_somebody_was_in_the_way_of_by_the_next_undo(
+    store: MemoryStore, job: Job, new_sorter: NewSorter
+) -> None:
     files = {"x/a.jpg": plain(RED), "x/a.xmp": b"<xmp>", "b.jpg": plain(GREEN), "c.jpg": plain(RED, 1), "d.txt": b"d"}
     job.files.put_shard("00000", put(store, files))
     before = tree(store)
     new_sorter().sort("00000")
     store.put("in/c.jpg", b"a stranger's")
-    rows = [row for shard in take_back(job, "copy", SidecarNames()) for row in shard]
-    assert [(row.key, row.kind) for row in rows if row.kind != "moved"] == [("sorted/cats/c.jpg", "left")]
+    assert undo(job) == {
+        "sorted/cats/c.jpg": "left",
+        **dict.fromkeys(("sorted/cats/x/a.jpg", "sorted/cats/x/a.xmp", "sorted/dogs/b.jpg"), "moved"),
+    }
     assert tree(store) == before | {"in/c.jpg": b"a stranger's", "sorted/cats/c.jpg": files["c.jpg"]}
-    assert list(take_back(job, "copy", SidecarNames())) == []
-    assert jobs.list_inbox(job, preflight.selection(SETTINGS)) == (
-        1,
-        1,
-    )  # the stranger's; what was brought back is left alone
+    assert undo(job) == {"sorted/cats/c.jpg": "left"}
+    found = statuses.read(job)
+    assert (found.undone, found.restored, found.stayed) == (1, 3, 1)
+    assert jobs.list_inbox(job, preflight.selection(SETTINGS)) == (1, 1)  # the stranger's alone
+    del store.objects["in/c.jpg"]
+    assert undo(job) == {"sorted/cats/c.jpg": "moved"}
+    assert tree(store) == before
+    found = statuses.read(job)
+    assert (found.undone, found.restored, found.stayed) == (1, 4, 0)
+    assert undo(job) == {}
+    assert jobs.list_inbox(job, preflight.selection(SETTINGS)) == (0, 0)
+
+
+def test_what_was_restored_and_then_edited_or_deleted_is_no_concern_of_the_next_undo(
+    store: MemoryStore, job: Job, new_sorter: NewSorter
+) -> None:
+    job.files.put_shard("00000", put(store, {f"{n}.jpg": plain(RED, n) for n in range(4)}))
+    new_sorter().sort("00000")
+    store.put("sorted/cats/0.jpg", b"edited")
+    assert undo(job)["sorted/cats/0.jpg"] == "changed"
+    store.put("in/1.jpg", b"edited")
+    del store.objects["in/2.jpg"]
+    before = tree(store)
+    assert undo(job) == {"sorted/cats/0.jpg": "changed"}
+    assert tree(store) == before
+
+
+@pytest.mark.parametrize("deaths", range(1, 5))
+def test_a_second_undo_that_is_killed_is_finished_by_the_third(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, deaths: int
+) -> None:
+    files = {f"{n}.jpg": plain(RED, n) for n in range(3)}
+    job.files.put_shard("00000", put(store, files))
+    new_sorter().sort("00000")
+    strangers = [store.put(f"in/{name}", b"a stranger's") for name in files]
+    assert set(undo(job).values()) == {"left"}
+    for stranger in strangers:
+        store.delete_exact(stranger)
+    requests = Counter[str]()
+
+    def die(request: str) -> None:
+        requests[request] += 1
+        if request == "put" or requests["delete"] == deaths:
+            raise KeyboardInterrupt
+
+    store.step = die
+    with pytest.raises(KeyboardInterrupt):
+        undo(job)
+    store.step = lambda request: None
+    assert set(undo(job).values()) == {"moved"}
+    assert tree(store) == {f"in/{name}": data for name, data in files.items()}
+    assert jobs.list_inbox(job, preflight.selection(SETTINGS)) == (0, 0)
+
+
+@pytest.mark.parametrize("fate", ["in the way", "edited", "deleted"])
+def test_a_sidecar_stays_with_a_photo_that_undo_cannot_restore(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, fate: str
+) -> None:
+    files = {"a.jpg": plain(RED), "a.jpg.json": b"{}", "a.xmp": b"<xmp>", "b.jpg": plain(RED, 1), "b.xmp": b"<b>"}
+    job.files.put_shard("00000", put(store, files))
+    new_sorter().sort("00000")
+    if fate == "in the way":
+        store.put("in/a.jpg", b"a stranger's")
+    elif fate == "edited":
+        store.put("sorted/cats/a.jpg", b"edited")
+    else:
+        del store.objects["sorted/cats/a.jpg"]
+    found = undo(job)
+    assert (found["sorted/cats/a.xmp"], found["sorted/cats/a.jpg.json"]) == ("stayed", "stayed")
+    assert {"sorted/cats/a.xmp", "sorted/cats/a.jpg.json", "in/b.jpg", "in/b.xmp"} <= set(tree(store))
+    if fate == "in the way":
+        del store.objects["in/a.jpg"]
+        assert set(undo(job).values()) == {"moved"}
+        assert tree(store) == {f"in/{name}": data for name, data in files.items()}
 
 
 def test_undo_also_finds_what_a_killed_node_has_moved(
@@ -259,32 +341,123 @@ def test_undo_also_finds_what_a_killed_node_has_moved(
         with pytest.raises(KeyboardInterrupt):
             new_sorter().sort("00000")
     assert shard_mover.begun(job.files) - job.files.finished("moves") == {"00000"}
-    rows = [row for shard in take_back(job, "copy", SidecarNames()) for row in shard]
-    assert {row.kind for row in rows} == {"moved"}
+    assert set(undo(job).values()) == {"moved"}
     assert tree(store) == before
 
 
+def described(inbox: str = "memory://photos/in/") -> dict[str, object]:
+    return {"inbox": inbox, "folders": ["cats", "dogs", "unsure", "failed"]}
+
+
+@pytest.fixture
+def _clock_of_the_store(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + store.writes)
+
+
+@pytest.mark.usefixtures("_clock_of_the_store")
+@pytest.mark.parametrize("inbox", ["in/", "in/2019/", ""])
 def test_a_job_with_other_settings_waits_until_a_half_done_one_is_finished_or_taken_back(
-    store: MemoryStore, job: Job, new_sorter: NewSorter, manifest: Manifest
+    store: MemoryStore, job: Job, new_sorter: NewSorter, inbox: str
 ) -> None:
-    described = {"inbox": "memory://photos/in/", "folders": ["cats", "dogs"]}
-    jobs.begin(job, described)
-    job.files.put_shard("00000", put(store, {"a.jpg": plain(RED)}))
-    new_sorter(decide_only=True).sort("00000")
-    other = replace(job, id="ba9876543210")
-    jobs.begin(other, described)  # nothing was moved yet
+    other, others = replace(job, id="ba9876543210", inbox_prefix=inbox), described(f"memory://photos/{inbox}")
+    with jobs.begin(job, described()):
+        job.files.put_shard("00000", put(store, {"a.jpg": plain(RED)}))
+        new_sorter(decide_only=True).sort("00000")
+    with jobs.begin(other, others):
+        pass  # nothing was moved yet
     store.put_new(f"{job.folder}moving/00000", b"")
-    with pytest.raises(NotNowError, match=job.id):
-        jobs.begin(other, described)
-    assert list(take_back(job, "copy", SidecarNames())) != []
-    jobs.begin(other, described)
+    with pytest.raises(NotNowError, match=f"{job.id}.* is not finished"), jobs.begin(other, others):
+        pass
+    assert not lease.holder(store, other.folder).is_fresh, "who is refused is in nobody's way"
+    assert undo(job) == {"sorted/cats/a.jpg": "moved"}
+    with jobs.begin(other, others):
+        pass
 
 
+@pytest.mark.usefixtures("_clock_of_the_store")
+@pytest.mark.parametrize("inbox", ["in/", "in/2019/", ""])
+def test_of_two_jobs_of_one_inbox_the_second_is_refused_and_no_photo_is_sorted_twice(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, inbox: str
+) -> None:
+    files = {f"2019/{n}.jpg": plain(RED, n) for n in range(5)}
+    put(store, files)
+    other, others = replace(job, id="ba9876543210", inbox_prefix=inbox), described(f"memory://photos/{inbox}")
+    with jobs.begin(job, described()):
+        assert jobs.list_inbox(job, preflight.selection(SETTINGS)) == (5, 1)
+        with pytest.raises(NotNowError, match=f"process .* is at work on .*{job.id}"), jobs.begin(other, others):
+            pass
+        neighbor = replace(job, id="aaaaaaaaaaaa", inbox_prefix="in2/")
+        with jobs.begin(neighbor, described("memory://photos/in2/")):
+            pass  # another inbox
+        new_sorter().sort("00000")
+    assert tree(store) == {f"sorted/cats/{name}": data for name, data in files.items()}
+    with jobs.begin(other, others):
+        assert jobs.list_inbox(other, preflight.selection(SETTINGS)) == (0, 0)
+
+
+def test_a_job_waits_for_the_nodes_of_another_one_whose_command_was_killed(
+    store: MemoryStore, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node on another machine may still decide to move something, which no mark says yet."""
+    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + store.writes)
+    other = replace(job, id="ba9876543210")
+    store.put_new(f"{job.folder}job.json", json.dumps(described()).encode())
+    with monkeypatch.context() as patch:
+        patch.setattr("sorter.cluster.lease.os.getpid", lambda: 2**22 + 1)  # more than any process has
+        Lease(store, job.folder)
+    with pytest.raises(NotNowError, match=r"if it was killed, for \d+ seconds"), jobs.begin(other, described()):
+        pass
+    with jobs.begin(job, described()):
+        pass  # the same command goes on at once
+    with jobs.begin(other, described()):
+        pass
+
+
+class Watched(MemoryStore):
+    """Also looking for other jobs, and for whoever holds a lease, is a step."""
+
+    def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
+        if prefix.endswith("/lease/") or prefix == after:
+            self.step("list")
+        yield from super().list(prefix, after)
+
+
+def test_two_jobs_of_one_inbox_that_begin_at_once_are_never_both_at_work(
+    monkeypatch: pytest.MonkeyPatch, proved: Callable[[str], None]
+) -> None:
+    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + 1)
+    monkeypatch.setattr(Lease, "__enter__", lambda self: self)  # it lasts for an instant: nothing is renewed
+    monkeypatch.setattr(Lease, "__exit__", lambda self, *_: self._renew(released=True) and None)
+    ends: Counter[tuple[object, ...]] = Counter()
+
+    def scene() -> tuple[MemoryStore, list[Callable[[], object]], list[Callable[[], object]]]:
+        store, at_work = Watched(), set[str]()
+
+        def work(id_: str) -> str:
+            try:
+                with jobs.begin(Job(id_, store, "in/", store, "sorted/"), described()):
+                    at_work.add(id_)
+                    store.step("work")
+                    is_alone = at_work == {id_}
+                    at_work.discard(id_)
+                    return "done" if is_alone else "both"
+            except NotNowError:
+                return "refused"
+
+        return store, [partial(work, "a"), partial(work, "b")], []
+
+    count = every_order(scene, lambda _, results: ends.update([tuple(results)]), kills=0)
+    assert set(ends) == {("done", "done"), ("done", "refused"), ("refused", "done"), ("refused", "refused")}
+    proved(f"two jobs of one inbox that begin at once, {count} orders of requests: never both at work")
+
+
+@pytest.mark.usefixtures("_clock_of_the_store")
 def test_the_inbox_may_be_the_output_and_sorted_photos_are_not_listed_again(
     store: MemoryStore, new_sorter: NewSorter
 ) -> None:
     job = Job("0123456789ab", store, "in/", store, "in/")
-    jobs.begin(job, {"inbox": "memory://photos/in/", "folders": ["cats", "dogs", "unsure", "failed"]})
+    with jobs.begin(job, described()):
+        pass
     put(
         store,
         {"a.jpg": plain(RED), "cats/b.jpg": plain(RED), "failed/c.jpg": b"", ".hidden.jpg": b"", "d.jpg.part": b""},

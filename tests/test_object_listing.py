@@ -79,7 +79,7 @@ def test_what_undo_put_back_is_not_listed_again_until_it_changes(store: MemorySt
     moved = [mover.move(item, item.key.replace("in", "cats")) for item in items]
     back = [mover.move_back(item, one) for item, one in zip(items, moved, strict=True)]
     rows = [MovedRow(str(there.key), one.kind, one.key, one.etag) for there, one in zip(moved, back, strict=True)]
-    assert files.put_moves("00000", rows, "undo")
+    files.put_undo("00000", rows)
     assert list_inbox(files) == (0, 0)
     store.put("in/b.jpg", b"edited")
     assert list_inbox(files) == (1, 1)
@@ -166,6 +166,24 @@ def test_what_was_decided_and_moved_first_counts(files: JobFiles) -> None:
     assert (files.finished(), files.finished("undo")) == ({"00000"}, set())
     assert [files.begin_attempt("00000", "node"), files.begin_attempt("00000", "other"),
             files.begin_attempt("00001", "node")] == [1, 2, 1]  # fmt: skip
+
+
+def test_a_shard_is_undone_once_all_of_it_is_back_and_that_something_is_back_counts(files: JobFiles) -> None:
+    back, stayed = MovedRow("cats/a.jpg", "moved", "in/a.jpg", '"1"'), MovedRow("cats/b.jpg", "left", reason="taken")
+    files.put_undo("00000", [back, stayed])
+    files.put_undo("00000", [stayed])
+    files.put_undo("00000-1", [])
+    assert files.finished("undo") == {"00000-1"}
+    late = MovedRow("cats/b.jpg", "moved", "in/b.jpg", '"2"')
+    files.put_undo("00000", [late])
+    files.put_undo("00000", [MovedRow("cats/b.jpg", "changed", reason="by an undo that was thought dead")])
+    assert files.finished("undo") == {"00000", "00000-1"}
+    undos = files.undos()
+    assert {shard: sorted(found) for shard, found in undos.items()} == {
+        "00000": ["00000", "00000.1", "00000.2", "00000.3"],
+        "00000-1": ["00000-1"],
+    }
+    assert files.read_undos(undos["00000"]) == {"cats/a.jpg": back, "cats/b.jpg": late}
 
 
 def test_a_shard_is_split_in_halves_unless_it_was_decided_and_whoever_still_works_on_it_stops(

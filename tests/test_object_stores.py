@@ -412,7 +412,7 @@ def kill_at(place: Place, number: int, after: bool, item: StoredObject, *, undo:
     assert moves is not None
     assert [row.destination for row in moves] == [decisions[0].destination]
     if undo:
-        assert [row.destination for row in files.read_moves("00000", "undo") or ()] == [item.key]
+        assert [row.destination for row in files.read_undos(["00000"]).values()] == [item.key]
     return True
 
 

@@ -56,8 +56,7 @@ def run(
     mode = _probe(job)
     started = time.monotonic()
     with ExitStack() as stack:
-        jobs.begin(job, described)
-        held = stack.enter_context(Lease(job.output, job.folder))
+        held = stack.enter_context(jobs.begin(job, described))
         if mode == "upload":
             structlog.get_logger().warning("cluster.store", detail=_UPLOADED)
         objects, shards = jobs.list_inbox(job, preflight.selection(settings))
@@ -194,6 +193,8 @@ def _known(settings: Settings, inbox: str, output: str, job_id: str | None) -> J
     if not found:
         named = "job" if job_id is None else f"job {entries.printable(job_id)}"
         raise ConfigurationError(f"{output} has no {named} for {inbox}: check --inbox and --output")
+    if len(found) > 1:  # one that was refused before it listed anything has no shards
+        found = [id_ for id_ in found if Job(id_, *stores).files.shards()] or found
     if len(found) > 1:
         listed = "\n".join(f"    {id_}  {_began(known[id_])}" for id_ in found)
         raise ConfigurationError(f"{inbox} has several jobs: choose one with --job\n{listed}")

@@ -9,6 +9,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ import structlog
 
 import sorter
 from sorter.classifier.manifest import Manifest
-from sorter.cluster import shard_mover
+from sorter.cluster import lease, shard_mover
+from sorter.cluster.lease import Lease
 from sorter.cluster.listing import list_new
 from sorter.cluster.node import Place, model_digest
 from sorter.cluster.pool import Finished, Pool, Task
@@ -112,22 +114,43 @@ def known_jobs(output: Store, output_prefix: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def begin(job: Job, described: dict[str, Any]) -> None:
-    """Make sure that no other job of the inbox is half done, and write the description.
+@contextmanager
+def begin(job: Job, described: dict[str, Any]) -> Iterator[Lease]:
+    """Hold the job's lease while the context lasts, unless its photos could go to two places.
+
+    Each of two that begin at once writes its description and its lease before it looks for the other's. So at least
+    one of them sees the other and ends; it may be both.
 
     Raises:
-        NotNowError: one is: its photos could go to two places.
+        NotNowError: somebody works on this job, or on another one whose inbox has some of the same photos, or such a
+            job is half done.
     """
-    for id_, other in known_jobs(job.output, job.output_prefix).items():
-        files = JobFiles(job.output, f"{jobs_folder(job.output_prefix)}{id_}/")
-        is_other = id_ != job.id and other["inbox"] == described["inbox"]
-        if is_other and shard_mover.begun(files) - files.finished("moves"):
-            raise NotNowError(
-                f"the job {id_} of this inbox, with other settings or another model, is not finished: finish it with "
-                "the settings that it began with, or take it back with sorter cluster undo"
-            )
     content = json.dumps(described | {"version": sorter.__version__, "began": time.time()})
     job.output.put_new(f"{job.folder}{_DESCRIPTION}", content.encode())
+    with Lease(job.output, job.folder) as held:
+        for id_, other in known_jobs(job.output, job.output_prefix).items():
+            if id_ != job.id and _overlap(other["inbox"], described["inbox"]):
+                _check_idle(job, id_, other["inbox"])
+        yield held
+
+
+def _overlap(inbox: str, other: str) -> bool:
+    """Whether one inbox is the other, or a folder in it. Both end in a slash."""
+    return inbox.startswith(other) or other.startswith(inbox)
+
+
+def _check_idle(job: Job, id_: str, inbox: str) -> None:
+    """Make sure that another job of the same output neither runs nor is half done."""
+    folder = f"{jobs_folder(job.output_prefix)}{id_}/"
+    holder = lease.holder(job.output, folder)  # before its moves: who has released it has written all of them
+    if holder.may_have_nodes:  # of the same job they would do no harm: they go by the same decisions
+        raise NotNowError(f"{holder.text} is at work on {inbox}, as the job {id_}: {holder.advice}")
+    files = JobFiles(job.output, folder)
+    if shard_mover.begun(files) - files.finished("moves"):
+        raise NotNowError(
+            f"the job {id_} of {inbox}, with other settings or another model or inbox, is not finished: finish it as "
+            f"it was begun, or take it back with sorter cluster undo --job {id_}"
+        )
 
 
 def list_inbox(job: Job, selection: Selection) -> tuple[int, int]:

@@ -31,18 +31,31 @@ class Holder:
         number: of that renewal; 0 if there was none.
         text: the process, for a person.
         age_seconds: how long ago that was, by the clocks of the store and of this machine.
-        is_gone: it was released, or its process on this machine has ended.
+        is_released: its work has ended in good order.
+        is_killed: its process was on this machine, and has ended.
     """
 
     number: int
     text: str = ""
     age_seconds: float = 0.0
-    is_gone: bool = True
+    is_released: bool = True
+    is_killed: bool = False
 
     @property
     def is_fresh(self) -> bool:
         """Whether somebody is at work."""
-        return not self.is_gone and self.age_seconds < FRESH_SECONDS
+        return self.may_have_nodes and not self.is_killed
+
+    @property
+    def may_have_nodes(self) -> bool:
+        """Whether nodes may be at work: those on other machines outlive a command that is killed, for a while."""
+        return not self.is_released and self.age_seconds < FRESH_SECONDS
+
+    @property
+    def advice(self) -> str:
+        """What whoever cannot have the lease is to do."""
+        wait_seconds = max(0.0, FRESH_SECONDS - self.age_seconds)
+        return f"wait for its end, or, if it was killed, for {wait_seconds:.0f} seconds"
 
 
 def holder(store: Store, folder: str) -> Holder:
@@ -62,7 +75,8 @@ def holder(store: Store, folder: str) -> Holder:
         number=int(last.key.rpartition("/")[2].partition(".")[0]),
         text=f"process {said['process']} on {said['host']}",
         age_seconds=time.time() - last.modified.timestamp(),
-        is_gone=said["released"] or (here and not os.path.exists(f"/proc/{said['process']}")),
+        is_released=said["released"],
+        is_killed=here and not os.path.exists(f"/proc/{said['process']}"),
     )
 
 
@@ -85,11 +99,7 @@ class Lease:
         last = holder(store, folder)
         self._number = last.number
         if last.is_fresh or not self._renew():
-            wait_seconds = max(0.0, FRESH_SECONDS - last.age_seconds)
-            raise NotNowError(
-                f"{last.text or 'another process'} is at work on this job: wait for its end, or, if it was killed, for "
-                f"{wait_seconds:.0f} seconds"
-            )
+            raise NotNowError(f"{last.text or 'another process'} is at work on this job: {last.advice}")
 
     def __enter__(self) -> Self:
         """Start the thread that renews it."""

@@ -95,9 +95,9 @@ class _Known:
         self._digests = np.sort(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
         self._added: set[int] = set()
         self._restored: set[tuple[str, str | None]] = set()
-        for name in files.finished("undo"):
-            for row in files.read_moves(name, "undo") or ():
-                if row.kind == "moved" and row.destination is not None:
+        for undos in files.undos().values():
+            for row in files.read_undos(undos).values():
+                if row.destination is not None:  # also what could not be deleted where it came from, and is there twice
                     self._restored.add((row.destination, row.etag))
 
     def add(self, items: Iterable[StoredObject]) -> None:

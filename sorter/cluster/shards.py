@@ -7,12 +7,13 @@ and goes by that. So all attempts at a shard, also those of nodes that were thou
     attempts/00000.1.parquet  somebody began           who and when
     decisions/00000.parquet   what belongs where       `Decided`
     moves/00000.parquet       what became of each      `MovedRow`; the shard is finished
-    undo/00000.parquet        what became of each      `MovedRow`, on the way back
+    undo/00000.1.parquet      what became of each      `MovedRow`, on the way back: some stayed, and are tried again
+    undo/00000.parquet        what became of the rest  `MovedRow`: all are back
 """
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -160,14 +161,45 @@ class JobFiles:
         rows = self._read("decisions", name)
         return None if rows is None else [Decided(**row) for row in rows]
 
-    def put_moves(self, name: str, rows: Sequence[MovedRow], table: Literal["moves", "undo"] = "moves") -> bool:
+    def put_moves(self, name: str, rows: Sequence[MovedRow]) -> bool:
         """Create a shard's moves. False if somebody else did."""
-        return self._put(table, name, rows, _MOVED)
+        return self._put("moves", name, rows, _MOVED)
 
-    def read_moves(self, name: str, table: Literal["moves", "undo"] = "moves") -> list[MovedRow] | None:
+    def read_moves(self, name: str) -> list[MovedRow] | None:
         """A shard's moves; None before there are any."""
-        rows = self._read(table, name)
+        rows = self._read("moves", name)
         return None if rows is None else [MovedRow(**row) for row in rows]
+
+    def put_undo(self, name: str, rows: Sequence[MovedRow]) -> None:
+        """Record what an undo made of the objects of a shard that were not back before."""
+        if all(row.kind == "moved" for row in rows):
+            self._put("undo", name, rows, _MOVED)
+            return
+        number = 1
+        while not self._put("undo", f"{name}.{number}", rows, _MOVED):
+            number += 1
+
+    def undos(self) -> dict[str, list[str]]:
+        """The files that undos wrote, by shard: a shard may have several."""
+        folder, files = f"{self.folder}undo/", dict[str, list[str]]()
+        for item in self.store.list(folder):
+            file = item.key.removeprefix(folder).removesuffix(".parquet")
+            files.setdefault(file.partition(".")[0], []).append(file)
+        return files
+
+    def read_undos(self, files: Iterable[str]) -> dict[str, MovedRow]:
+        """What became of each object of a shard in all its undos, by the key that it was sorted to.
+
+        That it is back counts, whichever of them says so.
+
+        Args:
+            files: of the shard, from `undos`.
+        """
+        found: dict[str, MovedRow] = {}
+        for row in (MovedRow(**row) for file in files for row in self._read("undo", file) or ()):
+            if row.key not in found or found[row.key].kind != "moved":
+                found[row.key] = row
+        return found
 
     def begin_attempt(self, name: str, node: str) -> int:
         """Record an attempt at a shard before it begins. Returns its number, from 1 on.

@@ -23,7 +23,7 @@ class Status:
         shards: that were listed; the halves of one that was split count, and so does that one.
         decided: of which it is known what belongs where.
         moved: that are finished.
-        undone: that were taken back.
+        undone: that were taken back, also those of which some objects could not be.
         restored: objects of these that are back.
         stayed: objects of these that could not be brought back.
         per_second: shards that were finished per second lately; 0 if none was.
@@ -56,17 +56,15 @@ def read(job: Job) -> Status:
     recent = sorted(moment for moment in times if moment > now - _RECENT_SECONDS)
     # From the first of them to now, because a job may have begun, or stood still, in between.
     per_second = (len(recent) - 1) / max(now - recent[0], 1.0) if len(recent) > 1 else 0.0
-    undone = files.finished("undo")
+    undos = files.undos()
     with ThreadPoolExecutor(READERS) as pool:
-        kinds = [
-            row.kind for rows in pool.map(lambda name: files.read_moves(name, "undo"), undone) for row in rows or ()
-        ]
+        kinds = [row.kind for rows in pool.map(files.read_undos, undos.values()) for row in rows.values()]
     restored = kinds.count("moved")
     return Status(
         shards=sum(1 for _ in files.shards()),
         decided=len(files.finished("decisions")),
         moved=len(times),
-        undone=len(undone),
+        undone=len(undos),
         restored=restored,
         stayed=len(kinds) - restored,
         per_second=per_second,
