@@ -96,7 +96,7 @@ def plain_loop(model: Path, folder: Path, batch_size: int, workers: int) -> floa
     command = [sys.executable, str(_PLAIN_LOOP), str(model), str(folder), str(batch_size), str(workers)]
     # The data loader's processes meet at a socket in the folder for temporary files, and wait for ever if its path is
     # too long for a socket.
-    environment = _environment() | {"TMPDIR": "/tmp"}
+    environment = _environment() | {"TMPDIR": "/tmp"}  # noqa: S108 - what is made there has private folders
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SorterError(f"the plain loop failed: {(done.stderr.strip().splitlines() or ['without a message'])[-1]}")
