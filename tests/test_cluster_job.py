@@ -320,6 +320,41 @@ def test_decide_only_moves_nothing_and_the_next_run_moves_by_that_whatever_the_k
     assert bucket.contents() == Counter(files.values())
 
 
+@pytest.mark.long
+def test_nodes_that_only_move_are_no_standstill(bucket: Photos, line: Line, proved: Callable[[str], None]) -> None:
+    """A store that copies one object a second, and a command that ends if nothing happens for eight."""
+    files = {f"{n}.jpg": plain(RED, n) for n in range(24)}
+    bucket.put(files)
+    assert bucket.run("run", "--decide-only")[0] == 0
+    turn = threading.Lock()
+
+    def wait(request: Request) -> None:
+        if request.operation == "CopyObject" and "/.sorter/" not in request.path:
+            with turn:
+                time.sleep(1)
+
+    line.before = wait
+    code = (
+        "import sys\nfrom sorter.cli.main import main\nfrom sorter.cluster import pool\n"
+        "await_first = pool.Pool.await_first\n"
+        "def begin(self):\n    found = await_first(self)\n    pool.NO_PROGRESS_SECONDS = 8.0\n    return found\n"
+        "pool.Pool.await_first = begin\nsys.exit(main(sys.argv[1:]))"
+    )
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "cluster", "run", *bucket.urls],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **ENVIRONMENT, **line.server.environment},
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert bucket.contents() == Counter(files.values())
+    assert all(key.startswith("sorted/cats/") for key in bucket.objects())
+    proved(f"24 copies of a second each in {time.monotonic() - started:.0f} s, with a standstill of 8 s: all moved")
+
+
 @pytest.mark.torture
 def test_two_commands_at_once_whose_lease_was_removed_by_hand_move_each_photo_once(
     bucket: Photos, shared: Path, tmp_path: Path, small_shards: Callable[[Photos, int], Job]

@@ -145,6 +145,19 @@ def test_the_first_decisions_count_whoever_decides_otherwise(
     assert set(tree(store)) == {"sorted/cats/a.jpg"}
 
 
+def test_moves_by_what_was_decided_before_are_signs_of_life(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_mover, "TRANSFERS", 1)
+    job.files.put_shard("00000", put(store, {f"{n}.jpg": plain(RED, n) for n in range(5)} | {"1.xmp": b"<xmp>"}))
+    new_sorter(decide_only=True).sort("00000")
+    sorter, seen = new_sorter(), list[int]()
+    store.step = lambda request: seen.append(sorter.moved) if request == "copy" else None
+    sorter.sort("00000")
+    assert seen == [0, 1, 2, 3, 4, 5]
+    assert sorter.moved == 6
+
+
 def test_a_finished_shard_is_neither_fetched_nor_moved_again(
     store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

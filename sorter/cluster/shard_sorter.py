@@ -65,6 +65,11 @@ class ShardSorter:
         self._scratch = Scratch()
         self._fetchers = ThreadPoolExecutor(TRANSFERS, "fetch")
 
+    @property
+    def moved(self) -> int:
+        """Objects that were moved, or found to stay, since the start."""
+        return self._mover.moved
+
     def sort(self, name: str) -> Result:
         """Decide on a shard, unless somebody has, and move its objects.
 
