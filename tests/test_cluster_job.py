@@ -25,6 +25,7 @@ from ray_machines import ENVIRONMENT, INTERRUPTED, Machines, interrupt, machines
 from sorter.classifier import manifest as manifests
 from sorter.cluster import job as jobs
 from sorter.cluster.job import Job
+from sorter.cluster.node import MAX_DEATHS
 from sorter.cluster.object_mover import KEY_BYTES
 from sorter.cluster.stores import open_store
 from sorter.settings import SHIPPED_MODEL, Settings
@@ -458,9 +459,40 @@ def test_a_photo_that_kills_its_node_each_time_fails_and_its_neighbours_are_sort
     assert sorted(bucket.objects()) == [*(f"sorted/cats/{n}.jpg" for n in (0, 1, 3, 4)), "sorted/failed/2.jpg"]
     reasons = [row.reason for name in job.files.shards() for row in job.files.read_decisions(name) or [] if row.reason]
     assert reasons == ["decoder-crash"]
-    attempts = sum(1 for _ in job.output.list(f"{job.folder}attempts/"))
-    proved(f"a shard of 5 with a photo that kills its node: {attempts} attempts, 1 photo failed, 4 sorted")
-    assert attempts <= 20
+    deaths = {name: job.files.deaths(name) for name in job.files.shards()}
+    proved(f"a shard of 5 with a photo that kills its node: {sum(deaths.values())} nodes died, 1 failed, 4 sorted")
+    assert deaths == {"00000": 3, "00000-0": 0, "00000-1": 3, "00000-1-0": 3, "00000-1-1": 0}
+
+
+@pytest.mark.long
+def test_a_photo_whose_command_is_killed_each_time_it_is_fetched_is_sorted_in_the_end(
+    bucket: Photos, line: Line, proved: Callable[[str], None]
+) -> None:
+    """As a machine that is taken away: the command goes, and its nodes with it."""
+    bucket.put({"a.jpg": plain(RED)})
+    commands: list[subprocess.Popen[str]] = []
+    lock = threading.Lock()
+
+    def kill(request: Request) -> Fault | None:
+        if request.operation != "GetObject" or not request.path.endswith("/in/a.jpg"):
+            return None
+        with lock:
+            nodes = processes(NODE, commands[-1].pid)
+            commands[-1].kill()
+            for node in nodes:
+                with suppress(ProcessLookupError):
+                    os.kill(node, signal.SIGKILL)
+        return "cut before"
+
+    line.before = kill
+    for _ in range(MAX_DEATHS):
+        commands.append(bucket.start("run", server=line.server))
+        commands[-1].communicate(timeout=300)
+        assert commands[-1].returncode == -signal.SIGKILL
+    code, _, err = bucket.run("run")
+    assert code == 0, err
+    assert bucket.objects() == ["sorted/cats/a.jpg"]
+    proved(f"a photo whose command was killed {MAX_DEATHS} times while it was fetched: sorted by the next one")
 
 
 @pytest.mark.long

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 from conftest import GREEN, RED, RedGreenEngine, plain
@@ -14,9 +15,11 @@ from sorter.cli import preflight
 from sorter.cluster import job as jobs
 from sorter.cluster import lease, shard_mover
 from sorter.cluster.deciding import Decider
-from sorter.cluster.job import Job, unfinished
+from sorter.cluster.job import Job, Totals, unfinished
 from sorter.cluster.lease import FRESH_SECONDS, Lease
-from sorter.cluster.shard_sorter import MAX_DEATHS, ShardSorter
+from sorter.cluster.node import MAX_DEATHS
+from sorter.cluster.pool import Finished, Pool, Task
+from sorter.cluster.shard_sorter import ShardSorter
 from sorter.cluster.stores import StoredObject
 from sorter.cluster.taking_back import take_back
 from sorter.errors import ConfigurationError, NotNowError, Reason, StoreError
@@ -170,27 +173,89 @@ def test_a_finished_shard_is_neither_fetched_nor_moved_again(
     assert tree(store) == before
 
 
+class MortalNode:
+    """A pool of one node that works on two shards at a time and dies of whichever has the poison, if that is open."""
+
+    def __init__(self, sorter: ShardSorter, job: Job, poison: str) -> None:
+        self._sorter, self._job, self._poison = sorter, job, poison
+        self._tasks: list[Task] = []
+        self.deaths = self.photos = 0
+
+    @property
+    def in_hand(self) -> int:
+        return len(self._tasks)
+
+    @property
+    def wants_more(self) -> bool:
+        return self.in_hand < 2
+
+    def submit(self, task: Task) -> None:
+        self._tasks.insert(0 if task.alone else len(self._tasks), task)
+
+    def wait(self, _: float) -> Iterator[Finished]:
+        count = 1 if any(task.alone for task in self._tasks[:2]) else 2
+        taken, self._tasks = self._tasks[:count], self._tasks[count:]
+        if any(self._dies_of(task.tag) for task in taken):
+            self.deaths += 1
+            assert self.deaths < 50
+            yield from [Finished(task, died=True) for task in taken]
+        else:
+            yield from [Finished(task, self._sorter.sort(task.tag)) for task in taken]
+
+    def _dies_of(self, shard: str) -> bool:
+        files = self._job.files
+        fetches = files.deaths(shard) < MAX_DEATHS and shard not in files.finished("decisions")
+        return fetches and any(item.key == self._poison for item in files.read_shard(shard))
+
+    def check_progress(self) -> None:
+        pass
+
+
+def deal(job: Job, node: MortalNode) -> Totals:
+    """What one command does."""
+    nothing: Callable[..., None] = lambda *_: None  # noqa: E731
+    to_do = list(unfinished(job, decide_only=False))
+    return jobs.Run(
+        cast(Pool, node), to_do, job.files, stopping=lambda: False, check=nothing, on_progress=nothing
+    ).run()
+
+
 def test_a_shard_that_kills_is_halved_and_a_photo_that_kills_is_blamed_and_its_neighbours_are_sorted(
     store: MemoryStore, job: Job, new_sorter: NewSorter
 ) -> None:
     names = [f"{number}.jpg" for number in range(6)]
-    job.files.put_shard(
-        "00000", put(store, {name: plain(RED, n) for n, name in enumerate(names)} | {"4.xmp": b"<xmp>"})
-    )
-    poison, waiting, attempts = "in/4.jpg", ["00000"], 0
-    while waiting:
-        name = waiting.pop()
-        holds_poison = any(item.key == poison for item in job.files.read_shard(name))
-        while holds_poison and job.files.begin_attempt(name, "a node that dies") < MAX_DEATHS:
-            attempts += 1
-            assert attempts < 50
-        waiting += new_sorter().sort(name).halves
+    listed = put(store, {name: plain(RED, n) for n, name in enumerate(names)} | {"4.xmp": b"<xmp>"})
+    job.files.put_shard("00000", listed[2:])
+    job.files.put_shard("00001", listed[:2])
+    node = MortalNode(new_sorter(), job, "in/4.jpg")
+    totals = deal(job, node)
     assert set(tree(store)) == {
         *(f"sorted/cats/{name}" for name in names if name != "4.jpg"),
         "sorted/failed/4.jpg",
         "sorted/failed/4.xmp",
     }
+    assert totals.counts == {"cats/": 5, "failed/": 1, "sidecar": 1}
     assert list(jobs.unfinished(job, decide_only=False)) == []
+    # Of 4 photos, of 2, of 1; what was in hand beside it is blamed once.
+    assert node.deaths == 3 * MAX_DEATHS
+    assert {name: job.files.deaths(name) for name in job.files.shards()} == {
+        "00000": 3,
+        "00000-0": 0,
+        "00000-1": 3,
+        "00000-1-0": 3,
+        "00000-1-1": 0,
+        "00001": 1,
+    }
+
+
+def test_however_many_nodes_died_of_another_shard_one_counts(job: Job) -> None:
+    for _ in range(2 * MAX_DEATHS):
+        job.files.add_death("00000", alone=False)
+    assert job.files.deaths("00000") == 1
+    job.files.add_death("00000", alone=True)
+    job.files.add_death("00000", alone=True)
+    job.files.add_death("00000-1", alone=True)
+    assert (job.files.deaths("00000"), job.files.deaths("00000-1")) == (3, 1)
 
 
 @pytest.mark.parametrize("writes", range(4))
@@ -200,15 +265,14 @@ def test_a_shard_whose_split_was_cut_short_is_split_by_the_next_one(
     files = {f"{n}.jpg": plain(RED, n) for n in range(4)}
     job.files.put_shard("00000", put(store, files))
     for _ in range(MAX_DEATHS):
-        job.files.begin_attempt("00000", "a node that dies")
+        job.files.add_death("00000", alone=True)
     original = store.put_new
     written: list[str] = []
 
     def die_after_some(key: str, data: bytes) -> bool:
-        if "attempts/" not in key:
-            if len(written) == writes:
-                raise KeyboardInterrupt
-            written.append(key)
+        if len(written) == writes:
+            raise KeyboardInterrupt
+        written.append(key)
         return original(key, data)
 
     with monkeypatch.context() as patch:
@@ -221,18 +285,19 @@ def test_a_shard_whose_split_was_cut_short_is_split_by_the_next_one(
     assert tree(store) == {f"sorted/cats/{name}": data for name, data in files.items()}
 
 
-def test_an_attempt_that_the_store_ended_is_no_death(
-    store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("end", [StoreError("the store is away: start again"), KeyboardInterrupt()])
+def test_an_attempt_that_the_store_ended_or_of_which_nobody_saw_the_end_is_no_death(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch, end: BaseException
 ) -> None:
     job.files.put_shard("00000", put(store, {"a.jpg": plain(RED)}))
     with monkeypatch.context() as patch:
 
         def refuse(*_: object) -> None:
-            raise StoreError("the store is away: start again")
+            raise end
 
         patch.setattr(store, "download", refuse)
         for _ in range(2 * MAX_DEATHS):
-            with pytest.raises(StoreError):
+            with pytest.raises(type(end)):
                 new_sorter().sort("00000")
     assert new_sorter().sort("00000").counts == {"cats/": 1}
 

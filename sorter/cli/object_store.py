@@ -78,7 +78,12 @@ def run(
             total = (len(to_do) - 1) * SHARD_ROWS + len(job.files.read_shard(to_do[-1]))
             show = _bar(settings, stream, shutdown, stack, total)
             loop = jobs.Run(
-                pool, to_do, stopping=_stopping(shutdown), check=held.check, on_progress=lambda _, n: show(n)
+                pool,
+                to_do,
+                job.files,
+                stopping=_stopping(shutdown),
+                check=held.check,
+                on_progress=lambda _, n: show(n),
             )
             totals = loop.run()
             structlog.get_logger().info(

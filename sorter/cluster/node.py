@@ -20,6 +20,9 @@ from sorter.errors import ConfigurationError, ModelError
 from sorter.files.photo import Identity, Photo
 from sorter.settings import SHIPPED_MODEL, Settings
 
+MAX_DEATHS = 3
+"""So many nodes that work on a shard or a chunk may die before it is halved, or before a single photo is blamed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
