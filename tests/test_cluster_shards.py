@@ -126,6 +126,18 @@ def test_a_photo_that_was_replaced_since_it_was_listed_stays(
     assert set(tree(store)) == {"in/a.jpg", "sorted/cats/b.jpg"}
 
 
+def test_a_sidecar_that_stays_with_its_photo_is_left_and_not_moved_along(
+    store: MemoryStore, job: Job, new_sorter: NewSorter
+) -> None:
+    files = {"a.jpg": plain(RED), "a.xmp": b"<xmp>", "b.jpg": plain(RED, 1), "b.xmp": b"<xmp>", "c.txt": b"text"}
+    job.files.put_shard("00000", put(store, files))
+    counts = {"cats/": 2, "sidecar": 2, "skipped": 1}
+    assert new_sorter(decide_only=True).sort("00000").counts == counts
+    store.put("in/a.jpg", plain(GREEN))
+    assert new_sorter().sort("00000").counts == {"changed": 1, "left": 1, "cats/": 1, "sidecar": 1, "skipped": 1}
+    assert set(tree(store)) == {"in/a.jpg", "in/a.xmp", "in/c.txt", "sorted/cats/b.jpg", "sorted/cats/b.xmp"}
+
+
 def test_what_is_archived_is_left(store: MemoryStore, job: Job, new_sorter: NewSorter) -> None:
     (item,) = put(store, {"a.jpg": plain(RED)})
     job.files.put_shard("00000", [replace(item, storage_class="GLACIER")])

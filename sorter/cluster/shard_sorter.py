@@ -226,8 +226,8 @@ def _counted(decisions: Iterable[Decided], moves: dict[str, MovedRow], place: Pl
     counts: Counter[str] = Counter()
     for decided in decisions:
         row = moves.get(decided.key)
-        if row is not None and row.kind in ("changed", "left"):
-            counts[row.kind] += 1
+        if row is not None and decided.destination is not None and row.kind != "moved":
+            counts["changed" if row.kind == "changed" else "left"] += 1  # so is a sidecar that stays with its photo
         elif decided.kind in PHOTOS and decided.destination is not None:
             counts[decided.destination.removeprefix(place.output_prefix).partition("/")[0] + "/"] += 1
         else:
