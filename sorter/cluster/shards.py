@@ -174,7 +174,7 @@ class JobFiles:
 
         Args:
             name: of the shard.
-            alone: it had nothing else in hand. The deaths of nodes that had count once, however many there are, because
+            alone: the node had no other shard in hand. Deaths of nodes that had one count once, however many there are:
                 the other shard may have been the reason.
         """
         self.store.put_new(f"{self.folder}{_DEATHS}{name}.{uuid4().hex if alone else 'beside-another'}", b"")
