@@ -242,7 +242,7 @@ def _stopping(shutdown: Shutdown) -> Callable[[], bool]:
 def _bar(
     settings: Settings, stream: logs.LogStream, shutdown: Shutdown, stack: ExitStack, total: int
 ) -> Callable[[int], None]:
-    """What shows how many photos were decided on, if somebody watches."""
+    """What shows how many photos were decided on, or moved by what was decided before, if somebody watches."""
     if settings.log_format == "json" or not stream.isatty():
         return lambda _: None
     shutdown.restore_terminal = stream.show_cursor
