@@ -22,7 +22,6 @@ if threads == "undo":
     job = Job(folder.rstrip("/").rpartition("/")[2], store, "in/", store, "")
     list(take_back(job, mode, SidecarNames()))  # type: ignore[arg-type]
 elif files.read_moves(shard) is None:
-    files.begin_attempt(shard, "test")
     items = {item.key: item for item in files.read_shard(shard)}
     # Two processors may disagree about a photo; what was written first counts.
     guesses = [Decided(key, "sorted", f"{random.choice(['cats', 'dogs'])}/{key.partition('/')[2]}") for key in items]

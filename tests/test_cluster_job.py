@@ -25,6 +25,7 @@ from ray_machines import ENVIRONMENT, INTERRUPTED, Machines, interrupt, machines
 from sorter.classifier import manifest as manifests
 from sorter.cluster import job as jobs
 from sorter.cluster.job import Job
+from sorter.cluster.node import MAX_DEATHS
 from sorter.cluster.object_mover import KEY_BYTES
 from sorter.cluster.stores import open_store
 from sorter.settings import SHIPPED_MODEL, Settings
@@ -351,6 +352,41 @@ def test_decide_only_moves_nothing_and_the_next_run_moves_by_that_whatever_the_k
     assert bucket.contents() == Counter(files.values())
 
 
+@pytest.mark.long
+def test_nodes_that_only_move_are_no_standstill(bucket: Photos, line: Line, proved: Callable[[str], None]) -> None:
+    """A store that copies one object a second, and a command that ends if nothing happens for eight."""
+    files = {f"{n}.jpg": plain(RED, n) for n in range(24)}
+    bucket.put(files)
+    assert bucket.run("run", "--decide-only")[0] == 0
+    turn = threading.Lock()
+
+    def wait(request: Request) -> None:
+        if request.operation == "CopyObject" and "/.sorter/" not in request.path:
+            with turn:
+                time.sleep(1)
+
+    line.before = wait
+    code = (
+        "import sys\nfrom sorter.cli.main import main\nfrom sorter.cluster import pool\n"
+        "await_first = pool.Pool.await_first\n"
+        "def begin(self):\n    found = await_first(self)\n    pool.NO_PROGRESS_SECONDS = 8.0\n    return found\n"
+        "pool.Pool.await_first = begin\nsys.exit(main(sys.argv[1:]))"
+    )
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", code, "cluster", "run", *bucket.urls],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **ENVIRONMENT, **line.server.environment},
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert bucket.contents() == Counter(files.values())
+    assert all(key.startswith("sorted/cats/") for key in bucket.objects())
+    proved(f"24 copies of a second each in {time.monotonic() - started:.0f} s, with a standstill of 8 s: all moved")
+
+
 @pytest.mark.torture
 def test_two_commands_at_once_whose_lease_was_removed_by_hand_move_each_photo_once(
     bucket: Photos, shared: Path, tmp_path: Path, small_shards: Callable[[Photos, int], Job]
@@ -454,9 +490,40 @@ def test_a_photo_that_kills_its_node_each_time_fails_and_its_neighbours_are_sort
     assert sorted(bucket.objects()) == [*(f"sorted/cats/{n}.jpg" for n in (0, 1, 3, 4)), "sorted/failed/2.jpg"]
     reasons = [row.reason for name in job.files.shards() for row in job.files.read_decisions(name) or [] if row.reason]
     assert reasons == ["decoder-crash"]
-    attempts = sum(1 for _ in job.output.list(f"{job.folder}attempts/"))
-    proved(f"a shard of 5 with a photo that kills its node: {attempts} attempts, 1 photo failed, 4 sorted")
-    assert attempts <= 20
+    deaths = {name: job.files.deaths(name) for name in job.files.shards()}
+    proved(f"a shard of 5 with a photo that kills its node: {sum(deaths.values())} nodes died, 1 failed, 4 sorted")
+    assert deaths == {"00000": 3, "00000-0": 0, "00000-1": 3, "00000-1-0": 3, "00000-1-1": 0}
+
+
+@pytest.mark.long
+def test_a_photo_whose_command_is_killed_each_time_it_is_fetched_is_sorted_in_the_end(
+    bucket: Photos, line: Line, proved: Callable[[str], None]
+) -> None:
+    """As a machine that is taken away: the command goes, and its nodes with it."""
+    bucket.put({"a.jpg": plain(RED)})
+    commands: list[subprocess.Popen[str]] = []
+    lock = threading.Lock()
+
+    def kill(request: Request) -> Fault | None:
+        if request.operation != "GetObject" or not request.path.endswith("/in/a.jpg"):
+            return None
+        with lock:
+            nodes = processes(NODE, commands[-1].pid)
+            commands[-1].kill()
+            for node in nodes:
+                with suppress(ProcessLookupError):
+                    os.kill(node, signal.SIGKILL)
+        return "cut before"
+
+    line.before = kill
+    for _ in range(MAX_DEATHS):
+        commands.append(bucket.start("run", server=line.server))
+        commands[-1].communicate(timeout=300)
+        assert commands[-1].returncode == -signal.SIGKILL
+    code, _, err = bucket.run("run")
+    assert code == 0, err
+    assert bucket.objects() == ["sorted/cats/a.jpg"]
+    proved(f"a photo whose command was killed {MAX_DEATHS} times while it was fetched: sorted by the next one")
 
 
 @pytest.mark.long

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 from conftest import GREEN, RED, RedGreenEngine, plain
@@ -18,9 +19,11 @@ from sorter.cluster import job as jobs
 from sorter.cluster import lease, shard_mover
 from sorter.cluster import status as statuses
 from sorter.cluster.deciding import Decider
-from sorter.cluster.job import Job, unfinished
+from sorter.cluster.job import Job, Totals, unfinished
 from sorter.cluster.lease import FRESH_SECONDS, Lease
-from sorter.cluster.shard_sorter import MAX_DEATHS, ShardSorter
+from sorter.cluster.node import MAX_DEATHS
+from sorter.cluster.pool import Finished, Pool, Task
+from sorter.cluster.shard_sorter import ShardSorter
 from sorter.cluster.stores import StoredObject
 from sorter.cluster.taking_back import take_back
 from sorter.errors import ConfigurationError, NotNowError, Reason, StoreError
@@ -127,6 +130,18 @@ def test_a_photo_that_was_replaced_since_it_was_listed_stays(
     assert set(tree(store)) == {"in/a.jpg", "sorted/cats/b.jpg"}
 
 
+def test_a_sidecar_that_stays_with_its_photo_is_left_and_not_moved_along(
+    store: MemoryStore, job: Job, new_sorter: NewSorter
+) -> None:
+    files = {"a.jpg": plain(RED), "a.xmp": b"<xmp>", "b.jpg": plain(RED, 1), "b.xmp": b"<xmp>", "c.txt": b"text"}
+    job.files.put_shard("00000", put(store, files))
+    counts = {"cats/": 2, "sidecar": 2, "skipped": 1}
+    assert new_sorter(decide_only=True).sort("00000").counts == counts
+    store.put("in/a.jpg", plain(GREEN))
+    assert new_sorter().sort("00000").counts == {"changed": 1, "left": 1, "cats/": 1, "sidecar": 1, "skipped": 1}
+    assert set(tree(store)) == {"in/a.jpg", "in/a.xmp", "in/c.txt", "sorted/cats/b.jpg", "sorted/cats/b.xmp"}
+
+
 def test_what_is_archived_is_left(store: MemoryStore, job: Job, new_sorter: NewSorter) -> None:
     (item,) = put(store, {"a.jpg": plain(RED)})
     job.files.put_shard("00000", [replace(item, storage_class="GLACIER")])
@@ -149,6 +164,19 @@ def test_the_first_decisions_count_whoever_decides_otherwise(
     assert set(tree(store)) == {"sorted/cats/a.jpg"}
 
 
+def test_moves_by_what_was_decided_before_are_signs_of_life(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_mover, "TRANSFERS", 1)
+    job.files.put_shard("00000", put(store, {f"{n}.jpg": plain(RED, n) for n in range(5)} | {"1.xmp": b"<xmp>"}))
+    new_sorter(decide_only=True).sort("00000")
+    sorter, seen = new_sorter(), list[int]()
+    store.step = lambda request: seen.append(sorter.moved) if request == "copy" else None
+    sorter.sort("00000")
+    assert seen == [0, 1, 2, 3, 4, 5]
+    assert sorter.moved == 6
+
+
 def test_a_finished_shard_is_neither_fetched_nor_moved_again(
     store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,27 +189,89 @@ def test_a_finished_shard_is_neither_fetched_nor_moved_again(
     assert tree(store) == before
 
 
+class MortalNode:
+    """A pool of one node that works on two shards at a time and dies of whichever has the poison, if that is open."""
+
+    def __init__(self, sorter: ShardSorter, job: Job, poison: str) -> None:
+        self._sorter, self._job, self._poison = sorter, job, poison
+        self._tasks: list[Task] = []
+        self.deaths = self.photos = 0
+
+    @property
+    def in_hand(self) -> int:
+        return len(self._tasks)
+
+    @property
+    def wants_more(self) -> bool:
+        return self.in_hand < 2
+
+    def submit(self, task: Task) -> None:
+        self._tasks.insert(0 if task.alone else len(self._tasks), task)
+
+    def wait(self, _: float) -> Iterator[Finished]:
+        count = 1 if any(task.alone for task in self._tasks[:2]) else 2
+        taken, self._tasks = self._tasks[:count], self._tasks[count:]
+        if any(self._dies_of(task.tag) for task in taken):
+            self.deaths += 1
+            assert self.deaths < 50
+            yield from [Finished(task, died=True) for task in taken]
+        else:
+            yield from [Finished(task, self._sorter.sort(task.tag)) for task in taken]
+
+    def _dies_of(self, shard: str) -> bool:
+        files = self._job.files
+        fetches = files.deaths(shard) < MAX_DEATHS and shard not in files.finished("decisions")
+        return fetches and any(item.key == self._poison for item in files.read_shard(shard))
+
+    def check_progress(self) -> None:
+        pass
+
+
+def deal(job: Job, node: MortalNode) -> Totals:
+    """What one command does."""
+    nothing: Callable[..., None] = lambda *_: None  # noqa: E731
+    to_do = list(unfinished(job, decide_only=False))
+    return jobs.Run(
+        cast(Pool, node), to_do, job.files, stopping=lambda: False, check=nothing, on_progress=nothing
+    ).run()
+
+
 def test_a_shard_that_kills_is_halved_and_a_photo_that_kills_is_blamed_and_its_neighbours_are_sorted(
     store: MemoryStore, job: Job, new_sorter: NewSorter
 ) -> None:
     names = [f"{number}.jpg" for number in range(6)]
-    job.files.put_shard(
-        "00000", put(store, {name: plain(RED, n) for n, name in enumerate(names)} | {"4.xmp": b"<xmp>"})
-    )
-    poison, waiting, attempts = "in/4.jpg", ["00000"], 0
-    while waiting:
-        name = waiting.pop()
-        holds_poison = any(item.key == poison for item in job.files.read_shard(name))
-        while holds_poison and job.files.begin_attempt(name, "a node that dies") < MAX_DEATHS:
-            attempts += 1
-            assert attempts < 50
-        waiting += new_sorter().sort(name).halves
+    listed = put(store, {name: plain(RED, n) for n, name in enumerate(names)} | {"4.xmp": b"<xmp>"})
+    job.files.put_shard("00000", listed[2:])
+    job.files.put_shard("00001", listed[:2])
+    node = MortalNode(new_sorter(), job, "in/4.jpg")
+    totals = deal(job, node)
     assert set(tree(store)) == {
         *(f"sorted/cats/{name}" for name in names if name != "4.jpg"),
         "sorted/failed/4.jpg",
         "sorted/failed/4.xmp",
     }
+    assert totals.counts == {"cats/": 5, "failed/": 1, "sidecar": 1}
     assert list(jobs.unfinished(job, decide_only=False)) == []
+    # Of 4 photos, of 2, of 1; what was in hand beside it is blamed once.
+    assert node.deaths == 3 * MAX_DEATHS
+    assert {name: job.files.deaths(name) for name in job.files.shards()} == {
+        "00000": 3,
+        "00000-0": 0,
+        "00000-1": 3,
+        "00000-1-0": 3,
+        "00000-1-1": 0,
+        "00001": 1,
+    }
+
+
+def test_however_many_nodes_died_of_another_shard_one_counts(job: Job) -> None:
+    for _ in range(2 * MAX_DEATHS):
+        job.files.add_death("00000", alone=False)
+    assert job.files.deaths("00000") == 1
+    job.files.add_death("00000", alone=True)
+    job.files.add_death("00000", alone=True)
+    job.files.add_death("00000-1", alone=True)
+    assert (job.files.deaths("00000"), job.files.deaths("00000-1")) == (3, 1)
 
 
 @pytest.mark.parametrize("writes", range(4))
@@ -191,15 +281,14 @@ def test_a_shard_whose_split_was_cut_short_is_split_by_the_next_one(
     files = {f"{n}.jpg": plain(RED, n) for n in range(4)}
     job.files.put_shard("00000", put(store, files))
     for _ in range(MAX_DEATHS):
-        job.files.begin_attempt("00000", "a node that dies")
+        job.files.add_death("00000", alone=True)
     original = store.put_new
     written: list[str] = []
 
     def die_after_some(key: str, data: bytes) -> bool:
-        if "attempts/" not in key:
-            if len(written) == writes:
-                raise KeyboardInterrupt
-            written.append(key)
+        if len(written) == writes:
+            raise KeyboardInterrupt
+        written.append(key)
         return original(key, data)
 
     with monkeypatch.context() as patch:
@@ -212,18 +301,19 @@ def test_a_shard_whose_split_was_cut_short_is_split_by_the_next_one(
     assert tree(store) == {f"sorted/cats/{name}": data for name, data in files.items()}
 
 
-def test_an_attempt_that_the_store_ended_is_no_death(
-    store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("end", [StoreError("the store is away: start again"), KeyboardInterrupt()])
+def test_an_attempt_that_the_store_ended_or_of_which_nobody_saw_the_end_is_no_death(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch, end: BaseException
 ) -> None:
     job.files.put_shard("00000", put(store, {"a.jpg": plain(RED)}))
     with monkeypatch.context() as patch:
 
         def refuse(*_: object) -> None:
-            raise StoreError("the store is away: start again")
+            raise end
 
         patch.setattr(store, "download", refuse)
         for _ in range(2 * MAX_DEATHS):
-            with pytest.raises(StoreError):
+            with pytest.raises(type(end)):
                 new_sorter().sort("00000")
     assert new_sorter().sort("00000").counts == {"cats/": 1}
 

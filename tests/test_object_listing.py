@@ -164,8 +164,6 @@ def test_what_was_decided_and_moved_first_counts(files: JobFiles) -> None:
     assert not files.put_moves("00000", [])
     assert files.read_moves("00000") == moves
     assert (files.finished(), files.finished("undo")) == ({"00000"}, set())
-    assert [files.begin_attempt("00000", "node"), files.begin_attempt("00000", "other"),
-            files.begin_attempt("00001", "node")] == [1, 2, 1]  # fmt: skip
 
 
 def test_a_shard_is_undone_once_all_of_it_is_back_and_that_something_is_back_counts(files: JobFiles) -> None:

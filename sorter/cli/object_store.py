@@ -77,7 +77,12 @@ def run(
             total = (len(to_do) - 1) * SHARD_ROWS + len(job.files.read_shard(to_do[-1]))
             show = _bar(settings, stream, shutdown, stack, total)
             loop = jobs.Run(
-                pool, to_do, stopping=_stopping(shutdown), check=held.check, on_progress=lambda _, n: show(n)
+                pool,
+                to_do,
+                job.files,
+                stopping=_stopping(shutdown),
+                check=held.check,
+                on_progress=lambda _, n: show(n),
             )
             totals = loop.run()
             structlog.get_logger().info(
@@ -238,7 +243,7 @@ def _stopping(shutdown: Shutdown) -> Callable[[], bool]:
 def _bar(
     settings: Settings, stream: logs.LogStream, shutdown: Shutdown, stack: ExitStack, total: int
 ) -> Callable[[int], None]:
-    """What shows how many photos were decided on, if somebody watches."""
+    """What shows how many photos were decided on, or moved by what was decided before, if somebody watches."""
     if settings.log_format == "json" or not stream.isatty():
         return lambda _: None
     shutdown.restore_terminal = stream.show_cursor

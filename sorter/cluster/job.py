@@ -190,6 +190,7 @@ class Run:
     Args:
         pool: of `ObjectNode`s.
         to_do: names of shards.
+        files: the job's.
         stopping: says whether no more shards are to be handed out.
         check: raises if somebody else has taken the job over.
         on_progress: called every second or so.
@@ -199,12 +200,13 @@ class Run:
         self,
         pool: Pool,
         to_do: list[str],
+        files: JobFiles,
         *,
         stopping: Callable[[], bool],
         check: Callable[[], None],
         on_progress: Callable[[Totals, int], None],
     ) -> None:
-        self._pool, self._waiting = pool, to_do
+        self._pool, self._waiting, self._files = pool, to_do, files
         self._stopping, self._check, self._on_progress = stopping, check, on_progress
         self.totals = Totals(Counter(), to_do=len(to_do))
         self._waiting.reverse()
@@ -236,6 +238,8 @@ class Run:
         shard, result = finished.task.tag, finished.result
         if finished.died:
             log.warning("node.lost", shard=shard)
+            # Only what this command has seen counts: where it was killed itself, the shard need not be the reason.
+            self._files.add_death(shard, alone=finished.task.alone)
             self._give(shard, suspected=True)
             return
         assert isinstance(result, Result), "what sort_shard returns"

@@ -20,6 +20,9 @@ from sorter.errors import ConfigurationError, ModelError
 from sorter.files.photo import Identity, Photo
 from sorter.settings import SHIPPED_MODEL, Settings
 
+MAX_DEATHS = 3
+"""So many nodes that work on a shard or a chunk may die before it is halved, or before a single photo is blamed."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:
@@ -112,6 +115,24 @@ class Judged:
     look_again: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a node is since its start; whatever changes in it is a sign of life.
+
+    Attributes:
+        decided: photos that it has decided on.
+        moved: objects that it has moved, or found that they stay.
+    """
+
+    decided: int = 0
+    moved: int = 0
+
+    @property
+    def photos(self) -> int:
+        """Photos it has come through: moves by what an earlier command decided count, each photo once."""
+        return max(self.decided, self.moved)
+
+
 class Node:
     """One node. Ray calls its methods from several threads; `begin` comes first."""
 
@@ -153,9 +174,9 @@ class Node:
         self._decider = Decider(opened, model, settings, min(given.workers, default_workers()))
         return Description(opened.name, opened.device, opened.precision, opened.unused_gpu)
 
-    def progress(self) -> int:
-        """How many photos it has decided on so far."""
-        return self._decider.decided
+    def progress(self) -> Progress:
+        """How far it is."""
+        return Progress(self._decider.decided)
 
     def decide(self, root: Path, names: Sequence[str]) -> list[Judged]:
         """Decide on photos in a folder that this machine has under the same path as the command's."""

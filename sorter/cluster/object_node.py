@@ -3,7 +3,7 @@
 In: the name of a shard. Out: what became of its objects.
 """
 
-from sorter.cluster.node import Description, Node, Setup
+from sorter.cluster.node import Description, Node, Progress, Setup
 from sorter.cluster.shard_sorter import Result, ShardSorter
 from sorter.cluster.stores import open_store
 
@@ -24,6 +24,10 @@ class ObjectNode(Node):
         inbox, output = (open_store(url)[0] for url in (given.place.inbox, given.place.output))
         self._sorter = ShardSorter(self._decider, self._settings, given.place, inbox, output)
         return description
+
+    def progress(self) -> Progress:
+        """How far it is: a node that only moves what was decided before is at work as well."""
+        return Progress(self._decider.decided, self._sorter.moved)
 
     def sort_shard(self, name: str) -> Result:
         """Decide on a shard, unless somebody has, and move its objects.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from sorter.cluster.node import Description, Node, Setup
+from sorter.cluster.node import Description, Node, Progress, Setup
 from sorter.cluster.ray_cluster import Shape
 from sorter.errors import SorterError, StorageError
 
@@ -18,6 +18,7 @@ TASKS_PER_NODE = 2
 """A node decides on one while it fetches, or moves, another."""
 
 NO_PROGRESS_SECONDS = 600.0
+"""For so long the nodes may neither decide on nor move a single photo."""
 
 _PROGRESS_SECONDS = 2.0
 _CLOSING_SECONDS = 5.0
@@ -61,7 +62,7 @@ class _Actor:
     starting: Any  # the reference to what `begin` returns; None once it has
     tasks: dict[Any, Task] = field(default_factory=dict)  # by reference
     asked: Any = None  # the reference to what `progress` returns
-    photos: int = 0
+    progress: Progress = field(default_factory=Progress)
 
 
 class Pool:
@@ -75,7 +76,7 @@ class Pool:
 
     Attributes:
         description: of the first node that has started; None until then.
-        progressed: when something was last finished or decided on, a monotonic time.
+        progressed: when something was last finished, decided on or moved, a monotonic time.
         deaths: nodes that died.
     """
 
@@ -110,8 +111,8 @@ class Pool:
 
     @property
     def photos(self) -> int:
-        """Photos that were decided on, as far as the nodes have told."""
-        return self._photos_of_dead + sum(actor.photos for actor in self._actors)
+        """Photos that the nodes have come through, as far as they have told."""
+        return self._photos_of_dead + sum(actor.progress.photos for actor in self._actors)
 
     def submit(self, task: Task) -> None:
         """Queue a task; one that is to be alone goes first."""
@@ -150,8 +151,8 @@ class Pool:
         """
         if time.monotonic() > self.progressed + NO_PROGRESS_SECONDS:
             raise StorageError(
-                f"no node has finished a photo for {NO_PROGRESS_SECONDS / 60:.0f} minutes: look at the cluster, and "
-                "run the command again, which goes on from here"
+                f"no node has decided on or moved a photo for {NO_PROGRESS_SECONDS / 60:.0f} minutes: look at "
+                "the cluster, and run the command again, which goes on from here"
             )
 
     def await_first(self) -> Description:
@@ -205,8 +206,8 @@ class Pool:
             self.description = self.description or result
         elif reference == actor.asked:
             actor.asked = None
-            if result != actor.photos:
-                actor.photos, self.progressed = result, time.monotonic()
+            if result != actor.progress:
+                actor.progress, self.progressed = result, time.monotonic()
         else:
             self.progressed = time.monotonic()
             yield Finished(actor.tasks.pop(reference), result)
@@ -218,7 +219,7 @@ class Pool:
             self._failed_starts += 1
             if self._failed_starts > _MAX_FAILED_STARTS * self.size:
                 raise StorageError("the nodes die before the model is loaded: give them more memory")
-        self._photos_of_dead += actor.photos
+        self._photos_of_dead += actor.progress.photos
         # One that is only unreachable goes on for a while; what it does then is safe, but not wanted.
         self._ray.kill(actor.handle)
         self._actors[self._actors.index(actor)] = self._new_actor()

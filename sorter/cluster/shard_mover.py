@@ -4,6 +4,7 @@ In: a shard's decisions. Out: its `moves` file. Whoever finds a shard that was b
 again: what is moved already stays where it is.
 """
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,6 +33,9 @@ class ShardMover:
     def __init__(self, files: JobFiles, mover: ObjectMover, sidecars: SidecarNames) -> None:
         self._files, self._mover, self._sidecars = files, mover, sidecars
         self._pool = ThreadPoolExecutor(TRANSFERS, "move")
+        self._counting = threading.Lock()
+        self.moved = 0
+        """Objects that were moved, or found to stay, since the start: a sign of life."""
 
     def move(self, name: str, decisions: Sequence[Decided]) -> list[MovedRow]:
         """Move what is to be moved: photos, and after them their sidecars.
@@ -51,6 +55,8 @@ class ShardMover:
             else:
                 moved = self._mover.move(items[decided.key], place, numbered=decided.follows is None)
                 rows[decided.key] = MovedRow(decided.key, moved.kind, moved.key, moved.etag, moved.reason)
+            with self._counting:
+                self.moved += 1
 
         for kinds in (PHOTOS, ("sidecar",)):
             # The list raises what one of them failed with.

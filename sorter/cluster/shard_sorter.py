@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from sorter.cluster.deciding import Decider
 from sorter.cluster.families import families
-from sorter.cluster.node import Place
+from sorter.cluster.node import MAX_DEATHS, Place
 from sorter.cluster.object_mover import ObjectMover
 from sorter.cluster.scratch import Scratch
 from sorter.cluster.shard_mover import PHOTOS, TRANSFERS, ShardMover
@@ -27,9 +27,6 @@ from sorter.files.photo import Identity, Photo
 from sorter.inbox.sidecars import SidecarNames, is_photo
 from sorter.settings import Settings
 
-MAX_DEATHS = 3
-"""So often a shard may kill its node before it is halved, and a single photo before it is blamed."""
-_RETURNED = "returned/"  # attempts that ended, without a result
 _FINISHED_BEFORE = 3600.0  # an object is complete once it is listed: its copy must not look as if it just arrived
 
 
@@ -58,12 +55,17 @@ class ShardSorter:
 
     def __init__(self, decider: Decider, settings: Settings, place: Place, inbox: Store, output: Store) -> None:
         self._decider, self._settings, self._place = decider, settings, place
-        self._inbox, self._output = inbox, output
+        self._inbox = inbox
         self._files = JobFiles(output, place.folder)
         self._sidecars = SidecarNames(settings.sidecar_suffixes)
         self._mover = ShardMover(self._files, ObjectMover(output, place.mode, inbox), self._sidecars)
         self._scratch = Scratch()
         self._fetchers = ThreadPoolExecutor(TRANSFERS, "fetch")
+
+    @property
+    def moved(self) -> int:
+        """Objects that were moved, or found to stay, since the start."""
+        return self._mover.moved
 
     def sort(self, name: str) -> Result:
         """Decide on a shard, unless somebody has, and move its objects.
@@ -73,9 +75,8 @@ class ShardSorter:
         """
         decisions = self._files.read_decisions(name)
         if decisions is None:
-            number = self._files.begin_attempt(name, f"process {os.getpid()} on {os.uname().nodename}")
-            if number <= MAX_DEATHS or self._deaths(name, number) < MAX_DEATHS:
-                decisions = self._decided(name, number)
+            if self._files.deaths(name) < MAX_DEATHS:
+                decisions = self._files.put_decisions(name, self._decide(self._files.read_shard(name)))
             elif halves := self._files.split(name, self._sidecars):
                 return Result(halves=tuple(halves))
             else:
@@ -92,18 +93,6 @@ class ShardSorter:
         self._mover.close()
         self._fetchers.shutdown(wait=False, cancel_futures=True)
         self._scratch.close()
-
-    def _deaths(self, name: str, number: int) -> int:
-        """How many attempts before this one ended without a word."""
-        return number - 1 - sum(1 for _ in self._output.list(f"{self._files.folder}{_RETURNED}{name}."))
-
-    def _decided(self, name: str, number: int) -> list[Decided]:
-        try:
-            return self._files.put_decisions(name, self._decide(self._files.read_shard(name)))
-        except Exception:
-            # The shard did not kill anything: the store or the model's machine was the reason.
-            self._output.put_new(f"{self._files.folder}{_RETURNED}{name}.{number}", b"")
-            raise
 
     def _decide(self, items: Sequence[StoredObject]) -> list[Decided]:
         """What is to become of each object, in the order of keys."""
@@ -237,8 +226,8 @@ def _counted(decisions: Iterable[Decided], moves: dict[str, MovedRow], place: Pl
     counts: Counter[str] = Counter()
     for decided in decisions:
         row = moves.get(decided.key)
-        if row is not None and row.kind in ("changed", "left"):
-            counts[row.kind] += 1
+        if row is not None and decided.destination is not None and row.kind != "moved":
+            counts["changed" if row.kind == "changed" else "left"] += 1  # so is a sidecar that stays with its photo
         elif decided.kind in PHOTOS and decided.destination is not None:
             counts[decided.destination.removeprefix(place.output_prefix).partition("/")[0] + "/"] += 1
         else:

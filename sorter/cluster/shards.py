@@ -4,19 +4,19 @@ In and out: rows. Each file is created once (PUT If-None-Match): whoever comes s
 and goes by that. So all attempts at a shard, also those of nodes that were thought dead, agree on what is to happen.
 
     shards/00000.parquet      what was listed          `StoredObject`
-    attempts/00000.1.parquet  somebody began           who and when
     decisions/00000.parquet   what belongs where       `Decided`
     moves/00000.parquet       what became of each      `MovedRow`; the shard is finished
     undo/00000.1.parquet      what became of each      `MovedRow`, on the way back: some stayed, and are tried again
     undo/00000.parquet        what became of the rest  `MovedRow`: all are back
+    deaths/00000.<unique>     a node died              empty; written by the command, which saw it
 """
 
 import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Literal
+from uuid import uuid4
 
 import pyarrow
 from pyarrow import parquet
@@ -43,7 +43,7 @@ _DECIDED = pyarrow.schema(
     }
 )
 _MOVED = pyarrow.schema({"key": _TEXT, "kind": _TEXT, "destination": _TEXT, "etag": _TEXT, "reason": _TEXT})
-_ATTEMPT = pyarrow.schema({"node": _TEXT, "started": _SECOND})
+_DEATHS = "deaths/"
 _NAME = re.compile(r"(\d+)((?:-[01])*)\.parquet")
 
 
@@ -201,18 +201,19 @@ class JobFiles:
                 found[row.key] = row
         return found
 
-    def begin_attempt(self, name: str, node: str) -> int:
-        """Record an attempt at a shard before it begins. Returns its number, from 1 on.
+    def add_death(self, name: str, *, alone: bool) -> None:
+        """Record that a node died while it worked on a shard.
 
         Args:
             name: of the shard.
-            node: who begins.
+            alone: the node had no other shard in hand. Deaths of nodes that had one count once, however many there are:
+                the other shard may have been the reason.
         """
-        number = 1 + sum(1 for _ in self.store.list(f"{self.folder}attempts/{name}."))
-        row = _Attempt(node, datetime.now(UTC).replace(microsecond=0))
-        while not self.store.put_new(self._key("attempts", f"{name}.{number}"), _encoded([row], _ATTEMPT)):
-            number += 1
-        return number
+        self.store.put_new(f"{self.folder}{_DEATHS}{name}.{uuid4().hex if alone else 'beside-another'}", b"")
+
+    def deaths(self, name: str) -> int:
+        """How many deaths of nodes count against a shard."""
+        return sum(1 for _ in self.store.list(f"{self.folder}{_DEATHS}{name}."))
 
     def _names(self, table: str) -> list[str]:
         folder = f"{self.folder}{table}/"
@@ -233,12 +234,6 @@ class JobFiles:
             return None
         rows: list[dict[str, Any]] = parquet.read_table(io.BytesIO(data)).to_pylist()
         return rows
-
-
-@dataclass(frozen=True, slots=True)
-class _Attempt:
-    node: str
-    started: datetime
 
 
 def _encoded(rows: Sequence[Any], schema: pyarrow.Schema) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from sorter.cluster.node import Judged
+from sorter.cluster.node import MAX_DEATHS, Judged
 from sorter.cluster.pool import TASKS_PER_NODE, Finished, Pool, Task
 from sorter.decisions import Decided, Decision, Outcome, kept
 from sorter.decoding.decoded import Decoded
@@ -29,8 +29,6 @@ from sorter.pipeline.stages import Failure, Stages
 from sorter.settings import Settings
 
 CHUNK_PHOTOS = 100
-MAX_DEATHS = 3
-"""So often a chunk may kill its node before it is halved, and a single photo before it is blamed."""
 
 _WAIT_SECONDS = 0.2
 _MOVED_TOGETHER = 32
