@@ -1,6 +1,7 @@
 """One stage of a fit, on networks that take milliseconds."""
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -206,6 +207,16 @@ def source(samples: list[Sample], group: Group, batch_size: int = 4, workers: in
     augmentation = RECIPES["finetune"].augmentation
     preprocessing = Preprocessing(16)
     return PhotoSource(samples, samples, preprocessing, augmentation, batch_size, 5, workers, group, pinned=False)
+
+
+def test_workers_that_could_not_be_reached_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = photos(tmp_path)
+    folder = tmp_path / ("x" * 60)
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    source(samples, Group())
+    with pytest.raises(ConfigurationError, match="set TMPDIR to a shorter one, or use --num-workers 0"):
+        source(samples, Group(), workers=1)
 
 
 def test_photos_are_augmented_afresh_in_each_epoch_and_the_same_after_a_resume(tmp_path: Path) -> None:

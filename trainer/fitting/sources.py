@@ -5,6 +5,8 @@ killed run resumes with the batch it was at.
 """
 
 import math
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -14,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sorter.decoding.images import Preprocessing
+from sorter.errors import ConfigurationError
 from trainer.data.layouts import Sample
 from trainer.data.pixels import decoded
 from trainer.fitting.features import Floats, batches
@@ -22,6 +25,9 @@ from trainer.fitting.recipes import Augmentation
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs (B, …) and labels, int64 (B,)."""
+
+# Where multiprocessing makes its sockets; with a path longer than a socket may have (107 bytes), a loader waits for ever.
+_LONGEST_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
 
 
 class Source(Protocol):
@@ -99,6 +105,9 @@ class PhotoSource:
         augmentation: of training photos.
         workers: processes that decode and augment; 0 does it in this one.
         pinned: copy batches to pinned memory, for CUDA.
+
+    Raises:
+        ConfigurationError: the worker processes could not be reached.
     """
 
     def __init__(
@@ -114,6 +123,12 @@ class PhotoSource:
         *,
         pinned: bool,
     ) -> None:
+        folder = tempfile.gettempdir()
+        if workers and len(os.fsencode(folder)) > _LONGEST_FOLDER:
+            raise ConfigurationError(
+                f"{folder} is too long a path for the sockets of worker processes: set TMPDIR to a shorter one, or use "
+                "--num-workers 0"
+            )
         self._held_out = validation[group.rank :: group.size]
         self._preprocessing = preprocessing
         self._plan = _Plan(len(training), batch_size, seed, group)
