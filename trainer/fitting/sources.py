@@ -26,7 +26,7 @@ from trainer.fitting.recipes import Augmentation
 Batch = tuple[torch.Tensor, torch.Tensor]
 """Inputs (B, …) and labels, int64 (B,)."""
 
-# Where multiprocessing makes its sockets; with a path longer than a socket may have (107 bytes), a loader waits for ever.
+# Where multiprocessing makes its sockets. If their path is longer than one may be (107 bytes), a loader waits for ever.
 _LONGEST_FOLDER = 107 - len("/pymp-12345678/listener-12345678")
 
 
