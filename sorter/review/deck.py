@@ -22,7 +22,7 @@ from sorter.history.reader import Entry
 from sorter.history.review_reader import ReviewReader
 
 PAGE = 100
-MOST_COUNTED = 10_000
+MOST_COUNTED = 5_000
 """More photos than this are not counted: to count a million takes seconds."""
 
 _MOST_PAGES = 20  # that are read to fill one, where files are gone

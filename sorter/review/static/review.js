@@ -201,7 +201,7 @@ function leftText() {
     job.step.map(({ before }) => (before !== undefined ? 0 : job.path === "decide" ? 1 : -1)),
   );
   const count = waiting.reduce((sum, one) => sum + one, left);
-  return left >= 10000 ? "more than 10,000 left" : `${count.toLocaleString("en")} left`;
+  return left >= 5000 ? "more than 5,000 left" : `${count.toLocaleString("en")} left`;
 }
 
 function describe(photo) {
