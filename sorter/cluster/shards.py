@@ -232,7 +232,9 @@ class JobFiles:
         data = self.store.read(self._key(table, name))
         if data is None:
             return None
-        rows: list[dict[str, Any]] = parquet.read_table(io.BytesIO(data)).to_pylist()
+        # Arrow's threads are not worth their start for so few rows, and may abort a process that ends.
+        file = parquet.ParquetFile(io.BytesIO(data), pre_buffer=False)
+        rows: list[dict[str, Any]] = file.read(use_threads=False).to_pylist()
         return rows
 
 
