@@ -118,7 +118,7 @@ def interrupt(command: "subprocess.Popen[str]", phase: Callable[[], object], num
 
 
 def token_of(process: int) -> str | None:
-    """The token that a process was started with; None if there is no such process any more."""
+    """The token that a process was started with; None once it has ended."""
     try:
         entries = Path("/proc", str(process), "environ").read_bytes().split(b"\0")
     except OSError:
