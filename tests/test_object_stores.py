@@ -416,6 +416,22 @@ def kill_at(place: Place, number: int, after: bool, item: StoredObject, *, undo:
     return True
 
 
+def killed_at_each(place: Place, every: int, *, undo: bool = False) -> Iterator[tuple[str, str, bool]]:
+    """The key, name and fate of a photo for each request before and after which its move, or undo, is killed."""
+    for after in (False, True):
+        for number in range(0, 100, every):
+            name = f"{number}-{after}.jpg"
+            item = place.put(f"in/{name}", name.encode(), Metadata={"a": "b"})
+            was_killed = kill_at(place, number, after, item, undo=undo)
+            (key,) = place.tree()
+            assert place.tree() == {key: name.encode()}
+            assert place.client.head_object(Bucket=place.bucket, Key=key)["Metadata"]["a"] == "b"
+            yield key, name, was_killed
+            place.client.delete_object(Bucket=place.bucket, Key=key)
+            if not was_killed:
+                break
+
+
 @pytest.mark.torture
 @pytest.mark.timeout(1200)
 @everywhere
@@ -423,18 +439,9 @@ def test_a_node_killed_before_or_after_each_of_its_requests_moves_each_photo_onc
     place: Place, pytestconfig: pytest.Config, proved: Callable[[str], None]
 ) -> None:
     kills = 0
-    for after in (False, True):
-        for number in range(0, 100, pytestconfig.getoption("every")):
-            name = f"{number}-{after}.jpg"
-            came_so_far = kill_at(place, number, after, place.put(f"in/{name}", name.encode(), Metadata={"a": "b"}))
-            assert sorted(place.tree().values()) == [name.encode()]
-            (key,) = place.tree()
-            assert key in (f"cats/{name}", f"dogs/{name}")
-            assert place.client.head_object(Bucket=place.bucket, Key=key)["Metadata"]["a"] == "b"
-            place.client.delete_object(Bucket=place.bucket, Key=key)
-            if not came_so_far:
-                break
-            kills += 1
+    for key, name, was_killed in killed_at_each(place, pytestconfig.getoption("every")):
+        assert key in (f"cats/{name}", f"dogs/{name}")
+        kills += was_killed
     server = "Swift" if place.is_swift else "moto"
     proved(
         f"a node killed before and after requests of a shard of one, {server}, {place.mode}: {kills} kills, moved once"
@@ -448,17 +455,9 @@ def test_an_undo_killed_before_or_after_each_of_its_requests_brings_each_photo_b
     place: Place, pytestconfig: pytest.Config, proved: Callable[[str], None]
 ) -> None:
     kills = 0
-    for after in (False, True):
-        for number in range(0, 100, pytestconfig.getoption("every")):
-            key = f"in/{number}-{after}.jpg"
-            item = place.put(key, key.encode(), Metadata={"a": "b"})
-            came_so_far = kill_at(place, number, after, item, undo=True)
-            assert place.tree() == {key: key.encode()}
-            assert place.client.head_object(Bucket=place.bucket, Key=key)["Metadata"]["a"] == "b"
-            place.client.delete_object(Bucket=place.bucket, Key=key)
-            if not came_so_far:
-                break
-            kills += 1
+    for key, name, was_killed in killed_at_each(place, pytestconfig.getoption("every"), undo=True):
+        assert key == f"in/{name}"
+        kills += was_killed
     server = "Swift" if place.is_swift else "moto"
     proved(
         f"an undo killed before and after requests of a shard of one, {server}, {place.mode}: {kills} kills, back once"
