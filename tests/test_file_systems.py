@@ -18,6 +18,10 @@ from conftest import Running, make_tree, photo
 from mounts import ALL, mounted
 from PIL import Image
 
+from sorter.files import inodes
+from sorter.files.atomic import status_after_rename
+from sorter.files.photo import Identity, opened_folder
+
 WITHOUT_DATABASES = ("rclone", "fusefat")
 """Where SQLite does not work, or not always; the history has to be on another disk."""
 QUICK = ("mergerfs",)
@@ -148,6 +152,24 @@ def test_photos_go_to_another_disk_and_back(name: str, tmp_path: Path) -> None:
         undone = _sorter("undo", "--last", *folders)
         assert undone.returncode == 0, undone.stderr
         assert (_contents(output), _contents(inbox)) == ({}, before)
+
+
+@pytest.mark.torture
+def test_a_rename_that_sets_times_is_recognised_when_they_are_rounded_down_the_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inodes, "_real", {})
+    # Even seconds, of a clock that is up to a tick late: just after an even second, the time is two seconds old.
+    with mounted("fusefat", tmp_path) as disk, opened_folder(disk, "") as folder:
+        (disk / "a.jpg").write_bytes(b"photo")
+        os.utime(disk / "a.jpg", (_TAKEN, _TAKEN))
+        assert not inodes.are_real(folder)
+        identity = Identity.of((disk / "a.jpg").stat())
+        time.sleep(2 - time.time() % 2)
+        began = time.time_ns()
+        (disk / "a.jpg").rename(disk / "b.jpg")
+        assert Identity.of(status_after_rename(folder, "b.jpg", identity, began)).is_same_file(identity)
+        assert (disk / "b.jpg").stat().st_mtime == _TAKEN
 
 
 @pytest.mark.timeout(120)

@@ -27,6 +27,7 @@ UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _RENAME_NOREPLACE = 1
 _RESERVATION = b"sorter is moving a photo here.\n"
 _COPY_BYTES = 1 << 20
+_TICK_NS = 10_000_000  # new times of files are those of the kernel's last tick: up to this long ago
 _FICLONE = 0x40049409  # of linux/fs.h; where it is another number, contents are copied
 _LONGEST_BYTES = 255 - len(".json")  # of a numbered name: file systems allow 255, and a sidecar appends to it
 
@@ -116,7 +117,7 @@ def status_after_rename(folder: int, name: str, identity: Identity, began_ns: in
     found = Identity.of(status)
     if found.inode or found.is_same_file(identity):
         return status
-    is_new_time = began_ns - COARSE_NS <= found.mtime_ns <= time.time_ns() + COARSE_NS
+    is_new_time = began_ns - _TICK_NS - COARSE_NS <= found.mtime_ns <= time.time_ns() + COARSE_NS
     if not is_new_time or not found._replace(mtime_ns=identity.mtime_ns).is_same_file(identity):
         return status
     os.utime(name, ns=(status.st_atime_ns, identity.mtime_ns), dir_fd=folder, follow_symlinks=False)
