@@ -19,12 +19,13 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 @dataclass
 class MemoryStore:
-    """One bucket; `step` is called before each request."""
+    """One bucket; `step` is called before each request. By its clock each write takes a second."""
 
     bucket: str = "photos"
     step: Callable[[str], None] = lambda request: None
     objects: dict[str, tuple[StoredObject, bytes]] = field(default_factory=dict)
     writes: int = 0
+    idle_seconds: float = 0.0
     url: str = "memory://photos"
 
     def put(self, key: str, data: bytes, *, as_parts: bool = False, **metadata: str) -> StoredObject:
@@ -89,6 +90,9 @@ class MemoryStore:
 
     def remove_own(self, key: str) -> None:
         self.objects.pop(key, None)
+
+    def now(self) -> datetime:
+        return START + timedelta(seconds=self.writes + self.idle_seconds)
 
 
 class KilledError(BaseException):

@@ -4,6 +4,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from sorter.classifier.manifest import Manifest
 from sorter.cli import cluster
 from sorter.cli.main import main
 from sorter.cluster.deciding import Decider
+from sorter.cluster.lease import Lease
 from sorter.cluster.node import setup
 from sorter.cluster.pool import Pool
 from sorter.cluster.ray_cluster import Shape, shape
@@ -274,6 +276,25 @@ def test_credentials_that_may_not_write_are_said_with_the_bucket(
     assert code == 1
     said = "s3://photos cannot be used: the store refuses it (403: Forbidden); check the permissions"
     assert said in capsys.readouterr().err
+
+
+def test_undo_waits_for_the_nodes_of_a_command_that_was_killed(
+    strict_moto: Server, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    strict_moto.client.create_bucket(Bucket="killed")
+    for name, value in strict_moto.environment.items():
+        monkeypatch.setenv(name, value)
+    store, _ = open_store("s3://killed")
+    folder = "sorted/.sorter/cluster/0123456789ab/"
+    store.put_new(f"{folder}job.json", json.dumps({"inbox": "s3://killed/in/"}).encode())
+    with monkeypatch.context() as patch:
+        patch.setattr("sorter.cluster.lease.os.getpid", lambda: 2**22 + 1)  # more than any process has
+        Lease(store, folder)
+    undo = ["cluster", "undo", "--inbox", "s3://killed/in", "--output", "s3://killed/sorted"]
+    assert main(undo) == 4
+    assert re.search(r"if it was killed, for 1\d\d seconds", capsys.readouterr().err)
+    Lease(store, folder).__enter__().__exit__(None, None, None)  # the same command goes on at once, and ends
+    assert main(undo) == 0
 
 
 def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
