@@ -286,7 +286,7 @@ def test_undo_waits_for_the_nodes_of_a_command_that_was_killed(
         monkeypatch.setenv(name, value)
     store, _ = open_store("s3://killed")
     folder = "sorted/.sorter/cluster/0123456789ab/"
-    store.put_new(f"{folder}job.json", json.dumps({"inbox": "s3://killed/in/"}).encode())
+    store.put_new(f"{folder}job.json", json.dumps({"inbox": "s3://killed/in/", "sidecar_suffixes": []}).encode())
     with monkeypatch.context() as patch:
         patch.setattr("sorter.cluster.lease.os.getpid", lambda: 2**22 + 1)  # more than any process has
         Lease(store, folder)
@@ -316,7 +316,7 @@ def test_status_undo_and_check_of_a_bucket_need_no_ray(action: str, said: str, s
     bucket, environment = f"no-ray-{action}", {**os.environ, **strict_moto.environment}
     urls = ["--inbox", f"s3://{bucket}/in", "--output", f"s3://{bucket}/sorted"]
     strict_moto.client.create_bucket(Bucket=bucket)
-    described = json.dumps({"inbox": f"s3://{bucket}/in/"}).encode()
+    described = json.dumps({"inbox": f"s3://{bucket}/in/", "sidecar_suffixes": []}).encode()
     for name, data in {"job.json": described, "shards/00000.parquet": b""}.items():
         key = f"sorted/.sorter/cluster/0123456789ab/{name}"
         strict_moto.client.put_object(Bucket=bucket, Key=key, Body=data)

@@ -4,19 +4,21 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import cast
 
 import pytest
 from conftest import GREEN, RED, RedGreenEngine, plain
-from memory_store import MemoryStore, every_order
+from memory_store import KilledError, MemoryStore, every_order
 
 from sorter.classifier.manifest import Manifest
 from sorter.cli import preflight
 from sorter.cluster import job as jobs
-from sorter.cluster import lease, shard_mover
+from sorter.cluster import lease, listing, shard_mover, taking_back
 from sorter.cluster import status as statuses
 from sorter.cluster.deciding import Decider
 from sorter.cluster.job import Job, Totals, unfinished
@@ -318,9 +320,21 @@ def test_an_attempt_that_the_store_ended_or_of_which_nobody_saw_the_end_is_no_de
     assert new_sorter().sort("00000").counts == {"cats/": 1}
 
 
+def described(inbox: str = "memory://photos/in/") -> dict[str, object]:
+    return {"inbox": inbox, "folders": ["cats", "dogs", "unsure", "failed"]}
+
+
+def run(job: Job, new_sorter: NewSorter) -> None:
+    """What the command does, without Ray."""
+    with jobs.begin(job, described()):
+        jobs.list_inbox(job, preflight.selection(SETTINGS))
+        for name in unfinished(job, decide_only=False):
+            new_sorter().sort(name)
+
+
 def undo(job: Job) -> dict[str, str]:
     """What became of each object that was not back before."""
-    return {row.key: row.kind for shard in take_back(job, "copy", SidecarNames()) for row in shard}
+    return {row.key: row.kind for row in take_back(job, "copy", SidecarNames())}
 
 
 def test_undo_brings_all_back_and_what_somebody_was_in_the_way_of_by_the_next_undo(
@@ -390,6 +404,77 @@ def test_a_second_undo_that_is_killed_is_finished_by_the_third(
     assert jobs.list_inbox(job, preflight.selection(SETTINGS)) == (0, 0)
 
 
+@pytest.mark.parametrize("is_second", [False, True])
+def test_after_an_undo_that_was_killed_at_any_request_nothing_runs_before_its_end_and_no_photo_is_there_twice(
+    store: MemoryStore,
+    job: Job,
+    new_sorter: NewSorter,
+    monkeypatch: pytest.MonkeyPatch,
+    is_second: bool,
+    proved: Callable[[str], None],
+) -> None:
+    """The second one tries again what strangers were in the way of."""
+    monkeypatch.setattr(taking_back, "TRANSFERS", 1)  # in one order
+    monkeypatch.setattr(listing, "SHARD_ROWS", 2)
+    monkeypatch.setattr(listing, "AHEAD_ROWS", 4)
+    files = {"a.jpg": plain(RED), "a.xmp": b"<xmp>", "b.jpg": plain(GREEN), "c.jpg": plain(RED, 1), "d.txt": b"text"}
+    put(store, files)
+    before = tree(store)
+    run(job, new_sorter)
+    assert sum(key.startswith("sorted/") for key in tree(store)) == 4
+    if is_second:
+        strangers = [store.put(f"in/{name}.jpg", b"a stranger's") for name in "abc"]
+        assert "moved" not in undo(job).values()
+        for stranger in strangers:
+            store.delete_exact(stranger)
+    beginning, ends = dict(store.objects), Counter[str]()
+
+    def refused(is_half_done: bool) -> AbstractContextManager[object]:
+        return pytest.raises(NotNowError, match=f"--job {job.id}") if is_half_done else nullcontext()
+
+    for at in count(1):
+        store.objects = dict(beginning)
+        was_killed = _undo_killed(job, store, monkeypatch, at)
+        there = tree(store)
+        is_half_done = bool(job.files.half_undone())
+        assert is_half_done or Counter(there.values()) == Counter(files.values()), "what is twice is known to be"
+        ends["waits" if is_half_done else "runs"] += 1
+        with refused(is_half_done):
+            run(job, new_sorter)
+        other = replace(job, id="ba9876543210", inbox_prefix="")
+        with refused(is_half_done), jobs.begin(other, described("memory://photos/")):
+            pass
+        assert tree(store) == there, "what is back stays, and what was not begun is sorted"
+        assert set(undo(job).values()) <= {"moved"}
+        assert tree(store) == before
+        run(job, new_sorter)
+        assert tree(store) == before
+        if not was_killed:
+            break
+    assert min(ends["runs"], ends["waits"]) > 2
+    which = "a second undo" if is_second else "an undo"
+    proved(f"{which} of 4 objects, killed at each of {at - 1} requests: the next run {dict(ends)}, 0 lost, 0 twice")
+
+
+def _undo_killed(job: Job, store: MemoryStore, monkeypatch: pytest.MonkeyPatch, at: int) -> bool:
+    """Undo, and end at a request as SIGKILL does; whether there were that many."""
+    requests = count(1)
+
+    def die(_: str) -> None:
+        if next(requests) >= at:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sorter.cluster.lease.os.getpid", lambda: 2**22 + 1)  # more than any process has
+        patch.setattr(store, "step", die)
+        try:
+            with jobs.begin(job, described(), "undo"):
+                undo(job)
+        except KilledError:
+            return True
+    return False
+
+
 @pytest.mark.parametrize("fate", ["in the way", "edited", "deleted"])
 def test_a_sidecar_stays_with_a_photo_that_undo_cannot_restore(
     store: MemoryStore, job: Job, new_sorter: NewSorter, fate: str
@@ -430,13 +515,9 @@ def test_undo_also_finds_what_a_killed_node_has_moved(
         patch.setattr(store, "delete_exact", die_after_two)
         with pytest.raises(KeyboardInterrupt):
             new_sorter().sort("00000")
-    assert shard_mover.begun(job.files) - job.files.finished("moves") == {"00000"}
+    assert shard_mover.half_moved(job.files) == {"00000"}
     assert set(undo(job).values()) == {"moved"}
     assert tree(store) == before
-
-
-def described(inbox: str = "memory://photos/in/") -> dict[str, object]:
-    return {"inbox": inbox, "folders": ["cats", "dogs", "unsure", "failed"]}
 
 
 @pytest.mark.parametrize("inbox", ["in/", "in/2019/", ""])

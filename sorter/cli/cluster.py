@@ -61,7 +61,8 @@ def cluster(
             return _with_folders(settings, action, address, workers, decide_only=decide_only)
         return _with_urls(settings, action, _url(inbox), _url(output), address, workers, decide_only, job)
     except KeyboardInterrupt:  # of `Shutdown`
-        raise NotBegunError("interrupted before this command had sorted anything: run it again") from None
+        done = "restored" if action == "undo" else "sorted"
+        raise NotBegunError(f"interrupted before this command had {done} anything: run it again") from None
 
 
 def _url(path: str) -> str:

@@ -5,7 +5,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 import structlog
@@ -15,17 +15,17 @@ from sorter.classifier import manifest as manifests
 from sorter.classifier.manifest import Manifest
 from sorter.cli import console, entries, preflight
 from sorter.cluster import job as jobs
-from sorter.cluster import lease, node, ray_cluster
+from sorter.cluster import node, ray_cluster
 from sorter.cluster import status as statuses
 from sorter.cluster.job import Job, Totals
-from sorter.cluster.lease import Lease
 from sorter.cluster.listing import SHARD_ROWS
 from sorter.cluster.object_node import ObjectNode
 from sorter.cluster.pool import Pool
 from sorter.cluster.probe import probe
+from sorter.cluster.status import Status
 from sorter.cluster.stores import Mode, open_store
 from sorter.cluster.taking_back import take_back
-from sorter.errors import ConfigurationError, ExitCode, NotNowError
+from sorter.errors import ConfigurationError, ExitCode
 from sorter.files import FAILED
 from sorter.inbox.sidecars import SidecarNames
 from sorter.service.shutdown import Shutdown
@@ -126,24 +126,18 @@ def status(settings: Settings, inbox: str, output: str, job_id: str | None) -> E
     Raises:
         SorterError: the job does not exist, or the store does not answer.
     """
-    job = _known(settings, inbox, output, job_id)
+    job, _ = _known(settings, inbox, output, job_id)
     found = statuses.read(job)
     share = found.moved / max(found.shards, 1)
-    restored, is_undone = _restored(found.restored, found.stayed), 0 < found.moved == found.undone
-    state = "not running"
-    if found.moved == found.shards:
-        state = "finished" if found.shards else "nothing was listed yet"
-    if found.holder.is_fresh:
-        state = f"running, {found.holder.text}"
-    elif is_undone:
-        state = f"undone. {restored}"
-    rows = [("job", job.id), ("state", state)]
-    if not is_undone:
+    restored = _restored(found.restored, found.stayed)
+    rows = [("job", job.id), ("state", _state(found, restored))]
+    if found.holder.is_fresh or not found.is_undone:
         rows.append(("sorted", f"{found.moved} of {found.shards} shards of about {SHARD_ROWS:,} objects ({share:.1%})"))
         rows.append(("decided", f"{found.decided} of {found.shards} shards"))
         if found.undone:
             rows.append(("undone", f"{found.undone} of {found.moved} sorted shards. {restored}"))
-    if found.holder.is_fresh and found.moved < found.shards and found.seconds_left is not None:
+    is_sorting = found.holder.is_fresh and found.holder.action == "run"
+    if is_sorting and found.moved < found.shards and found.seconds_left is not None:
         rows.append(("speed", f"about {found.per_second * SHARD_ROWS:.1f} photos/s"))
         rows.append(("time left", f"about {found.seconds_left / 60:.0f} minutes"))
     _print_rows(rows)
@@ -153,30 +147,47 @@ def status(settings: Settings, inbox: str, output: str, job_id: str | None) -> E
     return ExitCode.DONE
 
 
+def _state(found: Status, restored: str) -> str:
+    """What becomes of a job, for a person."""
+    if found.holder.is_fresh:
+        return f"{'undo under way' if found.holder.action == 'undo' else 'running'}, {found.holder.text}"
+    if found.half_undone:
+        return "undo interrupted: run sorter cluster undo again"
+    if found.is_undone:
+        return f"undone. {restored}"
+    if found.moved < found.shards:
+        return "not running"
+    return "finished" if found.shards else "nothing was listed yet"
+
+
 def undo(settings: Settings, inbox: str, output: str, job_id: str | None) -> ExitCode:
     """Bring a job's objects back under their old keys.
 
     Raises:
-        NotNowError: the job is running.
+        NotNowError: the job is running, or another one of this output runs or is half done.
         SorterError: the job does not exist, or the store does not answer.
     """
-    job = _known(settings, inbox, output, job_id)
     counts: Counter[str] = Counter()
-    if (holder := lease.holder(job.output, job.folder)).may_have_nodes:
-        raise NotNowError(f"{holder.text} is at work on the job {job.id}: {holder.advice}")
+    shutdown = Shutdown(idle_code=ExitCode.INCOMPLETE)
+    shutdown.unwinds = True
+    shutdown.listen()
+    job, described = _known(settings, inbox, output, job_id)
     mode = _probe(job)
-    with Lease(job.output, job.folder) as held:
-        for rows in take_back(job, mode, SidecarNames(settings.sidecar_suffixes)):
+    with ExitStack() as stack:
+        held = stack.enter_context(jobs.begin(job, described, "undo"))
+        shutdown.move_lock = threading.Lock()  # a second signal ends it at once: the same command goes on
+        sidecars = SidecarNames(described["sidecar_suffixes"])
+        for row in stack.enter_context(closing(take_back(job, mode, sidecars, lambda: shutdown.requested))):
             held.check()
-            for row in rows:
-                counts[row.kind] += 1
-                if row.kind != "moved" and counts.total() - counts["moved"] <= _NAMED:
-                    console.say(f"sorter: cannot restore {entries.printable(row.key)}: {row.reason}", sys.stderr)
+            counts[row.kind] += 1
+            if row.kind != "moved" and counts.total() - counts["moved"] <= _NAMED:
+                console.say(f"sorter: cannot restore {entries.printable(row.key)}: {row.reason}", sys.stderr)
     stayed = counts.total() - counts["moved"]
     if stayed > _NAMED:
         console.say(f"sorter: and {stayed - _NAMED} more; {job.folder}undo/ has all of them", sys.stderr)
-    console.say(_restored(counts["moved"], stayed), sys.stdout)
-    return ExitCode.INCOMPLETE if stayed else ExitCode.DONE
+    interrupted = " Interrupted: the same command goes on." if shutdown.requested else ""
+    console.say(_restored(counts["moved"], stayed) + interrupted, sys.stdout)
+    return ExitCode.INCOMPLETE if stayed or shutdown.requested else ExitCode.DONE
 
 
 def _restored(restored: int, stayed: int) -> str:
@@ -189,8 +200,8 @@ def _job(settings: Settings, inbox: str, output: str, model: Manifest) -> tuple[
     return job, described
 
 
-def _known(settings: Settings, inbox: str, output: str, job_id: str | None) -> Job:
-    """The one job of an inbox, or the one that was named."""
+def _known(settings: Settings, inbox: str, output: str, job_id: str | None) -> tuple[Job, dict[str, Any]]:
+    """The one job of an inbox, or the one that was named, and what describes it."""
     stores = (*open_store(inbox), *open_store(output))
     url = f"{stores[0].url}/{stores[1]}"
     known = jobs.known_jobs(*stores[2:])
@@ -203,7 +214,7 @@ def _known(settings: Settings, inbox: str, output: str, job_id: str | None) -> J
     if len(found) > 1:
         listed = "\n".join(f"    {id_}  {_began(known[id_])}" for id_ in found)
         raise ConfigurationError(f"{inbox} has several jobs: choose one with --job\n{listed}")
-    return Job(found[0], *stores)
+    return Job(found[0], *stores), known[found[0]]
 
 
 def _began(described: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ import structlog
 import sorter
 from sorter.classifier.manifest import Manifest
 from sorter.cluster import lease, shard_mover
-from sorter.cluster.lease import Lease
+from sorter.cluster.lease import Action, Lease
 from sorter.cluster.listing import list_new
 from sorter.cluster.node import Place, model_digest
 from sorter.cluster.pool import Finished, Pool, Task
@@ -115,22 +115,24 @@ def known_jobs(output: Store, output_prefix: str) -> dict[str, dict[str, Any]]:
 
 
 @contextmanager
-def begin(job: Job, described: dict[str, Any]) -> Iterator[Lease]:
+def begin(job: Job, described: dict[str, Any], action: Action = "run") -> Iterator[Lease]:
     """Hold the job's lease while the context lasts, unless its photos could go to two places.
 
     Each of two that begin at once writes its description and its lease before it looks for the other's. So at least
     one of them sees the other and ends; it may be both.
 
     Raises:
-        NotNowError: somebody works on this job, or on another one whose inbox has some of the same photos, or such a
-            job is half done.
+        NotNowError: somebody works on this job, or its undo is half done, which only an undo may finish; or somebody
+            works on another job that is in the way, or such a job or its undo is half done.
     """
     content = json.dumps(described | {"version": sorter.__version__, "began": time.time()})
     job.output.put_new(f"{job.folder}{_DESCRIPTION}", content.encode())
-    with Lease(job.output, job.folder) as held:
+    with Lease(job.output, job.folder, action) as held:
+        if action == "run":
+            _check_no_half_undo(job, job.id, described["inbox"])
         for id_, other in known_jobs(job.output, job.output_prefix).items():
-            if id_ != job.id and _overlap(other["inbox"], described["inbox"]):
-                _check_idle(job, id_, other["inbox"])
+            if id_ != job.id:
+                _check_beside(job, id_, other["inbox"], action, overlaps=_overlap(other["inbox"], described["inbox"]))
         yield held
 
 
@@ -139,17 +141,37 @@ def _overlap(inbox: str, other: str) -> bool:
     return inbox.startswith(other) or other.startswith(inbox)
 
 
-def _check_idle(job: Job, id_: str, inbox: str) -> None:
-    """Make sure that another job of the same output neither runs nor is half done."""
+def _check_beside(job: Job, id_: str, inbox: str, action: Action, *, overlaps: bool) -> None:
+    """Make sure that another job of the same output is not in the way of this one.
+
+    Runs that have no photos in common are not in each other's way. An undo is in the way of all: it makes keys free,
+    and whoever is half done and found them taken before would put its photos there once more.
+    """
     folder = f"{jobs_folder(job.output_prefix)}{id_}/"
     holder = lease.holder(job.output, folder)  # before its moves: who has released it has written all of them
-    if holder.may_have_nodes:  # of the same job they would do no harm: they go by the same decisions
+    # Nodes of the same job would do no harm: they go by the same decisions.
+    if holder.may_have_nodes and (overlaps or "undo" in (action, holder.action)):
         raise NotNowError(f"{holder.text} is at work on {inbox}, as the job {id_}: {holder.advice}")
+    if action == "run" and not overlaps:
+        return
+    if action == "run":
+        _check_no_half_undo(job, id_, inbox)
+    elif overlaps and shard_mover.half_moved(job.files):
+        return  # should both be half done, one has to be taken back first
     files = JobFiles(job.output, folder)
-    if shard_mover.begun(files) - files.finished("moves"):
+    if shard_mover.half_moved(files):
         raise NotNowError(
             f"the job {id_} of {inbox}, with other settings or another model or inbox, is not finished: finish it as "
             f"it was begun, or take it back with sorter cluster undo --job {id_}"
+        )
+
+
+def _check_no_half_undo(job: Job, id_: str, inbox: str) -> None:
+    """Make sure that no photo of a job may be back that no file says is."""
+    if JobFiles(job.output, f"{jobs_folder(job.output_prefix)}{id_}/").half_undone():
+        raise NotNowError(
+            f"an undo of the job {id_} was interrupted: finish it first, with sorter cluster undo --inbox {inbox} "
+            f"--output {job.output.url}/{job.output_prefix} --job {id_}"
         )
 
 

@@ -13,11 +13,13 @@ import os
 import threading
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 from uuid import uuid4
 
 from sorter.cluster.stores import Store
 from sorter.errors import NotNowError, SorterError, StoreError
+
+Action = Literal["run", "undo"]
 
 RENEW_SECONDS = 30.0
 FRESH_SECONDS = 120.0
@@ -33,6 +35,7 @@ class Holder:
         age_seconds: how long ago that was, by the store's clock.
         is_released: its work has ended in good order.
         is_killed: its process was on this machine, and has ended.
+        action: what it does with the job.
     """
 
     number: int
@@ -40,15 +43,20 @@ class Holder:
     age_seconds: float = 0.0
     is_released: bool = True
     is_killed: bool = False
+    action: Action = "run"
 
     @property
     def is_fresh(self) -> bool:
         """Whether somebody is at work."""
-        return self.may_have_nodes and not self.is_killed
+        return self._is_recent and not self.is_killed
 
     @property
     def may_have_nodes(self) -> bool:
         """Whether nodes may be at work: those on other machines outlive a command that is killed, for a while."""
+        return self.is_fresh or (self._is_recent and self.action == "run")  # an undo has none
+
+    @property
+    def _is_recent(self) -> bool:
         return not self.is_released and self.age_seconds < FRESH_SECONDS
 
     @property
@@ -77,6 +85,7 @@ def holder(store: Store, folder: str) -> Holder:
         age_seconds=(store.now() - last.modified).total_seconds(),
         is_released=said["released"],
         is_killed=here and not os.path.exists(f"/proc/{said['process']}"),
+        action=said["action"],
     )
 
 
@@ -86,19 +95,22 @@ class Lease:
     Args:
         store: of the output.
         folder: of the job.
+        action: what it is held for. A run goes on at once where one was killed, beside its nodes; an undo waits for
+            their end.
 
     Raises:
         NotNowError: another process has it.
     """
 
-    def __init__(self, store: Store, folder: str) -> None:
-        self._store, self._folder = store, folder
+    def __init__(self, store: Store, folder: str, action: Action = "run") -> None:
+        self._store, self._folder, self._action = store, folder, action
         self._ending = threading.Event()
         self._error: SorterError | None = None
         self._token = uuid4().hex
         last = holder(store, folder)
         self._number = last.number
-        if last.is_fresh or not self._renew():
+        is_taken = last.may_have_nodes if action == "undo" else last.is_fresh
+        if is_taken or not self._renew():
             raise NotNowError(f"{last.text or 'another process'} is at work on this job: {last.advice}")
 
     def __enter__(self) -> Self:
@@ -131,6 +143,7 @@ class Lease:
             "process": os.getpid(),
             "host": os.uname().nodename,
             "process_table": _process_table(),
+            "action": self._action,
             "released": released,
             "token": self._token,
         }

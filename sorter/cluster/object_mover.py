@@ -94,6 +94,43 @@ class ObjectMover:
             return Moved("moved", item.key, restored.etag)
         return Moved("changed", reason="it was changed, moved or deleted since it was sorted")
 
+    def remove_copy(self, item: StoredObject, copied: Moved) -> Moved:
+        """Undo a move that could not delete the original, if its copy is as it was; call it again after any failure.
+
+        The original's deletion is tried again, and if it succeeds now, the photo comes back as any other. Otherwise no
+        deletion that a node sends late succeeds either, and it is the copy that can go.
+
+        Args:
+            item: what was given to `move`.
+            copied: where the copy is, and its ETag.
+
+        Returns:
+            `moved` with the old key, once the object is there alone.
+
+        Raises:
+            StoreError: as `move` does.
+        """
+        assert copied.key is not None, "only what has a copy can lose it"
+        token = move_token(self._source.bucket, item)
+        try:
+            there = self._store.head(copied.key)
+            if there is None:
+                original = self._source.head(item.key)
+                if original is not None and original.etag == item.etag:
+                    return Moved("moved", item.key, original.etag)
+            if there is None or there.etag != copied.etag or _mark(there) != token:
+                return self.move_back(item, copied)  # by an earlier attempt, or it was changed
+            again = self.move(item, copied.key, numbered=False)
+            if again.kind == "moved":
+                return self.move_back(item, again)
+            if again.key is None:
+                return again
+            if self._store.delete_exact(there) == "changed":
+                return Moved("left", reason="its copy cannot be deleted: it is there twice")
+        except ObjectError as error:
+            return Moved("left", reason=str(error))
+        return Moved("moved", item.key, item.etag)
+
     def _move(self, way: "_Way", key: str, numbered: bool) -> Moved:
         if (way.source.bucket, way.item.key) == (way.target.bucket, key):
             return Moved("left", reason="it is where it should be")

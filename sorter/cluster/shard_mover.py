@@ -83,7 +83,8 @@ class ShardMover:
         return folder + slash + self._sidecars.renamed(sidecar, old, new)
 
 
-def begun(files: JobFiles) -> set[str]:
-    """The shards of which something may have been moved."""
+def half_moved(files: JobFiles) -> set[str]:
+    """The shards of which something may have been moved that no file says."""
     folder = files.folder + _BEGUN
-    return {item.key.removeprefix(folder) for item in files.store.list(folder)}
+    begun = {item.key.removeprefix(folder) for item in files.store.list(folder)}
+    return begun - files.finished("moves")

@@ -8,6 +8,7 @@ and goes by that. So all attempts at a shard, also those of nodes that were thou
     moves/00000.parquet       what became of each      `MovedRow`; the shard is finished
     undo/00000.1.parquet      what became of each      `MovedRow`, on the way back: some stayed, and are tried again
     undo/00000.parquet        what became of the rest  `MovedRow`: all are back
+    undoing/00000.1           its first undo begins    empty; finished once it has written the shard's first `undo` file
     deaths/00000.<unique>     a node died              empty; written by the command, which saw it
 """
 
@@ -44,7 +45,9 @@ _DECIDED = pyarrow.schema(
 )
 _MOVED = pyarrow.schema({"key": _TEXT, "kind": _TEXT, "destination": _TEXT, "etag": _TEXT, "reason": _TEXT})
 _DEATHS = "deaths/"
+_UNDOING = "undoing/"
 _NAME = re.compile(r"(\d+)((?:-[01])*)\.parquet")
+_UNDOING_NAME = re.compile(r"(\d+(?:-[01])*)\.(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +172,23 @@ class JobFiles:
         """A shard's moves; None before there are any."""
         rows = self._read("moves", name)
         return None if rows is None else [MovedRow(**row) for row in rows]
+
+    def begin_undo(self, name: str, number: int) -> None:
+        """Record that objects of a shard may be back from now on, although no file says which.
+
+        Args:
+            name: of the shard.
+            number: 1 for the undo that writes the shard's first file in `undo/`, 2 for the next one.
+        """
+        self.store.put_new(f"{self.folder}{_UNDOING}{name}.{number}", b"")
+
+    def half_undone(self) -> set[str]:
+        """The names of the shards of which an undo has begun, and has not written down what is back."""
+        folder = f"{self.folder}{_UNDOING}"
+        # Before the undos: one that ends meanwhile is then finished.
+        found = [_UNDOING_NAME.fullmatch(item.key.removeprefix(folder)) for item in self.store.list(folder)]
+        undos = self.undos()
+        return {match[1] for match in filter(None, found) if int(match[2]) > len(undos.get(match[1], ()))}
 
     def put_undo(self, name: str, rows: Sequence[MovedRow]) -> None:
         """Record what an undo made of the objects of a shard that were not back before."""

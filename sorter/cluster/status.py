@@ -24,6 +24,7 @@ class Status:
         decided: of which it is known what belongs where.
         moved: that are finished.
         undone: that were taken back, also those of which some objects could not be.
+        half_undone: of which an undo has brought back a part.
         restored: objects of these that are back.
         stayed: objects of these that could not be brought back.
         per_second: shards that were finished per second lately; 0 if none was.
@@ -34,10 +35,16 @@ class Status:
     decided: int
     moved: int
     undone: int
+    half_undone: int
     restored: int
     stayed: int
     per_second: float
     holder: Holder
+
+    @property
+    def is_undone(self) -> bool:
+        """Whether all that the job has listed was taken back, as far as that was possible."""
+        return 0 < self.shards == self.moved == self.undone and not self.half_undone
 
     @property
     def seconds_left(self) -> float | None:
@@ -65,6 +72,7 @@ def read(job: Job) -> Status:
         decided=len(files.finished("decisions")),
         moved=len(times),
         undone=len(undos),
+        half_undone=len(files.half_undone()),
         restored=restored,
         stayed=len(kinds) - restored,
         per_second=per_second,

@@ -4,7 +4,7 @@ In: what the job's files say was moved. Out: for each object, whether it is back
 moves were, so that whoever is killed goes on, and a second undo tries only what stayed.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -17,21 +17,27 @@ from sorter.cluster.stores import Mode
 from sorter.inbox.sidecars import SidecarNames
 
 
-def take_back(job: Job, mode: Mode, sidecars: SidecarNames) -> Iterator[list[MovedRow]]:
+def take_back(
+    job: Job, mode: Mode, sidecars: SidecarNames, stopping: Callable[[], bool] = lambda: False
+) -> Generator[MovedRow, None, None]:
     """Bring back what is not back yet, a shard at a time; yields what became of each of these objects.
 
-    A shard of which only a part was moved is finished first, because no file says which part that is.
+    A shard of which only a part was moved is finished first, because no file says which part that is. For the same
+    reason one of which only a part is back keeps the job from being run, until another undo has finished it.
 
     Args:
         job: nobody else works on it.
         mode: what both buckets were found to do.
-        sidecars: what names sidecars have.
+        sidecars: what names sidecars have, by the settings of the job.
+        stopping: says whether to end after the objects in hand; once it does, it has to go on doing so.
 
     Raises:
         StoreError: the store does not answer; the same command goes on.
     """
     files, mover = job.files, ObjectMover(job.output, mode, job.inbox)
-    for name in sorted(shard_mover.begun(files) - files.finished("moves")):
+    for name in sorted(shard_mover.half_moved(files)):
+        if stopping():
+            return
         with closing(ShardMover(files, mover, sidecars)) as unfinished:
             unfinished.move(name, files.read_decisions(name) or [])
     undos = files.undos()
@@ -39,34 +45,50 @@ def take_back(job: Job, mode: Mode, sidecars: SidecarNames) -> Iterator[list[Mov
         for name in sorted(files.finished("moves") - files.finished("undo")):
             earlier = files.read_undos(undos.get(name, ())).values()
             restored = {row.key for row in earlier if row.kind == "moved"}
-            rows = _take_back(files, mover, name, restored, pool)
-            files.put_undo(name, rows)
-            yield rows
+            # Also what was left because it could not be deleted once it was copied: it is there twice.
+            sorted_ = [row for row in files.read_moves(name) or [] if row.destination is not None]
+            there = [row for row in sorted_ if row.destination not in restored]
+            if stopping():
+                return
+            if there:
+                files.begin_undo(name, len(undos.get(name, ())) + 1)
+            rows: list[MovedRow | None] = []
+            for row in _take_back(files, mover, name, there, stopping, pool):
+                rows.append(row)
+                if row is not None:
+                    yield row
+            if None in rows:
+                return
+            files.put_undo(name, [row for row in rows if row is not None])
 
 
 def _take_back(
-    files: JobFiles, mover: ObjectMover, name: str, restored: Collection[str], pool: ThreadPoolExecutor
-) -> list[MovedRow]:
-    """What became of the objects of a shard: `key` is where one was sorted to, `destination` where it is back.
+    files: JobFiles,
+    mover: ObjectMover,
+    name: str,
+    there: Collection[MovedRow],
+    stopping: Callable[[], bool],
+    pool: ThreadPoolExecutor,
+) -> Iterator[MovedRow | None]:
+    """What became of objects of a shard: `key` is where one was sorted to, `destination` where it is back.
 
-    A sidecar stays with a photo that stays.
+    A sidecar stays with a photo that stays. None is for an object that was not tried any more.
     """
-    moved = [row for row in files.read_moves(name) or [] if row.kind == "moved" and row.destination not in restored]
-    if not moved:
-        return []
     items = {item.key: item for item in files.read_shard(name)}
     follows = {decided.key: decided.follows for decided in files.read_decisions(name) or []}
     stayed: set[str] = set()  # photos, by the keys that they had in the inbox
 
-    def back(row: MovedRow) -> MovedRow:
-        assert row.destination is not None, "it was moved"
+    def back(row: MovedRow) -> MovedRow | None:
+        if stopping():
+            return None
+        assert row.destination is not None, "it was moved, or copied"
         if follows[row.key] in stayed:
             return MovedRow(row.destination, "stayed", reason="its photo stays too")
-        there = mover.move_back(items[row.key], Moved("moved", row.destination, row.etag))
-        if there.kind != "moved":
+        restore = mover.move_back if row.kind == "moved" else mover.remove_copy
+        found = restore(items[row.key], Moved("moved", row.destination, row.etag))
+        if found.kind != "moved":
             stayed.add(row.key)
-        return MovedRow(row.destination, there.kind, there.key, there.etag, there.reason)
+        return MovedRow(row.destination, found.kind, found.key, found.etag, found.reason)
 
-    photos = [row for row in moved if follows[row.key] is None]
-    followers = [row for row in moved if follows[row.key] is not None]
-    return [*pool.map(back, photos), *pool.map(back, followers)]
+    yield from pool.map(back, [row for row in there if follows[row.key] is None])
+    yield from pool.map(back, [row for row in there if follows[row.key] is not None])
