@@ -278,6 +278,7 @@ def test_credentials_that_may_not_write_are_said_with_the_bucket(
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("_own_signals")
 def test_undo_waits_for_the_nodes_of_a_command_that_was_killed(
     strict_moto: Server, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -3,13 +3,13 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
 import pytest
 from conftest import GREEN, RED, RedGreenEngine, plain
@@ -17,6 +17,7 @@ from memory_store import KilledError, MemoryStore, every_order
 
 from sorter.classifier.manifest import Manifest
 from sorter.cli import preflight
+from sorter.cli.main import main
 from sorter.cluster import job as jobs
 from sorter.cluster import lease, listing, shard_mover, taking_back
 from sorter.cluster import status as statuses
@@ -24,8 +25,11 @@ from sorter.cluster.deciding import Decider
 from sorter.cluster.job import Job, Totals, unfinished
 from sorter.cluster.lease import FRESH_SECONDS, Lease
 from sorter.cluster.node import MAX_DEATHS
+from sorter.cluster.object_mover import ObjectMover
 from sorter.cluster.pool import Finished, Pool, Task
+from sorter.cluster.shard_mover import ShardMover
 from sorter.cluster.shard_sorter import ShardSorter
+from sorter.cluster.shards import Decided
 from sorter.cluster.stores import StoredObject
 from sorter.cluster.taking_back import take_back
 from sorter.errors import ConfigurationError, NotNowError, Reason, StoreError
@@ -320,8 +324,9 @@ def test_an_attempt_that_the_store_ended_or_of_which_nobody_saw_the_end_is_no_de
     assert new_sorter().sort("00000").counts == {"cats/": 1}
 
 
-def described(inbox: str = "memory://photos/in/") -> dict[str, object]:
-    return {"inbox": inbox, "folders": ["cats", "dogs", "unsure", "failed"]}
+def described(inbox: str = "memory://photos/in/", sidecar_suffixes: Iterable[str] = ()) -> dict[str, object]:
+    folders = ["cats", "dogs", "unsure", "failed"]
+    return {"inbox": inbox, "folders": folders, "sidecar_suffixes": [*sidecar_suffixes]}
 
 
 def run(job: Job, new_sorter: NewSorter) -> None:
@@ -473,6 +478,139 @@ def _undo_killed(job: Job, store: MemoryStore, monkeypatch: pytest.MonkeyPatch, 
         except KilledError:
             return True
     return False
+
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], _own_signals: None
+) -> Command:
+    """`sorter cluster` with the store in memory: what it ends with and prints."""
+    monkeypatch.setattr("sorter.cli.object_store.open_store", lambda url: (store, f"{url.rpartition('/')[2]}/"))
+    monkeypatch.setattr("sorter.cli.object_store.probe", lambda *_: "copy")
+
+    def run_command(action: str, *flags: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        places = ("--inbox", "memory://photos/in", "--output", "memory://photos/sorted")
+        code = main(["cluster", action, *places, *flags])
+        return (code, *capsys.readouterr())
+
+    return run_command
+
+
+def test_status_tells_an_undo_that_is_under_way_from_one_that_was_interrupted_and_one_that_is_done(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    def state() -> str:
+        code, out, err = command("status")
+        assert code == 0, err
+        return str(out.splitlines()[1].removeprefix("state").strip())
+
+    put(store, {f"{n}.jpg": plain(RED, n) for n in range(3)})
+    run(job, new_sorter)
+    assert state() == "finished"
+    with jobs.begin(job, described()):
+        assert state().startswith("running, process ")
+    with jobs.begin(job, described(), "undo"), closing(take_back(job, "copy", SidecarNames())) as rows:
+        next(rows)
+        assert state().startswith("undo under way, process ")
+    assert state() == "undo interrupted: run sorter cluster undo again"
+    assert _undo_killed(job, store, monkeypatch, 5)
+    assert state() == "undo interrupted: run sorter cluster undo again"
+    assert command("undo")[:2] == (0, "Restored 3 objects; 0 could not be restored.\n")
+    assert state() == "undone. Restored 3 objects; 0 could not be restored."
+    put(store, {"new.jpg": plain(RED, 9)})
+    assert jobs.list_inbox(job, preflight.selection(SETTINGS)) == (1, 1)
+    assert state() == "not running"
+    assert "undone   1 of 1 sorted shards. Restored 3 objects" in command("status")[1]
+    run(job, new_sorter)
+    assert state() == "finished"
+
+
+def test_undo_goes_by_the_sidecars_of_the_job_and_not_by_its_own(
+    store: MemoryStore, job: Job, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    store.put(f"{job.folder}job.json", json.dumps(described(sidecar_suffixes=[".cat"])).encode())
+    store.put("sorted/cats/a.jpg", b"a stranger's")
+    job.files.put_shard("00000", put(store, {"a.jpg": plain(RED), "a.cat": b"sidecar"}))
+    before = tree(store)
+    sidecar = Decided("in/a.cat", "sidecar", "sorted/cats/a.cat", follows="in/a.jpg")
+    job.files.put_decisions("00000", [sidecar, Decided("in/a.jpg", "sorted", "sorted/cats/a.jpg")])
+    with pytest.raises(KilledError):
+        move(job, SidecarNames([".cat"]), dies_before_it_deletes="in/a.cat")
+    assert "sorted/cats/a-1.cat" in tree(store)
+    assert command("undo")[:2] == (0, "Restored 2 objects; 0 could not be restored.\n")
+    assert tree(store) == before
+
+
+def move(job: Job, sidecars: SidecarNames, dies_before_it_deletes: str = "") -> None:
+    """Move the first shard by its decisions."""
+    store, deleted = cast(MemoryStore, job.output), job.inbox.delete_exact
+
+    def die(item: StoredObject) -> Literal["deleted", "gone", "changed"]:
+        if item.key == dies_before_it_deletes:
+            raise KilledError
+        return deleted(item)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "delete_exact", die)
+        with closing(ShardMover(job.files, ObjectMover(store, "copy"), sidecars)) as mover:
+            mover.move("00000", job.files.read_decisions("00000") or [])
+
+
+def test_an_undo_waits_for_every_job_of_its_output_that_is_at_work_or_half_done(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, command: Command
+) -> None:
+    """Such a job would find a key free that it found taken before, and put its photo there once more."""
+    other, others = replace(job, id="ba9876543210", inbox_prefix="in2/"), described("memory://photos/in2/")
+    put(store, {"a.jpg": plain(RED)})
+    run(job, new_sorter)
+    with jobs.begin(other, others):
+        code, _, err = command("undo")
+        assert (code, "is at work on memory://photos/in2/" in err) == (4, True)
+        other.files.put_shard("00000", [store.put("in2/a.jpg", plain(RED, 1))])
+        other.files.put_decisions("00000", [Decided("in2/a.jpg", "sorted", "sorted/cats/a.jpg")])
+        with pytest.raises(KilledError):
+            move(other, SidecarNames(), dies_before_it_deletes="in2/a.jpg")
+    assert set(tree(store)) == {"sorted/cats/a.jpg", "sorted/cats/a-1.jpg", "in2/a.jpg"}
+    code, _, err = command("undo")
+    assert (code, f"the job {other.id} of memory://photos/in2/" in err) == (4, True)
+    with jobs.begin(other, others):
+        move(other, SidecarNames())
+    assert command("undo")[0] == 0
+    assert tree(store) == {"in/a.jpg": plain(RED), "sorted/cats/a-1.jpg": plain(RED, 1)}
+
+
+def test_no_job_of_an_output_is_run_beside_an_undo(store: MemoryStore, job: Job) -> None:
+    other, others = replace(job, id="ba9876543210", inbox_prefix="in2/"), described("memory://photos/in2/")
+    with jobs.begin(job, described(), "undo"):
+        with pytest.raises(NotNowError, match="is at work on memory://photos/in/"), jobs.begin(other, others):
+            pass
+        with pytest.raises(NotNowError, match="is at work on this job"), jobs.begin(job, described()):
+            pass
+    with jobs.begin(other, others):
+        pass
+
+
+def test_of_two_jobs_that_are_half_done_and_wait_for_each_other_one_can_be_taken_back(
+    store: MemoryStore, job: Job, command: Command
+) -> None:
+    """As two of one inbox may be after a node that was thought dead."""
+    other = replace(job, id="ba9876543210")
+    for one in (job, other):
+        with jobs.begin(one, described()):
+            pass
+    for one in (job, other):
+        one.files.put_shard("00000", [])
+        store.put_new(f"{one.folder}moving/00000", b"")
+    for one in (job, other):
+        with pytest.raises(NotNowError, match="is not finished"), jobs.begin(one, described()):
+            pass
+    assert command("undo", "--job", job.id)[0] == 0
+    with jobs.begin(other, described()):
+        pass
 
 
 @pytest.mark.parametrize("fate", ["in the way", "edited", "deleted"])
