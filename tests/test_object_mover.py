@@ -1,12 +1,13 @@
 """Moves on an object store, in every order of requests: each photo ends once, and nothing is overwritten."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 from memory_store import MemoryStore, every_order
 
 from sorter.cluster.object_mover import Moved, ObjectMover
-from sorter.cluster.stores import MARK, MODIFIED, Mode
+from sorter.cluster.stores import MARK, MODIFIED, Mode, StoredObject
 from sorter.errors import ObjectError, StoreError
 
 MODES: tuple[Mode, ...] = ("copy", "upload")
@@ -133,6 +134,75 @@ def test_undo_leaves_what_was_changed_since_and_what_would_overwrite(store: Memo
         ("changed", "it was changed, moved or deleted since it was sorted"),
     ]
     assert contents(store) == {"cats/a.jpg": b"edited", "cats/b.jpg": b"b", "in/b.jpg": b"stranger"}
+
+
+class Guarded(MemoryStore):
+    """A bucket of which one object may not be deleted, as long as that is so."""
+
+    guarded = "in/a.jpg"
+
+    def delete_exact(self, item: StoredObject) -> Literal["deleted", "gone", "changed"]:
+        if item.key == self.guarded:
+            self.step("delete")
+            return "changed"
+        return super().delete_exact(item)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fate", ["", "may be deleted", "edited", "original edited", "copy deleted", "both deleted"])
+def test_undo_leaves_one_of_a_photo_that_is_there_twice_and_keeps_what_is_not_as_it_was(mode: Mode, fate: str) -> None:
+    store = Guarded()
+    item, mover = store.put("in/a.jpg", b"a", camera="x"), ObjectMover(store, mode)
+    left = mover.move(item, "cats/a.jpg")
+    assert (left.kind, left.key) == ("left", "cats/a.jpg")
+    assert contents(store) == {"cats/a.jpg": b"a", "in/a.jpg": b"a"}
+    if fate in ("may be deleted", "copy deleted", "both deleted"):
+        store.guarded = ""
+    if "edited" in fate:
+        store.put("in/a.jpg" if fate == "original edited" else "cats/a.jpg", b"edited")
+    if fate in ("copy deleted", "both deleted"):
+        del store.objects["cats/a.jpg"]
+    if fate == "both deleted":
+        del store.objects["in/a.jpg"]
+    before = contents(store)
+    back = mover.remove_copy(item, left)
+    assert mover.remove_copy(item, left) == back
+    if "edited" in fate or fate == "both deleted":
+        assert (back.kind, contents(store)) == ("left" if fate == "original edited" else "changed", before)
+        return
+    assert (back.kind, back.key) == ("moved", "in/a.jpg")
+    assert contents(store) == {"in/a.jpg": b"a"}
+    assert (store.objects["in/a.jpg"][0].metadata or {})["camera"] == "x"
+    assert back.etag == store.objects["in/a.jpg"][0].etag
+
+
+def test_undo_that_may_not_delete_the_copy_either_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Guarded()
+    item, mover = store.put("in/a.jpg", b"a"), ObjectMover(store, "copy")
+    left = mover.move(item, "cats/a.jpg")
+    monkeypatch.setattr(store, "delete_exact", lambda item: "changed")
+    back = mover.remove_copy(item, left)
+    assert (back.kind, back.reason) == ("left", "its copy cannot be deleted: it is there twice")
+
+
+def test_a_mover_that_was_thought_dead_beside_the_undo_of_a_photo_that_is_there_twice_loses_nothing() -> None:
+    """Whatever it is killed at: the next undo has the photo once, where it was."""
+
+    def scene() -> tuple[MemoryStore, list[Callable[[], object]], list[Callable[[], object]]]:
+        store = Guarded()
+        item, mover = store.put("in/a.jpg", b"photo"), ObjectMover(store, "copy")
+        left = mover.move(item, "cats/a.jpg")
+        finished[:] = [lambda: mover.remove_copy(item, left)]
+        return store, [lambda: mover.move(item, "cats/a.jpg"), finished[0]], []
+
+    def judge(store: MemoryStore, results: list[object]) -> None:
+        assert contents(store)["in/a.jpg"] == b"photo", results
+        last = finished[0]()
+        assert isinstance(last, Moved)
+        assert (last.kind, last.key, contents(store)) == ("moved", "in/a.jpg", {"in/a.jpg": b"photo"}), results
+
+    finished: list[Callable[[], object]] = []
+    assert every_order(scene, judge, kills=1) > 50
 
 
 def test_photos_move_from_one_bucket_into_another_and_back() -> None:
