@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -26,8 +26,11 @@ from sorter.classifier import manifest as manifests
 from sorter.cluster import job as jobs
 from sorter.cluster.job import Job
 from sorter.cluster.node import MAX_DEATHS
-from sorter.cluster.object_mover import KEY_BYTES
+from sorter.cluster.object_mover import KEY_BYTES, ObjectMover
+from sorter.cluster.shard_mover import ShardMover
+from sorter.cluster.shards import Decided
 from sorter.cluster.stores import open_store
+from sorter.inbox.sidecars import SidecarNames
 from sorter.settings import SHIPPED_MODEL, Settings
 
 pytestmark = pytest.mark.timeout(1800)
@@ -299,6 +302,65 @@ def test_undo_after_a_job_brings_every_photo_back(bucket: Photos, strict_moto: S
     code, _, err = bucket.run("run")
     assert code == 0, err
     assert sorted(bucket.objects()) == before
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_an_undo_after_the_photos_in_hand_and_a_second_one_at_once_and_the_same_command_goes_on(
+    bucket: Photos, line: Line, monkeypatch: pytest.MonkeyPatch, number: int, proved: Callable[[str], None]
+) -> None:
+    files = {f"{n:02}.jpg": plain(RED, n) for n in range(80)}
+    bucket.put(files)
+    _sort_into_cats(bucket.job(monkeypatch))
+    assert not any(key.startswith("in/") for key in bucket.objects())
+    turn = threading.Lock()
+
+    def one_at_a_time(request: Request) -> None:
+        if request.operation == "CompleteMultipartUpload":
+            with turn:
+                time.sleep(0.1)
+
+    def interrupted(signals: int) -> tuple[int, str, str]:
+        line.reset()
+        line.before = one_at_a_time
+        command = bucket.start("undo", server=line.server)
+        while sum(r.operation == "DeleteObject" and "/cats/" in r.path for r in line.requests) < 8:
+            assert command.poll() is None, command.communicate()
+            time.sleep(0.02)
+        for _ in range(signals):
+            command.send_signal(number)
+            time.sleep(0.2)
+        out, err = command.communicate(timeout=60)
+        return command.returncode, out, err
+
+    code, out, err = interrupted(1)
+    back = sum(key.startswith("in/") for key in bucket.objects())
+    assert (code, out, err) == (
+        3,
+        f"Restored {back} objects; 0 could not be restored. Interrupted: the same command goes on.\n",
+        "",
+    )
+    assert 0 < back < len(files)
+    assert bucket.contents() == Counter(files.values())
+    assert "undo interrupted: run sorter cluster undo again" in bucket.run("status")[1]
+    assert interrupted(2)[0] == 128 + number
+    code, _, err = bucket.run("run")
+    assert (code, "finish it first, with sorter cluster undo --inbox s3://" in err) == (4, True), err
+    assert bucket.run("undo")[:2] == (0, f"Restored {len(files)} objects; 0 could not be restored.\n")
+    assert sorted(bucket.objects()) == sorted(f"in/{name}" for name in files)
+    assert bucket.contents() == Counter(files.values())
+    proved(f"{signal.Signals(number).name} to an undo of {len(files)}: it ended with {back} back, none twice")
+
+
+def _sort_into_cats(job: Job) -> None:
+    """What a job without Ray and a model would do."""
+    described = {"inbox": f"{job.inbox.url}/{job.inbox_prefix}", "folders": ["cats"], "sidecar_suffixes": []}
+    with jobs.begin(job, described):
+        items = list(job.inbox.list(job.inbox_prefix))
+        job.files.put_shard("00000", items)
+        decided = [Decided(i.key, "sorted", f"sorted/cats/{i.key.removeprefix(job.inbox_prefix)}") for i in items]
+        with closing(ShardMover(job.files, ObjectMover(job.output, "copy"), SidecarNames())) as mover:
+            mover.move("00000", job.files.put_decisions("00000", decided))
 
 
 @pytest.mark.long

@@ -23,7 +23,7 @@ from sorter.cluster import lease, listing, shard_mover, taking_back
 from sorter.cluster import status as statuses
 from sorter.cluster.deciding import Decider
 from sorter.cluster.job import Job, Totals, unfinished
-from sorter.cluster.lease import FRESH_SECONDS, Lease
+from sorter.cluster.lease import FRESH_SECONDS, Action, Lease
 from sorter.cluster.node import MAX_DEATHS
 from sorter.cluster.object_mover import ObjectMover
 from sorter.cluster.pool import Finished, Pool, Task
@@ -742,8 +742,9 @@ class Watched(MemoryStore):
         yield from super().list(prefix, after)
 
 
-def test_two_jobs_of_one_inbox_that_begin_at_once_are_never_both_at_work(
-    monkeypatch: pytest.MonkeyPatch, proved: Callable[[str], None]
+@pytest.mark.parametrize(("action", "inbox"), [("run", "in/"), ("undo", "in2/")])
+def test_two_jobs_of_one_inbox_or_an_undo_and_a_run_that_begin_at_once_are_never_both_at_work(
+    monkeypatch: pytest.MonkeyPatch, proved: Callable[[str], None], action: Action, inbox: str
 ) -> None:
     monkeypatch.setattr(Lease, "__enter__", lambda self: self)  # it lasts for an instant: nothing is renewed
     monkeypatch.setattr(Lease, "__exit__", lambda self, *_: self._renew(released=True) and None)
@@ -752,9 +753,10 @@ def test_two_jobs_of_one_inbox_that_begin_at_once_are_never_both_at_work(
     def scene() -> tuple[MemoryStore, list[Callable[[], object]], list[Callable[[], object]]]:
         store, at_work = Watched(), set[str]()
 
-        def work(id_: str) -> str:
+        def work(id_: str, action: Action, inbox: str) -> str:
+            job, about = Job(id_, store, inbox, store, "sorted/"), described(f"memory://photos/{inbox}")
             try:
-                with jobs.begin(Job(id_, store, "in/", store, "sorted/"), described()):
+                with jobs.begin(job, about, action):
                     at_work.add(id_)
                     store.step("work")
                     is_alone = at_work == {id_}
@@ -763,11 +765,12 @@ def test_two_jobs_of_one_inbox_that_begin_at_once_are_never_both_at_work(
             except NotNowError:
                 return "refused"
 
-        return store, [partial(work, "a"), partial(work, "b")], []
+        return store, [partial(work, "a", action, inbox), partial(work, "b", "run", "in/")], []
 
     count = every_order(scene, lambda _, results: ends.update([tuple(results)]), kills=0)
     assert set(ends) == {("done", "done"), ("done", "refused"), ("refused", "done"), ("refused", "refused")}
-    proved(f"two jobs of one inbox that begin at once, {count} orders of requests: never both at work")
+    which = "two runs of one inbox" if action == "run" else "an undo and a run of another inbox"
+    proved(f"{which} that begin at once, {count} orders of requests: never both at work")
 
 
 def test_the_inbox_may_be_the_output_and_sorted_photos_are_not_listed_again(

@@ -1,6 +1,7 @@
 """Moves on an object store, in every order of requests: each photo ends once, and nothing is overwritten."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -149,7 +150,9 @@ class Guarded(MemoryStore):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("fate", ["", "may be deleted", "edited", "original edited", "copy deleted", "both deleted"])
+@pytest.mark.parametrize(
+    "fate", ["", "may be deleted", "edited", "edited in place", "original edited", "copy deleted", "both deleted"]
+)
 def test_undo_leaves_one_of_a_photo_that_is_there_twice_and_keeps_what_is_not_as_it_was(mode: Mode, fate: str) -> None:
     store = Guarded()
     item, mover = store.put("in/a.jpg", b"a", camera="x"), ObjectMover(store, mode)
@@ -159,7 +162,11 @@ def test_undo_leaves_one_of_a_photo_that_is_there_twice_and_keeps_what_is_not_as
     if fate in ("may be deleted", "copy deleted", "both deleted"):
         store.guarded = ""
     if "edited" in fate:
-        store.put("in/a.jpg" if fate == "original edited" else "cats/a.jpg", b"edited")
+        key = "in/a.jpg" if fate == "original edited" else "cats/a.jpg"
+        kept = store.objects[key][0].metadata
+        edited = store.put(key, b"edited")
+        if fate == "edited in place":
+            store.objects[key] = replace(edited, metadata=kept), b"edited"
     if fate in ("copy deleted", "both deleted"):
         del store.objects["cats/a.jpg"]
     if fate == "both deleted":
