@@ -141,17 +141,21 @@ class Guarded(MemoryStore):
     """A bucket of which one object may not be deleted, as long as that is so."""
 
     guarded = "in/a.jpg"
+    error: ObjectError | None = None
 
     def delete_exact(self, item: StoredObject) -> Literal["deleted", "gone", "changed"]:
         if item.key == self.guarded:
             self.step("delete")
+            if self.error is not None:
+                raise self.error
             return "changed"
         return super().delete_exact(item)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "fate", ["", "may be deleted", "edited", "edited in place", "original edited", "copy deleted", "both deleted"]
+    "fate",
+    ["", "denied", "may be deleted", "edited", "edited in place", "original edited", "copy deleted", "both deleted"],
 )
 def test_undo_leaves_one_of_a_photo_that_is_there_twice_and_keeps_what_is_not_as_it_was(mode: Mode, fate: str) -> None:
     store = Guarded()
@@ -159,6 +163,8 @@ def test_undo_leaves_one_of_a_photo_that_is_there_twice_and_keeps_what_is_not_as
     left = mover.move(item, "cats/a.jpg")
     assert (left.kind, left.key) == ("left", "cats/a.jpg")
     assert contents(store) == {"cats/a.jpg": b"a", "in/a.jpg": b"a"}
+    if fate == "denied":
+        store.error = ObjectError("the store refuses it (AccessDenied)")
     if fate in ("may be deleted", "copy deleted", "both deleted"):
         store.guarded = ""
     if "edited" in fate:

@@ -97,8 +97,8 @@ class ObjectMover:
     def remove_copy(self, item: StoredObject, copied: Moved) -> Moved:
         """Undo a move that could not delete the original, if its copy is as it was; call it again after any failure.
 
-        The original's deletion is tried again, and if it succeeds now, the photo comes back as any other. Otherwise no
-        deletion that a node sends late succeeds either, and it is the copy that can go.
+        The original's deletion is tried again, and if it succeeds now, the photo comes back as any other. If the store
+        refuses it, it does not carry out one that a node sends late either, and it is the copy that can go.
 
         Args:
             item: what was given to `move`.
@@ -120,11 +120,13 @@ class ObjectMover:
                     return Moved("moved", item.key, original.etag)
             if there is None or there.etag != copied.etag or _mark(there) != token:
                 return self.move_back(item, copied)  # by an earlier attempt, or it was changed
-            again = self.move(item, copied.key, numbered=False)
-            if again.kind == "moved":
-                return self.move_back(item, again)
-            if again.key is None:
-                return again
+            try:
+                is_refused = self._source.delete_exact(item) == "changed"
+            except ObjectError:
+                is_refused = True
+            original = self._source.head(item.key)
+            if not is_refused or original is None or original.etag != item.etag:
+                return self.move_back(item, copied)
             if self._store.delete_exact(there) == "changed":
                 return Moved("left", reason="its copy cannot be deleted: it is there twice")
         except ObjectError as error:
