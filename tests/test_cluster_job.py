@@ -21,6 +21,7 @@ from breaking_line import Fault, Line, Request, breaking_line
 from conftest import GREEN, RED, plain
 from object_stores import Server
 from ray_machines import ENVIRONMENT, INTERRUPTED, Machines, interrupt, machines, processes
+from test_terminal import Terminal
 
 from sorter.classifier import manifest as manifests
 from sorter.cluster import job as jobs
@@ -350,6 +351,31 @@ def test_a_signal_ends_an_undo_after_the_photos_in_hand_and_a_second_one_at_once
     assert sorted(bucket.objects()) == sorted(f"in/{name}" for name in files)
     assert bucket.contents() == Counter(files.values())
     proved(f"{signal.Signals(number).name} to an undo of {len(files)}: it ended with {back} back, none twice")
+
+
+@pytest.mark.long
+def test_on_a_terminal_an_undo_shows_how_far_it_is_and_names_what_it_cannot_restore(
+    bucket: Photos, line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put({f"{n:02}.jpg": plain(RED, n) for n in range(80)})
+    _sort_into_cats(bucket.job(monkeypatch))
+    bucket.put({"07.jpg": b"a stranger's"})
+    turn = threading.Lock()
+
+    def one_at_a_time(request: Request) -> None:
+        if request.operation == "CompleteMultipartUpload":
+            with turn:
+                time.sleep(0.1)
+
+    line.before = one_at_a_time
+    terminal = Terminal("cluster", "undo", *bucket.urls, **line.server.environment)
+    terminal.wait_for(b"restoring")
+    terminal.wait_for(b" photos/s")
+    terminal.press_ctrl_c()
+    terminal.wait_for(b"\x1b[?25h")  # the cursor that the bar has hidden
+    terminal.wait_for(b"Interrupted: the same command goes on.")
+    assert terminal.exit_code() == 3
+    assert b"cannot restore sorted/cats/07.jpg: another object has the key" in terminal.shown
 
 
 def _sort_into_cats(job: Job) -> None:

@@ -41,7 +41,7 @@ class Bar:
 
 
 @contextmanager
-def bar(stream: LogStream, total: int | None) -> Iterator[Bar]:
+def bar(stream: LogStream, total: int | None, doing: str = "sorting") -> Iterator[Bar]:
     """Show a bar for about `total` files; None if they were not counted."""
     # Rich takes a third of a second to import.
     from rich.console import Console
@@ -58,7 +58,7 @@ def bar(stream: LogStream, total: int | None) -> Iterator[Bar]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
-        task = progress.add_task("sorting", total=total, speed="")
+        task = progress.add_task(doing, total=total, speed="")
         # The bar itself is written to this stream as well; only log lines are routed around it.
         stream.only_problems = True
         stream.above = lambda text: progress.console.print(Text.from_ansi(text.rstrip("\n")), soft_wrap=True)

@@ -1,11 +1,13 @@
 """`sorter cluster` with an object store: its actions, what they print, and their exit codes."""
 
+import os
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 
 import structlog
@@ -75,7 +77,7 @@ def run(
             pool.await_first()
             shutdown.move_lock = threading.Lock()  # a second signal ends it at once: the same command goes on
             total = (len(to_do) - 1) * SHARD_ROWS + len(job.files.read_shard(to_do[-1]))
-            show = _bar(settings, stream, shutdown, stack, total)
+            show = _bar(settings, stream, shutdown, stack, total, "sorting")
             loop = jobs.Run(
                 pool,
                 to_do,
@@ -176,12 +178,16 @@ def undo(settings: Settings, inbox: str, output: str, job_id: str | None) -> Exi
     with ExitStack() as stack:
         held = stack.enter_context(jobs.begin(job, described, "undo"))
         shutdown.move_lock = threading.Lock()  # a second signal ends it at once: the same command goes on
+        stream = logs.LogStream(os.dup(2))
+        show = _bar(settings, stream, shutdown, stack, None, "restoring")
         sidecars = SidecarNames(described["sidecar_suffixes"])
         for row in stack.enter_context(closing(take_back(job, mode, sidecars, lambda: shutdown.requested))):
             held.check()
             counts[row.kind] += 1
+            show(counts.total())
             if row.kind != "moved" and counts.total() - counts["moved"] <= _NAMED:
-                console.say(f"sorter: cannot restore {entries.printable(row.key)}: {row.reason}", sys.stderr)
+                say = stream.above or partial(console.say, stream=sys.stderr)
+                say(f"sorter: cannot restore {entries.printable(row.key)}: {row.reason}")
     stayed = counts.total() - counts["moved"]
     if stayed > _NAMED:
         console.say(f"sorter: and {stayed - _NAMED} more; {job.folder}undo/ has all of them", sys.stderr)
@@ -252,13 +258,13 @@ def _stopping(shutdown: Shutdown) -> Callable[[], bool]:
 
 
 def _bar(
-    settings: Settings, stream: logs.LogStream, shutdown: Shutdown, stack: ExitStack, total: int
+    settings: Settings, stream: logs.LogStream, shutdown: Shutdown, stack: ExitStack, total: int | None, doing: str
 ) -> Callable[[int], None]:
-    """What shows how many photos were decided on, or moved by what was decided before, if somebody watches."""
+    """What shows how many photos were decided on, moved by earlier decisions, or restored, if somebody watches."""
     if settings.log_format == "json" or not stream.isatty():
         return lambda _: None
     shutdown.restore_terminal = stream.show_cursor
-    bar, started = stack.enter_context(console.bar(stream, total)), time.monotonic()
+    bar, started = stack.enter_context(console.bar(stream, total, doing)), time.monotonic()
     return lambda done: bar.show(done, done / max(time.monotonic() - started, 0.001))
 
 
