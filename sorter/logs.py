@@ -49,7 +49,7 @@ class LogStream:
 
     def show_cursor(self) -> None:
         """Show the cursor that a progress bar has hidden; safe in a signal handler, unlike `write`."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # it may be closed
             os.write(self._file.fileno(), b"\x1b[?25h\n")
 
     def fileno(self) -> int:
@@ -59,6 +59,11 @@ class LogStream:
     def isatty(self) -> bool:
         """True for a terminal."""
         return self._file.isatty()
+
+    def close(self) -> None:
+        """Close the descriptor; errors are ignored."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 class _LineLogger:

@@ -178,7 +178,7 @@ def undo(settings: Settings, inbox: str, output: str, job_id: str | None) -> Exi
     with ExitStack() as stack:
         held = stack.enter_context(jobs.begin(job, described, "undo"))
         shutdown.move_lock = threading.Lock()  # a second signal ends it at once: the same command goes on
-        stream = logs.LogStream(os.dup(2))
+        stream = stack.enter_context(closing(logs.LogStream(os.dup(2))))
         show = _bar(settings, stream, shutdown, stack, None, "restoring")
         sidecars = SidecarNames(described["sidecar_suffixes"])
         for row in stack.enter_context(closing(take_back(job, mode, sidecars, lambda: shutdown.requested))):
