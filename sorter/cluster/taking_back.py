@@ -30,7 +30,8 @@ def take_back(job: Job, mode: Mode, sidecars: SidecarNames) -> Iterator[list[Mov
     Raises:
         StoreError: the store does not answer; the same command goes on.
     """
-    files, mover = job.files, ObjectMover(job.output, mode, job.inbox)
+    files = job.files
+    mover = ObjectMover(job.output, mode, job.inbox, prefix=job.output_prefix, source_prefix=job.inbox_prefix)
     for name in sorted(shard_mover.begun(files) - files.finished("moves")):
         with closing(ShardMover(files, mover, sidecars)) as unfinished:
             unfinished.move(name, files.read_decisions(name) or [])
