@@ -1,13 +1,15 @@
 """Moves on an object store, in every order of requests: each photo ends once, and nothing is overwritten."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from memory_store import MemoryStore, every_order
 
 from sorter.cluster.object_mover import Moved, ObjectMover
 from sorter.cluster.stores import MARK, MODIFIED, Mode
-from sorter.errors import ObjectError, StoreError
+from sorter.errors import FailingObjectError, ObjectError, StoreError
 
 MODES: tuple[Mode, ...] = ("copy", "upload")
 
@@ -86,8 +88,92 @@ def test_what_the_store_does_not_copy_is_left_and_what_it_does_not_delete_is_sai
         patch.setattr(store, "delete_exact", lambda item: "changed")
         left = mover.move(item, "cats/a.jpg")
         assert (left.kind, left.key) == ("left", "cats/a.jpg")
+        patch.setattr(store, "delete_exact", refuse)
+        assert mover.move(item, "cats/a.jpg") == replace(
+            left, reason="the store refuses it (AccessDenied): it is there twice"
+        )
     assert mover.move(item, "cats/a.jpg").kind == "moved"
     assert contents(store) == {"cats/a.jpg": b"a"}
+
+
+def fail_at(store: MemoryStore, patch: pytest.MonkeyPatch, method: str, key: str, times: int = 1_000) -> None:
+    """Have a method fail so many times, at one key or, if that is empty, at all."""
+    original, left = getattr(store, method), [times]
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        if left[0] and (not key or key in [getattr(argument, "key", argument) for argument in arguments]):
+            left[0] -= 1
+            raise FailingObjectError("the store fails at it")
+        return original(*arguments, **named)
+
+    patch.setattr(store, method, failing)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("method", ["copy_new", "head", "delete_exact"])
+def test_an_object_at_which_the_store_always_fails_is_left_if_the_store_works_and_otherwise_the_job_ends(
+    store: MemoryStore, mode: Mode, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = store.put("in/a.jpg", b"a"), store.put("in/b.jpg", b"b")
+    store.put("cats/a.jpg", b"stranger")  # otherwise nobody looks at the object
+    mover = ObjectMover(store, mode)
+    with monkeypatch.context() as patch:
+        fail_at(store, patch, method, "in/a.jpg")
+        left = mover.move(first, "cats/a.jpg")
+        twice = "cats/a-1.jpg" if method == "delete_exact" else None
+        reason = "the store fails at it" + ": it is there twice" * (twice is not None)
+        assert (left.kind, left.key, left.reason) == ("left", twice, reason)
+        assert mover.move(second, "cats/b.jpg").kind == "moved"
+    there = {"cats/a.jpg": b"stranger", "cats/b.jpg": b"b", "in/a.jpg": b"a"}
+    assert contents(store) == there | ({twice: b"a"} if twice else {})
+    with monkeypatch.context() as patch:
+        fail_at(store, patch, method, "")
+        with pytest.raises(StoreError, match="fails at it"):
+            mover.move(first, "cats/a.jpg")
+    assert contents(store) == there | ({twice: b"a"} if twice else {})
+    assert mover.move(first, "cats/a.jpg").key == "cats/a-1.jpg"
+    assert contents(store) == {"cats/a.jpg": b"stranger", "cats/a-1.jpg": b"a", "cats/b.jpg": b"b"}
+
+
+@pytest.mark.parametrize("method", ["copy_new", "delete_exact"])
+def test_a_store_that_has_recovered_by_the_time_it_is_looked_at_writes_no_photo_off(
+    store: MemoryStore, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item = store.put("in/a.jpg", b"a")
+    fail_at(store, monkeypatch, method, "", times=1)
+    assert ObjectMover(store, "copy").move(item, "cats/a.jpg").kind == "moved"
+    assert contents(store) == {"cats/a.jpg": b"a"}
+
+
+def test_a_copy_that_is_there_although_the_store_said_that_it_failed_is_finished(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    item, original = store.put("in/a.jpg", b"a"), store.copy_new
+
+    def fail_afterwards(*arguments: Any, **named: Any) -> Any:
+        original(*arguments, **named)
+        raise FailingObjectError("the store fails at it")
+
+    monkeypatch.setattr(store, "copy_new", fail_afterwards)
+    assert ObjectMover(store, "copy").move(item, "cats/a.jpg").kind == "moved"
+    assert contents(store) == {"cats/a.jpg": b"a"}
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_undo_leaves_what_the_store_fails_at_and_ends_where_the_store_fails(
+    store: MemoryStore, fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mover, item = ObjectMover(store, "copy"), store.put("in/a.jpg", b"a")
+    moved = mover.move(item, "cats/a.jpg")
+    with monkeypatch.context() as patch:
+        fail_at(store, patch, "head", "" if fails else "cats/a.jpg")
+        if fails:
+            with pytest.raises(StoreError):
+                mover.move_back(item, moved)
+        else:
+            assert mover.move_back(item, moved) == Moved("left", reason="the store fails at it")
+    assert mover.move_back(item, moved).kind == "moved"
+    assert contents(store) == {"in/a.jpg": b"a"}
 
 
 def test_a_store_that_refuses_a_free_key_for_ever_ends_the_job(

@@ -606,7 +606,7 @@ def test_an_object_at_which_the_store_always_fails_is_left_and_a_store_that_fail
     assert ("there twice" in str(left.reason)) == is_there_twice
     assert work(other).kind == "moved"
     failing_at(place, "", operation)
-    with pytest.raises(StoreError, match="fails at|refuses PutObject"):
+    with pytest.raises(StoreError, match=r"fails at|refuses PutObject"):
         work(place.put("in/c.jpg", b"third"))
     place.line.reset()
     tree = place.tree()
