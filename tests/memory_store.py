@@ -19,7 +19,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 @dataclass
 class MemoryStore:
-    """One bucket; `step` is called before each request."""
+    """One bucket; `step` is called before each request. By its clock each write takes a second."""
 
     bucket: str = "photos"
     step: Callable[[str], None] = lambda request: None
@@ -27,6 +27,7 @@ class MemoryStore:
     writes: int = 0
     changes: list[tuple[str, str]] = field(default_factory=list)
     """`put` or `delete`, and the key, in their order."""
+    idle_seconds: float = 0.0
     url: str = "memory://photos"
 
     def put(self, key: str, data: bytes, *, as_parts: bool = False, **metadata: str) -> StoredObject:
@@ -94,6 +95,9 @@ class MemoryStore:
 
     def remove_own(self, key: str) -> None:
         self.objects.pop(key, None)
+
+    def now(self) -> datetime:
+        return START + timedelta(seconds=self.writes + self.idle_seconds)
 
 
 class KilledError(BaseException):

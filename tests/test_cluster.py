@@ -4,6 +4,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from sorter.classifier.manifest import Manifest
 from sorter.cli import cluster
 from sorter.cli.main import main
 from sorter.cluster.deciding import Decider
+from sorter.cluster.lease import Lease
 from sorter.cluster.node import setup
 from sorter.cluster.pool import Pool
 from sorter.cluster.ray_cluster import Shape, shape
@@ -314,6 +316,25 @@ def test_an_error_of_the_store_is_repeated_also_where_botocore_has_used_up_its_q
     assert _Flaky.failures.total() == 200, (
         "botocore would repeat 35 to 100 requests of a process, and fail at the others"
     )
+
+
+def test_undo_waits_for_the_nodes_of_a_command_that_was_killed(
+    strict_moto: Server, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    strict_moto.client.create_bucket(Bucket="killed")
+    for name, value in strict_moto.environment.items():
+        monkeypatch.setenv(name, value)
+    store, _ = open_store("s3://killed")
+    folder = "sorted/.sorter/cluster/0123456789ab/"
+    store.put_new(f"{folder}job.json", json.dumps({"inbox": "s3://killed/in/"}).encode())
+    with monkeypatch.context() as patch:
+        patch.setattr("sorter.cluster.lease.os.getpid", lambda: 2**22 + 1)  # more than any process has
+        Lease(store, folder)
+    undo = ["cluster", "undo", "--inbox", "s3://killed/in", "--output", "s3://killed/sorted"]
+    assert main(undo) == 4
+    assert re.search(r"if it was killed, for 1\d\d seconds", capsys.readouterr().err)
+    Lease(store, folder).__enter__().__exit__(None, None, None)  # the same command goes on at once, and ends
+    assert main(undo) == 0
 
 
 def test_without_the_extra_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

@@ -11,7 +11,7 @@ from typing import cast
 
 import pytest
 from conftest import GREEN, RED, RedGreenEngine, plain
-from memory_store import START, MemoryStore, every_order
+from memory_store import MemoryStore, every_order
 
 from sorter.classifier.manifest import Manifest
 from sorter.cli import preflight
@@ -465,12 +465,6 @@ def described(inbox: str = "memory://photos/in/") -> dict[str, object]:
     return {"inbox": inbox, "folders": ["cats", "dogs", "unsure", "failed"]}
 
 
-@pytest.fixture
-def _clock_of_the_store(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + store.writes)
-
-
-@pytest.mark.usefixtures("_clock_of_the_store")
 @pytest.mark.parametrize("inbox", ["in/", "in/2019/", ""])
 def test_a_job_with_other_settings_waits_until_a_half_done_one_is_finished_or_taken_back(
     store: MemoryStore, job: Job, new_sorter: NewSorter, inbox: str
@@ -490,7 +484,6 @@ def test_a_job_with_other_settings_waits_until_a_half_done_one_is_finished_or_ta
         pass
 
 
-@pytest.mark.usefixtures("_clock_of_the_store")
 @pytest.mark.parametrize("inbox", ["in/", "in/2019/", ""])
 def test_of_two_jobs_of_one_inbox_the_second_is_refused_and_no_photo_is_sorted_twice(
     store: MemoryStore, job: Job, new_sorter: NewSorter, inbox: str
@@ -515,7 +508,6 @@ def test_a_job_waits_for_the_nodes_of_another_one_whose_command_was_killed(
     store: MemoryStore, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A node on another machine may still decide to move something, which no mark says yet."""
-    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + store.writes)
     other = replace(job, id="ba9876543210")
     store.put_new(f"{job.folder}job.json", json.dumps(described()).encode())
     with monkeypatch.context() as patch:
@@ -541,7 +533,6 @@ class Watched(MemoryStore):
 def test_two_jobs_of_one_inbox_that_begin_at_once_are_never_both_at_work(
     monkeypatch: pytest.MonkeyPatch, proved: Callable[[str], None]
 ) -> None:
-    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + 1)
     monkeypatch.setattr(Lease, "__enter__", lambda self: self)  # it lasts for an instant: nothing is renewed
     monkeypatch.setattr(Lease, "__exit__", lambda self, *_: self._renew(released=True) and None)
     ends: Counter[tuple[object, ...]] = Counter()
@@ -567,7 +558,6 @@ def test_two_jobs_of_one_inbox_that_begin_at_once_are_never_both_at_work(
     proved(f"two jobs of one inbox that begin at once, {count} orders of requests: never both at work")
 
 
-@pytest.mark.usefixtures("_clock_of_the_store")
 def test_the_inbox_may_be_the_output_and_sorted_photos_are_not_listed_again(
     store: MemoryStore, new_sorter: NewSorter
 ) -> None:
@@ -592,16 +582,15 @@ def test_an_inbox_that_photos_are_sorted_into_is_refused(store: MemoryStore, man
 def test_two_commands_do_not_have_a_job_at_once_unless_the_other_one_is_gone(
     store: MemoryStore, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + store.writes)
     first = Lease(store, job.folder)
     with pytest.raises(NotNowError, match="is at work"):
         Lease(store, job.folder)
-    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + FRESH_SECONDS + 60)
+    store.idle_seconds = FRESH_SECONDS + 60
     second = Lease(store, job.folder)  # as far as anybody knows, the first one's machine is gone
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.01)
     with first, pytest.raises(NotNowError, match="taken this job over"):
         check_for_30_seconds(first)
-    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + store.writes)
+    store.idle_seconds = 0
     assert lease.holder(store, job.folder).is_fresh
     with second:
         second.check()
@@ -617,11 +606,21 @@ def check_for_30_seconds(held: Lease) -> None:
 def test_the_lease_of_a_process_that_was_killed_on_this_machine_is_free_at_once(
     store: MemoryStore, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sorter.cluster.lease.time.time", lambda: START.timestamp() + store.writes)
     with monkeypatch.context() as patch:
         patch.setattr("sorter.cluster.lease.os.getpid", lambda: 2**22 + 1)  # more than any process has
         Lease(store, job.folder)
     Lease(store, job.folder)
+
+
+def test_a_process_number_of_another_container_says_nothing(
+    store: MemoryStore, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("sorter.cluster.lease.os.getpid", lambda: 2**22 + 1)
+        patch.setattr("sorter.cluster.lease.os.readlink", lambda path: "pid:[1]")
+        Lease(store, job.folder)
+    with pytest.raises(NotNowError, match="is at work"):
+        Lease(store, job.folder)
 
 
 def test_the_job_is_another_with_another_threshold_or_inbox(

@@ -100,6 +100,14 @@ def test_the_probe_finds_how_a_store_copies_and_leaves_nothing(place: Place) -> 
     assert "Uploads" not in place.client.list_multipart_uploads(Bucket=place.bucket)
 
 
+@both
+def test_an_objects_age_is_known_whatever_clock_this_machine_has(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.store.put_new("a", b"")
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    (item,) = place.store.list("a")
+    assert 0 <= (place.store.now() - item.modified).total_seconds() <= 5
+
+
 @swift_only
 def test_the_probe_refuses_a_bucket_of_swift_with_versions(place: Place) -> None:
     enabled = {"Status": "Enabled"}

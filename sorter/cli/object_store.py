@@ -162,8 +162,8 @@ def undo(settings: Settings, inbox: str, output: str, job_id: str | None) -> Exi
     """
     job = _known(settings, inbox, output, job_id)
     counts: Counter[str] = Counter()
-    if (holder := lease.holder(job.output, job.folder)).is_fresh:
-        raise NotNowError(f"{holder.text} is at work on the job {job.id}: stop it first")
+    if (holder := lease.holder(job.output, job.folder)).may_have_nodes:
+        raise NotNowError(f"{holder.text} is at work on the job {job.id}: {holder.advice}")
     mode = _probe(job)
     with Lease(job.output, job.folder) as held:
         for rows in take_back(job, mode, SidecarNames(settings.sidecar_suffixes)):

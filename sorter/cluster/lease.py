@@ -1,8 +1,9 @@
-"""Keeps two commands from working on the same job by accident. Nothing that must not be lost stands on it.
+"""Keeps two commands from working on one job, and two jobs from working on the same photos.
 
 In: a job's folder. Out: a lease, renewed until it is released. Each renewal is a new small object,
 `lease/00000001.json`, because not every store can replace an object only if nobody else has: the one with the highest
-number counts.
+number counts. Its age is told by the store's clock alone. No photo is lost without a lease, but two jobs with other
+settings would put one into two folders.
 """
 
 import collections
@@ -10,7 +11,6 @@ import contextlib
 import json
 import os
 import threading
-import time
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -30,7 +30,7 @@ class Holder:
     Attributes:
         number: of that renewal; 0 if there was none.
         text: the process, for a person.
-        age_seconds: how long ago that was, by the clocks of the store and of this machine.
+        age_seconds: how long ago that was, by the store's clock.
         is_released: its work has ended in good order.
         is_killed: its process was on this machine, and has ended.
     """
@@ -70,11 +70,11 @@ def holder(store: Store, folder: str) -> Holder:
     if last is None or content is None:
         return Holder(0)
     said: dict[str, Any] = json.loads(content)
-    here = said["host"] == os.uname().nodename and said["boot"] == _boot()
+    here = said["process_table"] == _process_table()
     return Holder(
         number=int(last.key.rpartition("/")[2].partition(".")[0]),
         text=f"process {said['process']} on {said['host']}",
-        age_seconds=time.time() - last.modified.timestamp(),
+        age_seconds=(store.now() - last.modified).total_seconds(),
         is_released=said["released"],
         is_killed=here and not os.path.exists(f"/proc/{said['process']}"),
     )
@@ -130,7 +130,7 @@ class Lease:
         content = {
             "process": os.getpid(),
             "host": os.uname().nodename,
-            "boot": _boot(),
+            "process_table": _process_table(),
             "released": released,
             "token": self._token,
         }
@@ -153,6 +153,7 @@ class Lease:
                 return
 
 
-def _boot() -> str:
+def _process_table() -> list[str]:
+    """What tells where a process number counts: containers of one machine have tables of their own."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
+        return [os.uname().nodename, file.read().strip(), os.readlink("/proc/self/ns/pid")]

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -206,6 +207,12 @@ class S3Store:
         assert ".sorter/" in key, "everything else is deleted on a condition only"
         with self._answering(), suppress(_MissingError):
             self._client.delete_object(Bucket=self.bucket, Key=key)
+
+    def now(self) -> datetime:
+        """See `Store.now`."""
+        with self._answering():
+            answer = self._client.head_bucket(Bucket=self.bucket)
+        return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
 
     def _copy_through_here(
         self, item: StoredObject, source: "S3Store", key: str, properties: dict[str, Any], as_parts: bool

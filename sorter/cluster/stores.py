@@ -154,6 +154,10 @@ class Store(Protocol):
         """Delete an object of the sorter's own, below a `.sorter/`, whatever version it is."""
         ...
 
+    def now(self) -> datetime:
+        """The store's clock, which gives objects their times; to the second."""
+        ...
+
 
 def open_store(url: str) -> tuple[Store, str]:
     """Open the bucket that a URL names.
