@@ -73,6 +73,10 @@ class StoreError(SorterError):
     """An object store does not answer, or refuses. Every object is intact, under its old key, its new one or both."""
 
 
+class FailingObjectError(StoreError):
+    """An object store keeps failing at one object; whether at others as well is to be found out."""
+
+
 class UnsafeStoreError(StoreError):
     """An object store ignores or lacks a condition without which a move could overwrite or lose an object."""
 

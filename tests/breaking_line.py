@@ -11,7 +11,13 @@ from urllib.parse import parse_qs, urlsplit
 
 from object_stores import Server
 
-Fault = Literal["cut before", "cut after", "cut body", "slow down", "conflict"]
+Fault = Literal["cut before", "cut after", "cut body", "slow down", "conflict", "failure", "denial"]
+REFUSALS: dict[Fault, tuple[int, str]] = {
+    "slow down": (503, "SlowDown"),
+    "conflict": (409, "ConditionalRequestConflict"),
+    "failure": (500, "InternalError"),
+    "denial": (403, "AccessDenied"),
+}
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,8 @@ def breaking_line(server: Server) -> Iterator[Line]:
             if fault == "cut before":
                 self.cut()
                 return
-            if fault in ("slow down", "conflict"):
-                self.refuse(*((503, "SlowDown") if fault == "slow down" else (409, "ConditionalRequestConflict")))
+            if fault in REFUSALS:
+                self.refuse(*REFUSALS[fault])
                 return
             answer, data = self.ask(body)
             line.after(request)

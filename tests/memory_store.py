@@ -25,6 +25,8 @@ class MemoryStore:
     step: Callable[[str], None] = lambda request: None
     objects: dict[str, tuple[StoredObject, bytes]] = field(default_factory=dict)
     writes: int = 0
+    changes: list[tuple[str, str]] = field(default_factory=list)
+    """`put` or `delete`, and the key, in their order."""
     idle_seconds: float = 0.0
     url: str = "memory://photos"
 
@@ -34,6 +36,7 @@ class MemoryStore:
         etag = f'"{hashlib.md5(data).hexdigest()}{"-1" * as_parts}"'
         item = StoredObject(key, len(data), etag, START + timedelta(seconds=self.writes), "STANDARD", dict(metadata))
         self.objects[key] = item, data
+        self.changes.append(("put", key))
         return replace(item, metadata=None)
 
     def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
@@ -65,18 +68,19 @@ class MemoryStore:
         self, item: StoredObject, source: Store, key: str, token: str, mode: Mode, *, unlike: str | None = None
     ) -> str | None:
         assert isinstance(source, MemoryStore)
-        if mode != "copy":  # the bytes are read first, and written later
+        as_parts = item.is_in_parts if unlike is None else not in_parts(unlike)  # as the mode `copy` has it
+        in_one_request = mode == "copy" and not as_parts
+        if not in_one_request:  # the bytes are read first, and become an object later
             self.step("get")
             read = source.objects.get(item.key)
             if read is None or read[0].etag != item.etag:
                 return None
         self.step("copy")
-        there = source.objects.get(item.key) if mode == "copy" else read
+        there = source.objects.get(item.key) if in_one_request else read
         if there is None or there[0].etag != item.etag or key in self.objects:
             return None
         original, data = there
         metadata = {MODIFIED: original.modified.isoformat(), **(original.metadata or {}), MARK: token}
-        as_parts = item.is_in_parts if unlike is None else not in_parts(unlike)  # as the mode `copy` has it
         return self.put(key, data, as_parts=as_parts, **metadata).etag
 
     def delete_exact(self, item: StoredObject) -> Literal["deleted", "gone", "changed"]:
@@ -86,6 +90,7 @@ class MemoryStore:
         if self.objects[item.key][0].etag != item.etag:
             return "changed"
         del self.objects[item.key]
+        self.changes.append(("delete", item.key))
         return "deleted"
 
     def remove_own(self, key: str) -> None:

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -276,6 +278,44 @@ def test_credentials_that_may_not_write_are_said_with_the_bucket(
     assert code == 1
     said = "s3://photos cannot be used: the store refuses it (403: Forbidden); check the permissions"
     assert said in capsys.readouterr().err
+
+
+class _Flaky(BaseHTTPRequestHandler):
+    """Gives each object on the third request for it."""
+
+    failures: Counter[str]
+
+    def do_GET(self) -> None:
+        fails = self.failures[self.path] < 2
+        self.failures[self.path] += fails
+        self.send_response(500 if fails else 200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_an_error_of_the_store_is_repeated_also_where_botocore_has_used_up_its_quota(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sorter.cluster.s3.pause_seconds", lambda attempt: 0.01)
+    _Flaky.failures = Counter()
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Flaky) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"):
+            monkeypatch.setenv(f"AWS_{name}", "some")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        store, _ = open_store("s3://photos")
+        with ThreadPoolExecutor(32) as pool:
+            found = list(pool.map(store.read, map(str, range(100))))
+        server.shutdown()
+        thread.join()
+    assert found == [b""] * 100
+    assert _Flaky.failures.total() == 200, (
+        "botocore would repeat 35 to 100 requests of a process, and fail at the others"
+    )
 
 
 @pytest.mark.usefixtures("_own_signals")

@@ -32,7 +32,7 @@ from sorter.cluster.shard_sorter import ShardSorter
 from sorter.cluster.shards import Decided
 from sorter.cluster.stores import StoredObject
 from sorter.cluster.taking_back import take_back
-from sorter.errors import ConfigurationError, NotNowError, Reason, StoreError
+from sorter.errors import ConfigurationError, FailingObjectError, NotNowError, Reason, StoreError
 from sorter.inbox.sidecars import SidecarNames
 from sorter.settings import Settings
 
@@ -335,6 +335,32 @@ def run(job: Job, new_sorter: NewSorter) -> None:
         jobs.list_inbox(job, preflight.selection(SETTINGS))
         for name in unfinished(job, decide_only=False):
             new_sorter().sort(name)
+
+
+def test_a_photo_that_the_store_fails_to_give_is_left_and_a_store_that_fails_writes_no_photo_off(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.files.put_shard("00000", put(store, {"a.jpg": plain(RED), "b.jpg": plain(GREEN)}))
+    original, read = store.download, store.read
+
+    def fail(item: StoredObject, path: Path) -> None:
+        if item.key == "in/b.jpg":
+            raise FailingObjectError("s3://photos fails at 'in/b.jpg'")
+        original(item, path)
+
+    def fail_at_all(key: str) -> bytes | None:
+        if "/cluster/" not in key:
+            raise StoreError("s3://photos fails")
+        return read(key)
+
+    monkeypatch.setattr(store, "download", fail)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "read", fail_at_all)
+        with pytest.raises(StoreError):
+            new_sorter().sort("00000")
+    assert job.files.read_decisions("00000") is None
+    assert new_sorter().sort("00000").counts == {"cats/": 1, "left": 1}
+    assert sorted(tree(store)) == ["in/b.jpg", "sorted/cats/a.jpg"]
 
 
 def undo(job: Job) -> dict[str, str]:

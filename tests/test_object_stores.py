@@ -21,7 +21,7 @@ import pytest
 from breaking_line import Fault, Line, Request, breaking_line
 from object_stores import Server
 
-from sorter.cluster.object_mover import ObjectMover
+from sorter.cluster.object_mover import Moved, ObjectMover
 from sorter.cluster.probe import probe
 from sorter.cluster.shards import JobFiles
 from sorter.cluster.stores import MARK, MODIFIED, Mode, Store, StoredObject, open_store
@@ -540,11 +540,139 @@ def test_a_store_that_is_overloaded_collides_and_breaks_off_its_answers_gives_th
     assert min(faults["slow down"], faults["conflict"], faults["cut body"]) > 0, faults
 
 
+@pytest.mark.parametrize("place", ["moto-copy", "moto-upload"], indirect=True)
+def test_a_store_that_answers_everything_with_500_for_two_seconds_only_delays_the_work(
+    place: Place, tmp_path: Path
+) -> None:
+    names = [f"{number:03}.jpg" for number in range(100)]
+    items = [place.put(f"in/{name}", name.encode()) for name in names]
+    failures: Counter[str] = Counter()
+
+    def fail_for_two_seconds() -> None:
+        until = time.monotonic() + 2
+
+        def before(request: Request) -> Fault | None:
+            if time.monotonic() > until:
+                return None
+            failures[request.operation] += 1
+            return "failure"
+
+        place.line.before = before
+
+    def download(item: StoredObject) -> None:
+        path = tmp_path / item.key.rpartition("/")[2]
+        place.store.download(item, path)
+        assert path.read_bytes() == path.name.encode()
+
+    with ThreadPoolExecutor(32) as pool:
+        fail_for_two_seconds()
+        list(pool.map(download, items))
+        fail_for_two_seconds()
+        moved = list(pool.map(lambda item: place.mover.move(item, item.key.replace("in/", "cats/")).kind, items))
+    place.line.reset()
+    assert moved == ["moved"] * len(items)
+    assert place.tree() == {f"cats/{name}": name.encode() for name in names}
+    assert failures["GetObject"] >= 32, failures
+
+
+def failing_at(place: Place, key: str, operation: str, fault: Fault = "failure") -> None:
+    """Have the store refuse all requests of a kind that concern one object, for ever."""
+    operations = {operation, "CreateMultipartUpload"} if operation == "CompleteMultipartUpload" else {operation}
+    place.line.before = lambda request: fault if request.operation in operations and key in request.path else None
+
+
+@pytest.mark.parametrize(
+    ("place", "operation", "key"),
+    [
+        ("moto-copy", "GetObject", "in/a.jpg"),
+        ("moto-copy", "HeadObject", "in/a.jpg"),
+        ("moto-copy", "CopyObject", "cats/a.jpg"),
+        ("moto-copy", "DeleteObject", "in/a.jpg"),
+        ("moto-multipart", "CompleteMultipartUpload", "cats/a.jpg"),
+        ("moto-upload", "PutObject", "cats/a.jpg"),
+    ],
+    indirect=["place"],
+)
+def test_an_object_at_which_the_store_always_fails_is_left_and_a_store_that_fails_at_all_ends_the_job(
+    place: Place, operation: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sorter.cluster.s3.pause_seconds", lambda attempt: 0.01)
+    item, other = place.put("in/a.jpg", b"photo"), place.put("in/b.jpg", b"other")
+
+    def work(item: StoredObject) -> Moved:
+        try:
+            place.mover.insist(lambda: place.store.download(item, tmp_path / "photo"))
+        except ObjectError as error:
+            return Moved("left", reason=str(error))
+        return place.mover.move(item, item.key.replace("in/", "cats/"))
+
+    failing_at(place, key, operation)
+    left = work(item)
+    is_there_twice = operation == "DeleteObject"
+    assert (left.kind, left.key) == ("left", "cats/a.jpg" if is_there_twice else None)
+    assert "fails at" in str(left.reason)
+    assert ("there twice" in str(left.reason)) == is_there_twice
+    assert work(other).kind == "moved"
+    failing_at(place, "", operation)
+    with pytest.raises(StoreError, match=r"fails at|refuses PutObject"):
+        work(place.put("in/c.jpg", b"third"))
+    place.line.reset()
+    tree = place.tree()
+    assert sorted(set(tree.values())) == [b"other", b"photo", b"third"]
+    assert (tree["in/a.jpg"], tree["cats/b.jpg"]) == (b"photo", b"other")
+    assert work(item).kind == "moved"
+    assert [key for key in place.tree() if ".sorter" in key] == []
+
+
+@pytest.mark.parametrize("place", ["moto-copy"], indirect=True)
+def test_an_object_that_may_not_be_deleted_is_said_to_be_there_twice_and_its_neighbours_are_moved(place: Place) -> None:
+    items = [place.put(f"in/{name}.jpg", name.encode()) for name in "ab"]
+    failing_at(place, "in/a.jpg", "DeleteObject", "denial")
+    left, moved = (place.mover.move(item, item.key.replace("in/", "cats/")) for item in items)
+    assert (left.kind, left.key, moved.kind) == ("left", "cats/a.jpg", "moved")
+    assert left.reason == "the store refuses it (AccessDenied: by the test): it is there twice"
+    assert place.tree() == {"cats/a.jpg": b"a", "cats/b.jpg": b"b", "in/a.jpg": b"a"}
+
+
+@pytest.mark.parametrize("place", ["moto-copy"], indirect=True)
+def test_a_deletion_that_collides_for_ever_ends_the_job_and_is_not_taken_for_a_change(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sorter.cluster.s3.pause_seconds", lambda attempt: 0.01)
+    item = place.put("in/a.jpg", b"photo")
+    failing_at(place, "in/a.jpg", "DeleteObject", "conflict")
+    with pytest.raises(StoreError, match="refuses DeleteObject"):
+        place.mover.move(item, "cats/a.jpg")
+    assert place.line.operations().count("DeleteObject") == 8
+    place.line.reset()
+    assert place.mover.move(item, "cats/a.jpg").kind == "moved"
+    assert place.tree() == {"cats/a.jpg": b"photo"}
+
+
+@pytest.mark.parametrize("place", ["moto-multipart"], indirect=True)
+def test_a_copy_in_parts_that_collides_is_made_again_after_a_pause(place: Place) -> None:
+    item, pauses = place.put("in/a.jpg", b"photo"), list[float]()
+
+    def before(request: Request) -> Fault | None:
+        if request.operation == "CompleteMultipartUpload":
+            pauses.append(time.monotonic())
+            return "conflict" if len(pauses) < 4 else None
+        return None
+
+    place.line.before = before
+    assert place.mover.move(item, "cats/a.jpg").kind == "moved"
+    assert len(pauses) == 4
+    assert pauses[3] - pauses[0] > (0.3 + 0.6 + 1.2) / 2
+    place.line.reset()
+    assert place.tree() == {"cats/a.jpg": b"photo"}
+    assert "Uploads" not in place.client.list_multipart_uploads(Bucket=place.bucket)
+
+
 @both
 def test_answers_that_always_break_off_end_the_job_and_the_photo_stays(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sorter.cluster.s3._pause", lambda attempt: None)
+    monkeypatch.setattr("sorter.cluster.s3.pause", lambda attempt: None)
     item = place.put("in/a.jpg", b"photo")
     place.line.before = lambda request: "cut body" if request.operation == "GetObject" else None
     with pytest.raises(StoreError, match="ends its answers early, 8 times"):

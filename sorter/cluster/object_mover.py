@@ -6,18 +6,19 @@ object under both names, and the next attempt, in any process, recognises its co
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
-from sorter.cluster.stores import MARK, Mode, Store, StoredObject
-from sorter.errors import ObjectError, StoreError
+from sorter.cluster.probe import confirm
+from sorter.cluster.stores import ATTEMPTS, MARK, Mode, Store, StoredObject, pause
+from sorter.errors import FailingObjectError, ObjectError, StoreError
 
 KEY_BYTES = 1_024
 NUMBERS = 1_000
 """So many names are tried for an object whose key is taken."""
 
-COLLISIONS = 20
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,8 @@ class Moved:
     Attributes:
         kind: `moved`: it is at `key`, and no more where it was. `changed`: it is gone, or was replaced before it could
             be moved. `left`: it is where it was.
-        key: where it is now; None unless it was moved. If it was left, it is there as well.
-        etag: of what is there now; None unless it was moved.
+        key: where it was moved to, or where a copy of what was left is; None if there is nothing of it elsewhere.
+        etag: of what is at `key`.
         reason: why it was not moved, for a person.
     """
 
@@ -45,10 +46,14 @@ class ObjectMover:
         store: the bucket that objects go to.
         mode: what `probe` found for it.
         source: the bucket that objects come from, if that is another one.
+        prefix, source_prefix: of keys, below which the sorter may write in these buckets.
     """
 
-    def __init__(self, store: Store, mode: Mode, source: Store | None = None) -> None:
+    def __init__(
+        self, store: Store, mode: Mode, source: Store | None = None, *, prefix: str = "", source_prefix: str = ""
+    ) -> None:
         self._store, self._mode, self._source = store, mode, source or store
+        self._prefix, self._source_prefix = prefix, source_prefix
 
     def move(self, item: StoredObject, key: str, *, numbered: bool = True) -> Moved:
         """Move exactly this version of an object; call it again after any failure, with the same arguments.
@@ -78,16 +83,17 @@ class ObjectMover:
         Raises:
             StoreError: as `move` does.
         """
-        assert moved.key is not None, "only what was moved can come back"
+        key = moved.key
+        assert key is not None, "only what was moved can come back"
         token = move_token(self._source.bucket, item)
         back = hashlib.sha256(f"back\n{token}".encode()).hexdigest()
         try:
-            there = self._store.head(moved.key)
+            there = self.insist(lambda: self._store.head(key))
             if there is not None and there.etag == moved.etag and _mark(there) == token:
                 # A deletion of the original that is still under way somewhere must not hit what comes back.
                 way = _Way(there, self._store, self._source, back, unlike=item.etag)
                 return self._move(way, item.key, numbered=False)
-            restored = self._source.head(item.key)
+            restored = self.insist(lambda: self._source.head(item.key))
         except ObjectError as error:
             return Moved("left", reason=str(error))
         if restored is not None and _mark(restored) == back:  # by an earlier attempt
@@ -110,28 +116,51 @@ class ObjectMover:
         Raises:
             StoreError: as `move` does.
         """
-        assert copied.key is not None, "only what has a copy can lose it"
+        key = copied.key
+        assert key is not None, "only what has a copy can lose it"
         token = move_token(self._source.bucket, item)
+
+        def is_refused() -> bool:
+            try:
+                return self._source.delete_exact(item) == "changed"
+            except ObjectError:  # a store that fails may carry it out yet
+                return True
+
         try:
-            there = self._store.head(copied.key)
+            there = self.insist(lambda: self._store.head(key))
             if there is None:
-                original = self._source.head(item.key)
+                original = self.insist(lambda: self._source.head(item.key))
                 if original is not None and original.etag == item.etag:
                     return Moved("moved", item.key, original.etag)
             if there is None or there.etag != copied.etag or _mark(there) != token:
                 return self.move_back(item, copied)  # by an earlier attempt, or it was changed
-            try:
-                is_refused = self._source.delete_exact(item) == "changed"
-            except ObjectError:
-                is_refused = True
-            original = self._source.head(item.key)
-            if not is_refused or original is None or original.etag != item.etag:
+            copy, refused = there, self.insist(is_refused)
+            original = self.insist(lambda: self._source.head(item.key))
+            if not refused or original is None or original.etag != item.etag:
                 return self.move_back(item, copied)
-            if self._store.delete_exact(there) == "changed":
+            if self.insist(lambda: self._store.delete_exact(copy)) == "changed":
                 return Moved("left", reason="its copy cannot be deleted: it is there twice")
         except ObjectError as error:
             return Moved("left", reason=str(error))
         return Moved("moved", item.key, item.etag)
+
+    def insist(self, request: Callable[[], _Answer]) -> _Answer:
+        """What a request for one object answers, or whose fault it is if the store fails at it.
+
+        The second attempt is for a store that has recovered since the first one ended.
+
+        Raises:
+            ObjectError: it fails again, at this object alone.
+            StoreError: the store fails at others as well.
+        """
+        try:
+            return request()
+        except FailingObjectError:
+            confirm(self._store, self._prefix, self._source, self._source_prefix, self._mode)
+        try:
+            return request()
+        except FailingObjectError as error:
+            raise ObjectError(str(error)) from error
 
     def _move(self, way: "_Way", key: str, numbered: bool) -> Moved:
         if (way.source.bucket, way.item.key) == (way.target.bucket, key):
@@ -139,41 +168,59 @@ class ObjectMover:
         if self._mode == "upload" and way.item.is_in_parts and way.unlike is None:
             return Moved("left", reason="it was uploaded in parts, which this store does not delete on a condition")
         try:
-            arrived = self._copy(way, key, numbered)
-            if arrived.kind == "moved" and arrived.etag == way.unlike and way.item.size > 0:
-                return Moved(
-                    "left", arrived.key, arrived.etag, "its ETag cannot be told from the old one: it is there twice"
-                )
-            # What has replaced the object since it was copied is another photo, and stays: both are kept.
-            if arrived.kind == "moved" and way.source.delete_exact(way.item) == "changed":
-                original = way.source.head(way.item.key)
-                if original is not None and original.etag == way.item.etag:
-                    return Moved("left", arrived.key, arrived.etag, "the store refuses to delete it: it is there twice")
+            arrived = self.insist(lambda: self._copy(way, key, numbered))
         except ObjectError as error:
             return Moved("left", reason=str(error))
-        return arrived
+        reason = None if arrived.kind != "moved" else self._delete(way, arrived.etag)
+        return arrived if reason is None else Moved("left", arrived.key, arrived.etag, f"{reason}: it is there twice")
+
+    def _delete(self, way: "_Way", copied: str | None) -> str | None:
+        """Delete what was copied; why that is not possible, or None.
+
+        Args:
+            way: of the object.
+            copied: the copy's ETag.
+        """
+        if copied == way.unlike and way.item.size > 0:
+            return "its ETag cannot be told from the old one"
+        try:
+            # What has replaced the object since it was copied is another photo, and stays: both are kept.
+            if self.insist(lambda: way.source.delete_exact(way.item)) == "changed":
+                original = self.insist(lambda: way.source.head(way.item.key))
+                if original is not None and original.etag == way.item.etag:
+                    return "the store refuses to delete it"
+        except ObjectError as error:
+            return str(error)
+        return None
 
     def _copy(self, way: "_Way", key: str, numbered: bool) -> Moved:
         """Make sure that there is a copy with this token, and say where."""
         for name in _names(key) if numbered else (key,):
             if len(name.encode()) > KEY_BYTES:
                 return Moved("left", reason=f"its new key would be longer than {KEY_BYTES} bytes")
-            for _ in range(COLLISIONS):
-                etag = way.target.copy_new(way.item, way.source, name, way.token, self._mode, unlike=way.unlike)
-                if etag is not None:
-                    return Moved("moved", name, etag)
+            for attempt in range(ATTEMPTS):
+                failure: FailingObjectError | None = None
+                try:
+                    etag = way.target.copy_new(way.item, way.source, name, way.token, self._mode, unlike=way.unlike)
+                    if etag is not None:
+                        return Moved("moved", name, etag)
+                except FailingObjectError as error:  # the copy may be there all the same
+                    failure = error
                 there = way.target.head(name)
                 if there is not None and _mark(there) == way.token:  # by an earlier attempt, or one beside this one
                     return Moved("moved", name, there.etag)
+                if failure is not None:
+                    raise failure
                 original = way.source.head(way.item.key)
                 is_gone = original is None or original.etag != way.item.etag
                 if is_gone and (there is None or not numbered):
                     return Moved("changed", reason="it was replaced or deleted after it was listed")
                 if there is not None:
                     break
+                pause(attempt)
             else:
                 url = way.target.url
-                raise StoreError(f"{url} refuses the free key {name!r} {COLLISIONS} times: check it and start again")
+                raise StoreError(f"{url} refuses the free key {name!r} {ATTEMPTS} times: check it and start again")
         return Moved(
             "left",
             reason=f"another object has the key {key!r}, and each one with a number that was tried"

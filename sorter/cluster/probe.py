@@ -42,6 +42,39 @@ def probe(store: Store, prefix: str) -> Mode:
                 store.remove_own(item.key)
 
 
+def confirm(store: Store, prefix: str, source: Store, source_prefix: str, mode: Mode) -> None:
+    """Make sure that a store which fails at one object works otherwise: move another one there and back.
+
+    Args:
+        store: the bucket that objects go to.
+        prefix: of the output, empty or with a slash at its end.
+        source: the bucket that they come from; it may be the same.
+        source_prefix: of the inbox.
+        mode: what `probe` found.
+
+    Raises:
+        StoreError: it does not.
+    """
+    name = f".sorter/probe-{uuid4().hex}"
+    key, there = f"{source_prefix}{name}", f"{prefix}{name}-moved"
+    try:
+        source.put_new(key, OTHER)
+        item = source.head(key)
+        if item is not None and source.read(key) == OTHER and store.copy_new(item, source, there, "0", mode):
+            source.delete_exact(item)
+            copied = store.head(there)
+            if copied is not None and source.copy_new(copied, store, key, "0", mode, unlike=item.etag):
+                store.delete_exact(copied)
+                return
+    except ObjectError as error:
+        raise StoreError(f"{source.url} and {store.url} fail: {error}; check their state and start again") from error
+    finally:
+        with suppress(StoreError, ObjectError):
+            source.remove_own(key)
+            store.remove_own(there)
+    raise StoreError(f"{store.url} does not keep what it is given: check its state and start again")
+
+
 def _probe(store: Store, folder: str) -> Mode:
     taken, key = folder + "taken", folder + "source"
     if store.head(taken) is not None or not store.put_new(taken, OLD) or not store.put_new(key, OTHER):

@@ -1,14 +1,13 @@
 """Amazon S3, and servers that speak its protocol, through boto3: a `Store`.
 
 In: a bucket's name, and boto3's own configuration. Out: objects, bytes, and the answers of conditional requests.
-Retries, backoff and the pace after `503 Slow Down` are botocore's; conflicts and bodies that are cut short are retried
-here.
+The pace after `503 Slow Down`, and what is done about connections that fail, are botocore's. How often a request is
+repeated that the store fails at, or that is in the way of another one, is decided here, as is what happens with bodies
+that are cut short.
 """
 
 import io
-import random
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -22,11 +21,26 @@ import boto3
 from botocore import exceptions
 from botocore.config import Config
 
-from sorter.cluster.stores import ARCHIVED, MARK, MODIFIED, Mode, Store, StoredObject, in_parts
-from sorter.errors import ChangedError, ConfigurationError, ObjectError, StoreError, UnsafeStoreError
-
-ATTEMPTS = 8
-"""At each request, with pauses that grow to 20 s: about half a minute in all."""
+from sorter.cluster.stores import (
+    ARCHIVED,
+    ATTEMPTS,
+    MARK,
+    MODIFIED,
+    Mode,
+    Store,
+    StoredObject,
+    in_parts,
+    pause,
+    pause_seconds,
+)
+from sorter.errors import (
+    ChangedError,
+    ConfigurationError,
+    FailingObjectError,
+    ObjectError,
+    StoreError,
+    UnsafeStoreError,
+)
 
 CONNECTIONS = 64
 UPLOAD_BYTES = 5 << 30
@@ -55,6 +69,9 @@ _CARRIED = (
     "StorageClass",
     "WebsiteRedirectLocation",
 )
+_COMPLETE = "CompleteMultipartUpload"
+"""After a collision, this needs an upload of its own."""
+
 _BAD_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "InvalidSecurity"}
 _NOT_CONFIGURED = (
     exceptions.NoCredentialsError,
@@ -99,6 +116,7 @@ class S3Store:
                 self._client: Any = boto3.session.Session().client("s3", config=config)
             except ValueError as error:  # of an endpoint that is no URL
                 raise ConfigurationError(f"{self.url} cannot be used: {error}; see boto3's configuration") from error
+        self._client.meta.events.register_first("needs-retry.s3", _pause_before_retry)
 
     def list(self, prefix: str, after: str = "") -> Iterator[StoredObject]:
         """See `Store.list`."""
@@ -134,7 +152,12 @@ class S3Store:
 
     def put_new(self, key: str, data: bytes) -> bool:
         """See `Store.put_new`."""
-        return self._put(key, data, {"IfNoneMatch": "*"})
+        try:
+            with self._answering():
+                self._client.put_object(Bucket=self.bucket, Key=key, Body=data, IfNoneMatch="*")
+        except (_MissingError, _RefusedError):
+            return False
+        return True
 
     def copy_new(
         self, item: StoredObject, source: Store, key: str, token: str, mode: Mode, *, unlike: str | None = None
@@ -158,7 +181,7 @@ class S3Store:
             with self._answering(item.key):
                 if mode == "copy" and not as_parts:
                     arguments = {**origin, **properties, "MetadataDirective": "REPLACE", "IfNoneMatch": "*"}
-                    answer = _settled(lambda: self._client.copy_object(Bucket=self.bucket, Key=key, **arguments))
+                    answer = self._client.copy_object(Bucket=self.bucket, Key=key, **arguments)
                     return str(answer["CopyObjectResult"]["ETag"])
                 if tags := source._tags(item.key):
                     properties["Tagging"] = tags
@@ -171,8 +194,8 @@ class S3Store:
     def delete_exact(self, item: StoredObject) -> Literal["deleted", "gone", "changed"]:
         """See `Store.delete_exact`."""
         try:
-            with self._answering():
-                _settled(lambda: self._client.delete_object(Bucket=self.bucket, Key=item.key, IfMatch=item.etag))
+            with self._answering(item.key):
+                self._client.delete_object(Bucket=self.bucket, Key=item.key, IfMatch=item.etag)
         except _MissingError:
             return "gone"
         except _RefusedError:
@@ -199,19 +222,13 @@ class S3Store:
             raise ObjectError("it has more than 5 GiB, which this store does not copy")
         with tempfile.SpooledTemporaryFile(MEMORY_BYTES) as file:
             source._fetch(item.key, file, IfMatch=item.etag)
+            file.seek(0)
             # With its length, a request whose body does not begin at the beginning fails, and writes nothing.
             body = {"Body": file, "ContentLength": item.size}
-
-            def put() -> Any:
-                file.seek(0)
-                target = {"Bucket": self.bucket, "Key": key, "IfNoneMatch": "*"}
-                return self._client.put_object(**target, **properties, **body)
-
-            def put_part(part: dict[str, Any]) -> Any:
-                file.seek(0)
-                return self._client.upload_part(**part, **body)
-
-            return self._in_parts(key, properties, [put_part]) if as_parts else str(_settled(put)["ETag"])
+            if as_parts:
+                return self._in_parts(key, properties, [lambda part: self._client.upload_part(**part, **body)])
+            answer = self._client.put_object(Bucket=self.bucket, Key=key, IfNoneMatch="*", **properties, **body)
+            return str(answer["ETag"])
 
     def _copy_in_parts(
         self, item: StoredObject, origin: dict[str, Any], key: str, properties: dict[str, Any], part_bytes: int
@@ -274,14 +291,6 @@ class S3Store:
             raise
         return urlencode([(tag["Key"], tag["Value"]) for tag in tags])
 
-    def _put(self, key: str, data: bytes, condition: dict[str, str]) -> bool:
-        try:
-            with self._answering():
-                _settled(lambda: self._client.put_object(Bucket=self.bucket, Key=key, Body=data, **condition))
-        except (_MissingError, _RefusedError):
-            return False
-        return True
-
     def _fetch(self, key: str, file: IO[bytes], **condition: str) -> None:
         """Write an object's bytes into an empty file, all of them, from the start again after each interruption."""
         for attempt in range(ATTEMPTS):
@@ -294,7 +303,7 @@ class S3Store:
                     return
             file.seek(0)
             file.truncate()
-            _pause(attempt)
+            pause(attempt)
         raise StoreError(f"{self.url} ends its answers early, {ATTEMPTS} times for {key!r}: check it and start again")
 
     @contextmanager
@@ -302,7 +311,7 @@ class S3Store:
         """Turn boto3's exceptions into ours.
 
         Args:
-            key: the object whose owner may refuse it; None if a refusal concerns the whole bucket.
+            key: the object that may be refused or fail alone; None if that concerns the whole bucket.
         """
         try:
             yield
@@ -316,23 +325,24 @@ class S3Store:
             raise StoreError(f"{self.url} does not answer: {error}; start again once it does") from error
 
     def _meant(self, error: exceptions.ClientError, key: str | None) -> Exception:
-        status, code = _status(error), str(error.response.get("Error", {}).get("Code", ""))
+        status, operation = _status(error), error.operation_name
+        code = str(error.response.get("Error", {}).get("Code", ""))
         said = f"{code or status}: {error.response.get('Error', {}).get('Message', '')}".rstrip(": ")
-        if code == "NoSuchBucket" or (status == 404 and error.operation_name == "ListObjectsV2"):
+        if code == "NoSuchBucket" or (status == 404 and operation == "ListObjectsV2"):
             return ConfigurationError(f"There is no bucket {self.bucket!r}: check the URL")
         if code in _BAD_CREDENTIALS:
             return ConfigurationError(f"{self.url} refuses the credentials ({said}): check boto3's configuration")
         if status == 404:
             return _MissingError()
-        if status == 501 and key is None:
-            return UnsafeStoreError(f"{self.url} has no conditional {error.operation_name} ({said})")
-        if status in (409, 412):
+        if status == 501 and (key is None or operation == "DeleteObject"):
+            return UnsafeStoreError(f"{self.url} has no conditional {operation} ({said})")
+        if status == 412 or (status == 409 and operation == _COMPLETE):
             return _RefusedError()
-        if key is not None and (
-            status in (400, 403, 405, 501) or (status == 500 and error.operation_name == "GetObject")
-        ):
+        if key is not None and status in (400, 403, 405, 501):
             return ObjectError(f"the store refuses it ({said})")
-        return StoreError(f"{self.url} refuses {error.operation_name} ({said}): check its state and permissions")
+        if key is not None and status >= 500:
+            return FailingObjectError(f"{self.url} fails at {key!r} again and again ({said}): check its state")
+        return StoreError(f"{self.url} refuses {operation} ({said}): check its state and permissions")
 
 
 class _MissingError(Exception):
@@ -343,20 +353,18 @@ class _RefusedError(Exception):
     """A condition does not hold."""
 
 
-def _settled(request: Callable[[], Any]) -> Any:
-    """What a request answers once no other one is in its way: 409 means that two conditional requests collided."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return request()
-        except exceptions.ClientError as error:
-            if _status(error) != 409 or attempt == ATTEMPTS - 1:
-                raise
-        _pause(attempt)
-    raise AssertionError("the last attempt returns or raises")
+def _pause_before_retry(attempts: int, operation: Any, response: Any, **_: Any) -> float | None:
+    """The seconds after which botocore is to repeat a request; None leaves that to botocore's own rules.
 
-
-def _pause(attempt: int) -> None:
-    time.sleep(random.random() * min(0.1 * 2**attempt, 5.0))  # noqa: S311, no secret
+    These have one quota for all threads, and no second attempt for anybody once some have used it up: a store that
+    fails for a second would fail for good. They do not know either that 409 means that two conditional requests
+    collided.
+    """
+    status = 0 if response is None else response[1]["ResponseMetadata"]["HTTPStatusCode"]
+    is_collision = status == 409 and operation.name != _COMPLETE
+    if attempts < ATTEMPTS and (is_collision or (status >= 500 and status != 501)):
+        return pause_seconds(attempts - 1)
+    return None
 
 
 def _status(error: exceptions.ClientError) -> int:

@@ -58,7 +58,10 @@ class ShardSorter:
         self._inbox = inbox
         self._files = JobFiles(output, place.folder)
         self._sidecars = SidecarNames(settings.sidecar_suffixes)
-        self._mover = ShardMover(self._files, ObjectMover(output, place.mode, inbox), self._sidecars)
+        self._objects = ObjectMover(
+            output, place.mode, inbox, prefix=place.output_prefix, source_prefix=place.inbox_prefix
+        )
+        self._mover = ShardMover(self._files, self._objects, self._sidecars)
         self._scratch = Scratch()
         self._fetchers = ThreadPoolExecutor(TRANSFERS, "fetch")
 
@@ -192,7 +195,7 @@ class ShardSorter:
         path = self._scratch.folder / name
         self._scratch.reserve(item.size)
         try:
-            self._inbox.download(item, path)
+            self._objects.insist(lambda: self._inbox.download(item, path))
             past = time.time() - _FINISHED_BEFORE
             os.utime(path, (past, past))
             return Photo(self._scratch.folder, name, Identity.of(os.stat(path)), past)

@@ -9,7 +9,10 @@ and goes by that. So all attempts at a shard, also those of nodes that were thou
     undo/00000.1.parquet      what became of each      `MovedRow`, on the way back: some stayed, and are tried again
     undo/00000.parquet        what became of the rest  `MovedRow`: all are back
     undoing/00000.1           its first undo begins    empty; finished once it has written the shard's first `undo` file
+    moving/00000              somebody began to move   empty
     deaths/00000.<unique>     a node died              empty; written by the command, which saw it
+
+Beside them lie `job.json`, which describes the job, and `lease/`, which says who works on it.
 """
 
 import io

@@ -4,7 +4,9 @@ In: a URL. Out: a `Store`, and `StoredObject`s from it. What a store makes of it
 `probe` asks each one before anything is moved.
 """
 
+import random
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -14,6 +16,9 @@ from urllib.parse import urlsplit
 
 from sorter.errors import ConfigurationError
 from sorter.extras import require
+
+ATTEMPTS = 8
+"""At each request, with pauses that grow to 20 s: about half a minute in all."""
 
 Mode = Literal["copy", "multipart", "upload"]
 """How a store copies an object to a free name only: in one request; as the last step of a multipart upload; or not at
@@ -66,11 +71,22 @@ def in_parts(etag: str) -> bool:
     return re.search(r"-\d+\"?$", etag) is not None
 
 
+def pause_seconds(attempt: int) -> float:
+    """How long to wait after an attempt, the first of which is 0, before the next one."""
+    return random.uniform(0.5, 1.0) * min(0.3 * 2.0**attempt, 20.0)  # noqa: S311, no secret
+
+
+def pause(attempt: int) -> None:
+    """Wait after an attempt, before the next one."""
+    time.sleep(pause_seconds(attempt))
+
+
 class Store(Protocol):
     """One bucket. Any number of threads may use it at once; another process opens its own from the `url`.
 
     Every method raises `StoreError` if the store cannot be reached, refuses the whole operation or keeps failing after
-    retries, and `ObjectError` if it refuses this one object (access denied, encrypted with a key of the owner's own).
+    retries; that is a `FailingObjectError` if perhaps only this object fails. It raises `ObjectError` if the store
+    refuses this one object (access denied, encrypted with a key of the owner's own).
     """
 
     url: str

@@ -34,7 +34,8 @@ def take_back(
     Raises:
         StoreError: the store does not answer; the same command goes on.
     """
-    files, mover = job.files, ObjectMover(job.output, mode, job.inbox)
+    files = job.files
+    mover = ObjectMover(job.output, mode, job.inbox, prefix=job.output_prefix, source_prefix=job.inbox_prefix)
     for name in sorted(shard_mover.half_moved(files)):
         if stopping():
             return
