@@ -217,6 +217,7 @@ def test_nodes_that_finish_nothing_for_ten_minutes_end_the_command(monkeypatch: 
         ("run --inbox s3://photos/in --state-dir state", "--state-dir does not apply"),
         ("run --inbox gs://photos/in", "s3://"),
         ("run --inbox s3://photos/in --no-recursive", "--no-recursive does not apply"),
+        ("run --inbox s3://photos/in --sidecar-suffixes .jpg", "such files are photos"),
         ("run --inbox s3://photos/in --job 1", "--job is not for sorter cluster run"),
         ("undo --inbox s3://photos/in --workers 2", "--workers is not for sorter cluster undo"),
         ("run --inbox in --decide-only", "use --dry-run"),

@@ -436,7 +436,8 @@ def test_undo_also_finds_what_a_killed_node_has_moved(
 
 
 def described(inbox: str = "memory://photos/in/") -> dict[str, object]:
-    return {"inbox": inbox, "folders": ["cats", "dogs", "unsure", "failed"]}
+    model = {"model": "two-colours", "min_confidence": 0.0, "catch_neither": False}
+    return {"inbox": inbox, "folders": ["cats", "dogs", "unsure", "failed"], **model}
 
 
 @pytest.mark.parametrize("inbox", ["in/", "in/2019/", ""])

@@ -129,6 +129,7 @@ def _with_urls(
     job: str | None,
 ) -> ExitCode:
     _refuse_of_folders(settings)
+    preflight.check_sidecar_suffixes(settings)
     for module in ("boto3", "pyarrow", *(["ray"] if action == "run" else [])):
         extras.require(module, "cluster", "sorter cluster with an object store")
     from sorter.cli import object_store

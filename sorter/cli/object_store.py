@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,7 +25,7 @@ from sorter.cluster.pool import Pool
 from sorter.cluster.probe import probe
 from sorter.cluster.stores import Mode, open_store
 from sorter.cluster.taking_back import take_back
-from sorter.errors import ConfigurationError, ExitCode, NotNowError
+from sorter.errors import ConfigurationError, ExitCode, JobFileError, NotNowError
 from sorter.files import FAILED
 from sorter.inbox.sidecars import SidecarNames
 from sorter.service.shutdown import Shutdown
@@ -193,25 +193,25 @@ def _known(settings: Settings, inbox: str, output: str, job_id: str | None) -> J
     """The one job of an inbox, or the one that was named."""
     stores = (*open_store(inbox), *open_store(output))
     url = f"{stores[0].url}/{stores[1]}"
-    known = jobs.known_jobs(*stores[2:])
-    found = [id_ for id_, described in known.items() if described["inbox"] == url and job_id in (None, id_)]
+    known, unread = dict[str, dict[str, Any]](), list[JobFileError]()
+    for id_, described in jobs.known_jobs(*stores[2:]).items():
+        if job_id in (None, id_):
+            if isinstance(described, JobFileError):
+                unread.append(described)
+            elif described["inbox"] == url:
+                known[id_] = described
+    found = [*known]
+    if not found and unread:
+        raise unread[0]
     if not found:
         named = "job" if job_id is None else f"job {entries.printable(job_id)}"
         raise ConfigurationError(f"{output} has no {named} for {inbox}: check --inbox and --output")
     if len(found) > 1:  # one that was refused before it listed anything has no shards
         found = [id_ for id_ in found if Job(id_, *stores).files.shards()] or found
     if len(found) > 1:
-        listed = "\n".join(f"    {id_}  {_began(known[id_])}" for id_ in found)
+        listed = "\n".join(f"    {id_}  {jobs.began(known[id_])}" for id_ in found)
         raise ConfigurationError(f"{inbox} has several jobs: choose one with --job\n{listed}")
     return Job(found[0], *stores)
-
-
-def _began(described: Mapping[str, Any]) -> str:
-    """When a job began, and with what."""
-    when, threshold = entries.local_time(described["began"]), described["min_confidence"]
-    return f"began {when}, model {described['model']}, min_confidence {threshold:g}" + (
-        ", catch_neither" if described["catch_neither"] else ""
-    )
 
 
 def _probe(job: Job) -> Mode:

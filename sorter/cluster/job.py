@@ -6,11 +6,13 @@ whoever runs the same command again, anywhere, goes on from there.
 
 import hashlib
 import json
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import structlog
@@ -24,8 +26,8 @@ from sorter.cluster.node import Place, model_digest
 from sorter.cluster.pool import Finished, Pool, Task
 from sorter.cluster.shard_sorter import Result
 from sorter.cluster.shards import JobFiles
-from sorter.cluster.stores import Mode, Store
-from sorter.errors import ConfigurationError, NotNowError
+from sorter.cluster.stores import Mode, Store, read_own
+from sorter.errors import ConfigurationError, JobFileError, NotNowError
 from sorter.files import FAILED, FOLDER, UNSURE
 from sorter.inbox.selection import Selection
 from sorter.settings import Settings
@@ -34,6 +36,7 @@ log = structlog.get_logger()
 
 _WAIT_SECONDS = 1.0
 _DESCRIPTION = "job.json"
+_REMEDY = "restore an intact copy, or remove it and repeat the command that began the job, which writes it again"
 # What a decision depends on, beside the model.
 _DECIDING = (
     *("min_confidence", "catch_neither", "engine", "include", "exclude", "ignored_folders", "temporary_names"),
@@ -101,17 +104,35 @@ def job_of(
     return Job(digest[:12], inbox, inbox_prefix, output, output_prefix), described
 
 
-def known_jobs(output: Store, output_prefix: str) -> dict[str, dict[str, Any]]:
-    """What describes each job of an output, by id."""
-    found, folder = {}, jobs_folder(output_prefix)
+def known_jobs(output: Store, output_prefix: str) -> dict[str, dict[str, Any] | JobFileError]:
+    """What describes each job of an output, by id, or why that cannot be read."""
+    folder = jobs_folder(output_prefix)
+    found: dict[str, dict[str, Any] | JobFileError] = {}
     after = folder
     while (first := next(iter(output.list(folder, after=after)), None)) is not None:
         id_ = first.key.removeprefix(folder).partition("/")[0]
-        content = output.read(f"{folder}{id_}/{_DESCRIPTION}")
-        if content is not None:
-            found[id_] = json.loads(content)
+        try:
+            described = read_own(output, f"{folder}{id_}/{_DESCRIPTION}", _description, _REMEDY)
+        except JobFileError as error:
+            found[id_] = error
+        else:
+            if described is not None:
+                found[id_] = described
         after = f"{folder}{id_}/\U0010ffff"  # behind all of this job's files
     return found
+
+
+def _description(content: bytes) -> dict[str, Any]:
+    described: dict[str, Any] = json.loads(content)
+    return described | {"inbox": str(described["inbox"])}
+
+
+def began(described: dict[str, Any]) -> str:
+    """When a job began, and with what."""
+    when = datetime.fromtimestamp(described["began"]).strftime("%Y-%m-%d %H:%M:%S")
+    return f"began {when}, model {described['model']}, min_confidence {described['min_confidence']:g}" + (
+        ", catch_neither" if described["catch_neither"] else ""
+    )
 
 
 @contextmanager
@@ -129,8 +150,8 @@ def begin(job: Job, described: dict[str, Any]) -> Iterator[Lease]:
     job.output.put_new(f"{job.folder}{_DESCRIPTION}", content.encode())
     with Lease(job.output, job.folder) as held:
         for id_, other in known_jobs(job.output, job.output_prefix).items():
-            if id_ != job.id and _overlap(other["inbox"], described["inbox"]):
-                _check_idle(job, id_, other["inbox"])
+            if id_ != job.id and (isinstance(other, JobFileError) or _overlap(other["inbox"], described["inbox"])):
+                _check_idle(job, id_, other)
         yield held
 
 
@@ -139,26 +160,43 @@ def _overlap(inbox: str, other: str) -> bool:
     return inbox.startswith(other) or other.startswith(inbox)
 
 
-def _check_idle(job: Job, id_: str, inbox: str) -> None:
-    """Make sure that another job of the same output neither runs nor is half done."""
+def _check_idle(job: Job, id_: str, other: dict[str, Any] | JobFileError) -> None:
+    """Make sure that another job of the same output neither runs nor is half done.
+
+    Raises:
+        NotNowError: it is, and its inbox has some of the same photos.
+        JobFileError: it is, and its inbox is not known.
+    """
     folder = f"{jobs_folder(job.output_prefix)}{id_}/"
     holder = lease.holder(job.output, folder)  # before its moves: who has released it has written all of them
     if holder.may_have_nodes:  # of the same job they would do no harm: they go by the same decisions
-        raise NotNowError(f"{holder.text} is at work on {inbox}, as the job {id_}: {holder.advice}")
+        where = "an inbox that is not known" if isinstance(other, JobFileError) else other["inbox"]
+        raise NotNowError(f"{holder.text} is at work on {where}, as the job {id_}: {holder.advice}")
     files = JobFiles(job.output, folder)
     if shard_mover.begun(files) - files.finished("moves"):
+        if isinstance(other, JobFileError):
+            raise JobFileError(f"a job that is not finished may have the same inbox, but {other}") from other
+        urls = shlex.join(["--inbox", other["inbox"], "--output", f"{job.output.url}/{job.output_prefix}"])
         raise NotNowError(
-            f"the job {id_} of {inbox}, with other settings or another model or inbox, is not finished: finish it as "
-            f"it was begun, or take it back with sorter cluster undo --job {id_}"
+            f"the job {id_} of {other['inbox']} ({began(other)}) is not finished: finish it with the settings and the "
+            f"model that it has in {job.output.url}/{folder}{_DESCRIPTION}, or take it back with "
+            f"sorter cluster undo {urls} --job {id_}"
         )
 
 
 def list_inbox(job: Job, selection: Selection) -> tuple[int, int]:
-    """Add what is new in the inbox to the job's shards; returns how many objects and shards that are."""
-    # Also those of models that were used before.
-    folders = {folder for other in known_jobs(job.output, job.output_prefix).values() for folder in other["folders"]}
-    outputs = tuple(f"{job.output_prefix}{folder}/" for folder in (*folders, FOLDER))
-    is_shared = job.inbox.url == job.output.url
+    """Add what is new in the inbox to the job's shards; returns how many objects and shards that are.
+
+    Raises:
+        StoreError: the store does not answer, or what the inbox is cannot be told.
+    """
+    folders, is_shared = {FOLDER}, job.inbox.url == job.output.url
+    for other in known_jobs(job.output, job.output_prefix).values():  # also those of models that were used before
+        if not isinstance(other, JobFileError):
+            folders.update(other["folders"])
+        elif is_shared and job.output_prefix.startswith(job.inbox_prefix):
+            raise JobFileError(f"the folders in the inbox that photos were sorted into are not known, as {other}")
+    outputs = tuple(f"{job.output_prefix}{folder}/" for folder in folders)
 
     def wanted(name: str) -> bool:
         folder, slash, base = name.rpartition("/")

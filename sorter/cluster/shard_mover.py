@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from sorter.cluster.object_mover import ObjectMover
-from sorter.cluster.shards import Decided, JobFiles, MovedRow
+from sorter.cluster.shards import Decided, JobFiles, MovedRow, is_shard_name
 from sorter.inbox.sidecars import SidecarNames
 
 TRANSFERS = 32
@@ -86,4 +86,5 @@ class ShardMover:
 def begun(files: JobFiles) -> set[str]:
     """The shards of which something may have been moved."""
     folder = files.folder + _BEGUN
-    return {item.key.removeprefix(folder) for item in files.store.list(folder)}
+    names = (item.key.removeprefix(folder) for item in files.store.list(folder))
+    return {name for name in names if is_shard_name(name)}

@@ -52,7 +52,7 @@ def read(job: Job) -> Status:
         StoreError: the store does not answer.
     """
     files, now = job.files, time.time()
-    times = [item.modified.timestamp() for item in job.output.list(f"{job.folder}moves/")]
+    times = [moment.timestamp() for moment in files.written("moves").values()]
     recent = sorted(moment for moment in times if moment > now - _RECENT_SECONDS)
     # From the first of them to now, because a job may have begun, or stood still, in between.
     per_second = (len(recent) - 1) / max(now - recent[0], 1.0) if len(recent) > 1 else 0.0
