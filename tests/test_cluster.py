@@ -5,28 +5,32 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import GREEN, RED, RedGreenEngine, make_tree, plain
 from object_stores import Server
+from ray_machines import with_another_disk_in
 
 from sorter.classifier.manifest import Manifest
 from sorter.cli import cluster
 from sorter.cli.main import main
 from sorter.cluster.deciding import Decider
 from sorter.cluster.lease import Lease
-from sorter.cluster.node import setup
+from sorter.cluster.node import Node, setup
 from sorter.cluster.pool import Pool
 from sorter.cluster.ray_cluster import Shape, shape
 from sorter.cluster.scratch import Scratch
+from sorter.cluster.shared_folder import SharedFolder
 from sorter.cluster.stores import open_store
 from sorter.decisions import Outcome
 from sorter.errors import ConfigurationError, Reason, StorageError
@@ -144,6 +148,41 @@ def test_a_folder_that_is_locked_is_somebodys() -> None:
         os.close(descriptor)
     finally:
         one.close()
+
+
+def test_a_node_refuses_another_folder_than_the_commands_and_names_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox = make_tree(tmp_path / "in", {"a.jpg": plain(RED)})
+    folder, host = SharedFolder.of(inbox), os.uname().nodename
+    folder.check()
+    code = f"from pathlib import Path; from sorter.cluster.shared_folder import SharedFolder; {folder!r}.check()"
+    code = code.replace("PosixPath", "Path")
+    done = subprocess.run(
+        [*with_another_disk_in(inbox), sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert f"the node {host} has another folder in {inbox} than this machine: mount the shared disk" in done.stderr
+    with pytest.raises(ConfigurationError, match=f"node {host} cannot open the folder .* .No such file.*: mount"):
+        replace(folder, path=tmp_path / "missing").check()
+    with pytest.raises(ConfigurationError, match="Not a directory"):
+        replace(folder, path=inbox / "a.jpg").check()
+    other = replace(folder, path=tmp_path)
+    monkeypatch.setattr("sorter.files.file_systems.kind", lambda _: "fuse.sshfs")
+    other.check()  # whose numbers say nothing
+    assert SharedFolder.of(inbox).inode is None
+
+
+def test_a_node_looks_at_the_shared_folder_when_it_begins_and_when_photos_are_missing(tmp_path: Path) -> None:
+    folder, node = SharedFolder.of(tmp_path), Node()
+    with pytest.raises(ConfigurationError, match="another folder"):
+        node.begin(setup(Settings(), "", 1, folder=replace(folder, inode=0)))
+    shutil.rmtree(tmp_path)
+    with pytest.raises(ConfigurationError, match="another folder"):
+        node.decide(tmp_path.parent, ["a.jpg"])
+    node._folder = folder
+    with pytest.raises(ConfigurationError, match="cannot open the folder"):
+        node.decide(tmp_path, ["a.jpg"])
 
 
 class _Machines:

@@ -108,11 +108,13 @@ def _open_nodes(
     from sorter.cluster import node, ray_cluster
     from sorter.cluster.pool import Pool
     from sorter.cluster.shared_disk import RemotePipeline
+    from sorter.cluster.shared_folder import SharedFolder
 
     shutdown.unwinds = True
     ray = stack.enter_context(ray_cluster.connected(address))
     shape = ray_cluster.shape(ray, settings.device, workers)
-    pool = Pool(ray, shape, node.setup(settings, preflight.measured_engine(settings, model), shape.cpus))
+    engine, folder = preflight.measured_engine(settings, model), SharedFolder.of(settings.inbox)
+    pool = Pool(ray, shape, node.setup(settings, engine, shape.cpus, folder=folder))
     stack.callback(pool.finish)
     run = Run.new(model.name)
     return run_command.Opened(pool.await_first(), run, partial(RemotePipeline.start, pool, run))
