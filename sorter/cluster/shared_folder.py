@@ -57,5 +57,5 @@ class SharedFolder:
 
 
 def _inode(folder: Path) -> int | None:
-    number = os.stat(folder / ".").st_ino  # fails also where this is no folder
+    number = os.stat(folder).st_ino
     return None if file_systems.kind(folder).startswith(_OWN_NUMBERS) else number
