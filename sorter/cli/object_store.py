@@ -23,6 +23,7 @@ from sorter.cluster.listing import SHARD_ROWS
 from sorter.cluster.object_node import ObjectNode
 from sorter.cluster.pool import Pool
 from sorter.cluster.probe import probe
+from sorter.cluster.shard_sorter import NAMED
 from sorter.cluster.stores import Mode, open_store
 from sorter.cluster.taking_back import take_back
 from sorter.errors import ConfigurationError, ExitCode, JobFileError, NotNowError
@@ -31,7 +32,6 @@ from sorter.inbox.sidecars import SidecarNames
 from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
-_NAMED = 20  # objects that could not be brought back are named up to so many
 _UPLOADED = (
     "like OpenStack Swift, this store may check conditions only against requests that have ended, not against those at "
     "the same moment: run one job at a time, and let nothing else write to the inbox and the output meanwhile"
@@ -89,11 +89,16 @@ def run(
                 "cluster.finished", job=job.id, shards=totals.shards, lost_nodes=pool.deaths, **totals.counts
             )
     interrupted = totals.shards < totals.to_do
-    console.say(
-        _summary(job, totals, time.monotonic() - started, decide_only=decide_only, interrupted=interrupted), sys.stdout
-    )
-    failed = any(totals.counts[kind] for kind in (f"{FAILED}/", "left", "changed"))
-    return ExitCode.INCOMPLETE if failed or interrupted else ExitCode.DONE
+    seconds = time.monotonic() - started
+    lines = _summary(job, totals, seconds, decide_only=decide_only, interrupted=interrupted)
+    incomplete = interrupted or any(totals.counts[kind] for kind in (f"{FAILED}/", "left", "changed"))
+    if not incomplete and jobs.any_left(job):
+        incomplete = True
+        lines.append(
+            "  Objects that were left earlier are still in the inbox; sorter cluster status says where the reasons are."
+        )
+    console.say("\n".join(lines), sys.stdout)
+    return ExitCode.INCOMPLETE if incomplete else ExitCode.DONE
 
 
 def check(settings: Settings, inbox: str, output: str) -> ExitCode:
@@ -143,6 +148,9 @@ def status(settings: Settings, inbox: str, output: str, job_id: str | None) -> E
         rows.append(("decided", f"{found.decided} of {found.shards} shards"))
         if found.undone:
             rows.append(("undone", f"{found.undone} of {found.moved} sorted shards. {restored}"))
+        rows += [(kind, f"{found.problems[kind]}") for kind in ("failed", "left", "changed") if found.problems[kind]]
+        if found.problems:
+            rows.append(("reasons", _reasons(job)))
     if found.holder.is_fresh and found.moved < found.shards and found.seconds_left is not None:
         rows.append(("speed", f"about {found.per_second * SHARD_ROWS:.1f} photos/s"))
         rows.append(("time left", f"about {found.seconds_left / 60:.0f} minutes"))
@@ -170,11 +178,11 @@ def undo(settings: Settings, inbox: str, output: str, job_id: str | None) -> Exi
             held.check()
             for row in rows:
                 counts[row.kind] += 1
-                if row.kind != "moved" and counts.total() - counts["moved"] <= _NAMED:
+                if row.kind != "moved" and counts.total() - counts["moved"] <= NAMED:
                     console.say(f"sorter: cannot restore {entries.printable(row.key)}: {row.reason}", sys.stderr)
     stayed = counts.total() - counts["moved"]
-    if stayed > _NAMED:
-        console.say(f"sorter: and {stayed - _NAMED} more; {job.folder}undo/ has all of them", sys.stderr)
+    if stayed > NAMED:
+        console.say(f"sorter: and {stayed - NAMED} more; {job.folder}undo/ has all of them", sys.stderr)
     console.say(_restored(counts["moved"], stayed), sys.stdout)
     return ExitCode.INCOMPLETE if stayed else ExitCode.DONE
 
@@ -251,7 +259,7 @@ def _bar(
     return lambda done: bar.show(done, done / max(time.monotonic() - started, 0.001))
 
 
-def _summary(job: Job, totals: Totals, seconds: float, *, decide_only: bool, interrupted: bool) -> str:
+def _summary(job: Job, totals: Totals, seconds: float, *, decide_only: bool, interrupted: bool) -> list[str]:
     named = {"sidecar": "sidecars moved along", "skipped": "skipped, not photos", "left": "left in the inbox"}
     named["changed"] = "changed meanwhile, left in the inbox"
     photos = sum(count for kind, count in totals.counts.items() if kind.endswith("/") and kind != f"{FAILED}/")
@@ -262,7 +270,14 @@ def _summary(job: Job, totals: Totals, seconds: float, *, decide_only: bool, int
     kinds = sorted(totals.counts, key=lambda kind: (kind in named, kind == f"{FAILED}/", kind))
     rows = [(named.get(kind, kind), totals.counts[kind]) for kind in kinds]
     width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join([head, *(f"  {name:<{width}}  {count:>7}" for name, count in rows)])
+    lines = [head, *(f"  {name:<{width}}  {count:>7}" for name, count in rows)]
+    if not decide_only and any(totals.counts[kind] for kind in (f"{FAILED}/", "left", "changed")):
+        lines.append(f"  reasons: {_reasons(job)}")
+    return lines
+
+
+def _reasons(job: Job) -> str:
+    return f"{job.output.url}/{job.files.problems_folder}, one line of JSON for each"
 
 
 def _print_rows(rows: Sequence[tuple[str, str]]) -> None:

@@ -10,6 +10,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,10 +25,10 @@ from sorter.cluster.lease import Lease
 from sorter.cluster.listing import list_new
 from sorter.cluster.node import Place, model_digest
 from sorter.cluster.pool import Finished, Pool, Task
-from sorter.cluster.shard_sorter import Result
-from sorter.cluster.shards import JobFiles
+from sorter.cluster.shard_sorter import NAMED, Result
+from sorter.cluster.shards import READERS, JobFiles, Problem
 from sorter.cluster.stores import Mode, Store, read_own
-from sorter.errors import ConfigurationError, JobFileError, NotNowError
+from sorter.errors import ConfigurationError, JobFileError, NotNowError, ObjectError
 from sorter.files import FAILED, FOLDER, UNSURE
 from sorter.inbox.selection import Selection
 from sorter.settings import Settings
@@ -248,6 +249,7 @@ class Run:
         self._stopping, self._check, self._on_progress = stopping, check, on_progress
         self.totals = Totals(Counter(), to_do=len(to_do))
         self._waiting.reverse()
+        self._named = 0
         self._given_out = set(to_do)  # and the halves of those that were split since
 
     def run(self) -> Totals:
@@ -283,6 +285,9 @@ class Run:
         assert isinstance(result, Result), "what sort_shard returns"
         self.totals.shards += 1
         self.totals.counts.update(result.counts)
+        for problem in result.staying[: NAMED - self._named]:
+            log.warning("photo.left", path=problem.key, reason=problem.reason)
+        self._named = min(NAMED, self._named + len(result.staying))
         if result.halves:
             log.warning("shard.split", shard=shard, halves=list(result.halves))
             halves = [half for half in result.halves if half not in self._given_out]
@@ -298,6 +303,22 @@ def unfinished(job: Job, *, decide_only: bool) -> Iterator[str]:
     """The shards that are to be done, in order."""
     done = job.files.finished("decisions" if decide_only else "moves")
     return (name for name in job.files.shards() if name not in done)
+
+
+def any_left(job: Job) -> bool:
+    """Whether an object that this job left at any time, or could not move, is still in the inbox as it was."""
+
+    def is_there(problem: Problem) -> bool:
+        if problem.kind != "left":
+            return False
+        try:
+            there = job.inbox.head(problem.key)
+        except ObjectError:  # which may be why it was left
+            return True
+        return there is not None and there.etag == problem.etag
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return any(any(pool.map(is_there, problems)) for problems in job.files.problems())
 
 
 def check_urls(job: Job, model: Manifest) -> None:

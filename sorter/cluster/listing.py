@@ -14,7 +14,7 @@ from itertools import accumulate, chain, islice
 import numpy as np
 
 from sorter.cluster.families import families
-from sorter.cluster.shards import JobFiles
+from sorter.cluster.shards import READERS, JobFiles
 from sorter.cluster.stores import Store, StoredObject
 from sorter.errors import StoreError
 from sorter.inbox.sidecars import SidecarNames
@@ -24,9 +24,6 @@ SHARD_ROWS = 1_000
 
 AHEAD_ROWS = 2 * SHARD_ROWS
 """So many rows are looked at for what belongs together: names of sidecars come soon after or before their photos'."""
-
-READERS = 16
-"""So many of a job's files are read at a time."""
 
 
 def list_new(

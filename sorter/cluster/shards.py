@@ -1,4 +1,4 @@
-"""A job's files: what was listed, decided and moved, as immutable Parquet objects of about 1,000 rows.
+"""A job's files: what was listed, decided and moved, as immutable objects of about 1,000 rows, most of them Parquet.
 
 In and out: rows. Each file is created once (PUT If-None-Match): whoever comes second reads what the first one wrote,
 and goes by that. So all attempts at a shard, also those of nodes that were thought dead, agree on what is to happen.
@@ -6,15 +6,18 @@ and goes by that. So all attempts at a shard, also those of nodes that were thou
     shards/00000.parquet      what was listed          `StoredObject`
     decisions/00000.parquet   what belongs where       `Decided`
     moves/00000.parquet       what became of each      `MovedRow`; the shard is finished
+    problems/00000.jsonl      what failed or stayed    `Problem`, for people and `status`; only if there is something
     undo/00000.1.parquet      what became of each      `MovedRow`, on the way back: some stayed, and are tried again
     undo/00000.parquet        what became of the rest  `MovedRow`: all are back
     deaths/00000.<unique>     a node died              empty; written by the command, which saw it
 """
 
 import io
+import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 from uuid import uuid4
@@ -26,6 +29,9 @@ from sorter.cluster.families import families
 from sorter.cluster.stores import Store, StoredObject, read_own
 from sorter.errors import StoreError
 from sorter.inbox.sidecars import SidecarNames
+
+READERS = 16
+"""So many of a job's files are read at a time."""
 
 Table = Literal["decisions", "moves", "undo"]
 _SECOND = pyarrow.timestamp("s", tz="UTC")
@@ -93,6 +99,23 @@ class MovedRow:
     destination: str | None = None
     etag: str | None = None
     reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A photo that failed, or an object that stays although it is to be moved.
+
+    Attributes:
+        key: that it had when it was listed.
+        kind: `failed`, `left`, or `changed`: replaced or deleted since it was listed.
+        reason: for a person.
+        etag: as it was listed; None if that does not matter.
+    """
+
+    key: str
+    kind: Literal["failed", "left", "changed"]
+    reason: str
+    etag: str | None = None
 
 
 class JobFiles:
@@ -179,6 +202,27 @@ class JobFiles:
     def read_moves(self, name: str) -> list[MovedRow] | None:
         """A shard's moves; None before there are any."""
         return self._read("moves", name, MovedRow)
+
+    def put_problems(self, name: str, rows: Sequence[Problem]) -> None:
+        """Record what failed or stayed of a shard, before its moves; of two attempts at it the first one counts."""
+        lines = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
+        self.store.put_new(f"{self.problems_folder}{name}.jsonl", lines.encode())
+
+    def problems(self) -> Iterator[list[Problem]]:
+        """What failed or stayed, shard by shard."""
+
+        def parse(data: bytes) -> list[Problem]:
+            return [Problem(**json.loads(line)) for line in data.splitlines()]
+
+        keys = [item.key for item in self.store.list(self.problems_folder) if item.key.endswith(".jsonl")]
+        with ThreadPoolExecutor(READERS) as pool:
+            for rows in pool.map(lambda key: read_own(self.store, key, parse), keys):
+                yield rows or []
+
+    @property
+    def problems_folder(self) -> str:
+        """Prefix of the files that say what failed or stayed, one line of JSON for each."""
+        return f"{self.folder}problems/"
 
     def put_undo(self, name: str, rows: Sequence[MovedRow]) -> None:
         """Record what an undo made of the objects of a shard that were not back before."""

@@ -4,13 +4,14 @@ In: a job's folder. Out: a `Status`. It reads no photo and asks no node, so it c
 """
 
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from sorter.cluster import lease
 from sorter.cluster.job import Job
 from sorter.cluster.lease import Holder
-from sorter.cluster.listing import READERS
+from sorter.cluster.shards import READERS
 
 _RECENT_SECONDS = 600.0
 
@@ -26,6 +27,7 @@ class Status:
         undone: that were taken back, also those of which some objects could not be.
         restored: objects of these that are back.
         stayed: objects of these that could not be brought back.
+        problems: objects of finished shards that were `failed`, `left` or `changed`, as this was found.
         per_second: shards that were finished per second lately; 0 if none was.
         holder: who works on it.
     """
@@ -36,6 +38,7 @@ class Status:
     undone: int
     restored: int
     stayed: int
+    problems: Counter[str]
     per_second: float
     holder: Holder
 
@@ -67,6 +70,7 @@ def read(job: Job) -> Status:
         undone=len(undos),
         restored=restored,
         stayed=len(kinds) - restored,
+        problems=Counter(row.kind for rows in files.problems() for row in rows),
         per_second=per_second,
         holder=lease.holder(job.output, job.folder),
     )
