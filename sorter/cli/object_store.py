@@ -91,6 +91,10 @@ def run(
     interrupted = totals.shards < totals.to_do
     seconds = time.monotonic() - started
     lines = _summary(job, totals, seconds, decide_only=decide_only, interrupted=interrupted)
+    if not totals.counts and not job.files.shards():
+        lines.append(
+            f"  Nothing to sort is below {job.inbox.url}/{job.inbox_prefix}: check --inbox if there should be."
+        )
     incomplete = interrupted or any(totals.counts[kind] for kind in (f"{FAILED}/", "left", "changed"))
     if not incomplete and jobs.any_left(job):
         incomplete = True
