@@ -170,6 +170,13 @@ def test_a_damaged_lease_is_somebodys_until_it_is_too_old(store: MemoryStore, jo
     assert lease.holder(store, job.folder).number == 2
 
 
+def test_a_lease_that_may_not_be_read_is_named(store: MemoryStore, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    Lease(store, job.folder)
+    forbid(store, f"{job.folder}lease/00000001.json", monkeypatch)
+    with pytest.raises(JobFileError, match=r"lease/00000001.json cannot be read, .*AccessDenied.*: check the permis"):
+        Lease(store, job.folder)
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [({}, "min_confidence 0.5"), ({"min_confidence": 0.9, "catch_neither": True}, "min_confidence 0.9, catch_neither")],

@@ -18,7 +18,7 @@ from typing import Any, Self
 from uuid import uuid4
 
 from sorter.cluster.stores import Store, read_own
-from sorter.errors import JobFileError, NotNowError, SorterError, StoreError
+from sorter.errors import NotNowError, SorterError, StoreError
 
 RENEW_SECONDS = 30.0
 FRESH_SECONDS = 120.0
@@ -66,6 +66,9 @@ def holder(store: Store, folder: str) -> Holder:
     Args:
         store: of the output.
         folder: of the job.
+
+    Raises:
+        StoreError: the store does not answer, or refuses to read it.
     """
     renewals = (item for item in store.list(f"{folder}lease/") if _NAME.search(item.key))
     last = next(iter(collections.deque(renewals, maxlen=1)), None)
@@ -74,20 +77,20 @@ def holder(store: Store, folder: str) -> Holder:
     number, age_seconds = int(last.key[-13:-5]), (store.now() - last.modified).total_seconds()
 
     def parse(content: bytes) -> Holder:
-        said: dict[str, Any] = json.loads(content)
-        here = said["process_table"] == _process_table()
-        return Holder(
-            number=number,
-            text=f"process {said['process']} on {said['host']}",
-            age_seconds=age_seconds,
-            is_released=said["released"],
-            is_killed=here and not os.path.exists(f"/proc/{said['process']}"),
-        )
+        try:
+            said: dict[str, Any] = json.loads(content)
+            here = said["process_table"] == _process_table()
+            return Holder(
+                number=number,
+                text=f"process {said['process']} on {said['host']}",
+                age_seconds=age_seconds,
+                is_released=said["released"],
+                is_killed=here and not os.path.exists(f"/proc/{said['process']}"),
+            )
+        except (ValueError, TypeError, KeyError):  # a damaged one is somebody's until it is too old
+            return Holder(number, "another process", age_seconds, is_released=False)
 
-    try:
-        return read_own(store, last.key, parse) or Holder(0)
-    except JobFileError:  # it is somebody's until it is too old
-        return Holder(number, "another process", age_seconds, is_released=False)
+    return read_own(store, last.key, parse) or Holder(0)
 
 
 class Lease:
