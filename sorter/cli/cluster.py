@@ -116,10 +116,11 @@ def _open_nodes(
     from sorter.cluster.shared_disk import RemotePipeline
     from sorter.cluster.shared_folder import SharedFolder
 
+    folder = SharedFolder.of(settings.inbox)
     shutdown.unwinds = True
     ray = stack.enter_context(ray_cluster.connected(address))
     shape = ray_cluster.shape(ray, settings.device, workers)
-    engine, folder = preflight.measured_engine(settings, model), SharedFolder.of(settings.inbox)
+    engine = preflight.measured_engine(settings, model)
     pool = Pool(ray, shape, node.setup(settings, engine, shape.cpus, folder=folder))
     stack.callback(pool.finish)
     run = Run.new(model.name)
