@@ -8,7 +8,8 @@
     ├── StorageError        1   the disk or the folder no longer accepts photos
     │   └── InboxGoneError  1   the inbox vanished while it was being sorted
     └── StoreError          1   the object store does not answer, or refuses
-        └── UnsafeStoreError 2  it ignores a condition that a safe move needs
+        ├── UnsafeStoreError 2  it ignores a condition that a safe move needs
+        └── JobFileError    1   a file of a cluster's job cannot be read
 
     PhotoError                  one photo cannot be decoded; it never ends the program
     ObjectError                 one object cannot be read or moved; it never ends the program
@@ -81,6 +82,10 @@ class UnsafeStoreError(StoreError):
     """An object store ignores or lacks a condition without which a move could overwrite or lose an object."""
 
     exit_code = ExitCode.USAGE
+
+
+class JobFileError(StoreError):
+    """A file of the sorter's own in an object store is damaged, or may not be read."""
 
 
 class ObjectError(Exception):

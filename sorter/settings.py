@@ -8,6 +8,7 @@ these fields, and a test keeps `config/sorter.toml` in step with them.
 import codecs
 import itertools
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -46,6 +47,10 @@ def _not_empty(value: Any) -> Any:
         raise ValueError("must not be empty")
     if "\0" in str(value):
         raise ValueError("should be a path without NUL characters")
+    # Paths fold `//` and `/./`, which are parts of an object's key.
+    url = re.match(r"[a-z][a-z0-9+.-]*://(.+?)/?$", str(value), re.IGNORECASE | re.DOTALL)
+    if url is not None and {"", "."}.intersection(url[1].split("/")):
+        raise ValueError("should be a URL without // or /./ in it")
     return value
 
 

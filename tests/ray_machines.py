@@ -4,14 +4,17 @@ Run as a program it is the cluster: a head without CPUs, and machines that the l
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "ab" * 32
@@ -59,12 +62,30 @@ class Machines:
         raise AssertionError("the cluster has ended")
 
 
+def with_another_disk_in(folder: Path) -> list[str | Path]:
+    """What runs a command for which an empty disk is mounted in a folder."""
+    mount = 'mount -t tmpfs none "$0" && exec "$@"'
+    prefix: list[str | Path] = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", mount, folder]
+    if shutil.which("unshare") is None or subprocess.run([*prefix, "true"], capture_output=True).returncode:
+        pytest.skip("needs unshare and user namespaces, to mount a disk for some processes alone")
+    return prefix
+
+
 @contextmanager
-def machines(count: int, folder: Path, environment: dict[str, str]) -> Iterator[Machines]:
-    """A cluster with so many machines of one CPU each; its nodes have this environment, not the command's."""
+def machines(
+    count: int, folder: Path, environment: dict[str, str], within: Sequence[str | Path] = ()
+) -> Iterator[Machines]:
+    """A cluster with so many machines of one CPU each; its nodes have this environment, not the command's.
+
+    Args:
+        count: of machines.
+        folder: for the log.
+        environment: beside the one of the tests.
+        within: a command that runs the one that follows it.
+    """
     with (folder / "ray.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, __file__, str(count)],
+            [*within, sys.executable, __file__, str(count)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

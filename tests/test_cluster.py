@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -13,25 +14,28 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import GREEN, RED, RedGreenEngine, make_tree, plain
 from object_stores import Server
+from ray_machines import with_another_disk_in
 
 from sorter.classifier.manifest import Manifest
 from sorter.cli import cluster
 from sorter.cli.main import main
 from sorter.cluster.deciding import Decider
 from sorter.cluster.lease import Lease
-from sorter.cluster.node import setup
+from sorter.cluster.node import Node, setup
 from sorter.cluster.pool import Pool
-from sorter.cluster.ray_cluster import Shape, shape
+from sorter.cluster.ray_cluster import Shape, connected, shape
 from sorter.cluster.scratch import Scratch
+from sorter.cluster.shared_folder import SharedFolder
 from sorter.cluster.stores import open_store
 from sorter.decisions import Outcome
-from sorter.errors import ConfigurationError, Reason, StorageError
+from sorter.errors import ConfigurationError, NotNowError, Reason, StorageError
 from sorter.files.photo import Identity, Photo
 from sorter.settings import Settings
 
@@ -148,6 +152,37 @@ def test_a_folder_that_is_locked_is_somebodys() -> None:
         one.close()
 
 
+def test_a_node_refuses_another_folder_than_the_commands_and_names_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inbox = make_tree(tmp_path / "in", {"a.jpg": plain(RED)})
+    folder, host = SharedFolder.of(inbox), os.uname().nodename
+    folder.check()
+    code = f"from pathlib import Path; from sorter.cluster.shared_folder import SharedFolder; {folder!r}.check()"
+    code = code.replace("PosixPath", "Path")
+    done = subprocess.run(
+        [*with_another_disk_in(inbox), sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert f"the node {host} has another folder in {inbox} than this machine: mount the shared disk" in done.stderr
+    with pytest.raises(ConfigurationError, match=f"node {host} cannot open the folder .* .No such file.*: mount"):
+        replace(folder, path=tmp_path / "missing").check()
+    other = replace(folder, path=tmp_path)
+    monkeypatch.setattr("sorter.files.file_systems.kind", lambda _: "fuse.sshfs")
+    other.check()  # whose numbers say nothing
+    assert SharedFolder.of(inbox).inode is None
+
+
+def test_a_node_looks_at_the_shared_folder_when_it_begins_and_when_photos_are_missing(tmp_path: Path) -> None:
+    folder, node = SharedFolder.of(tmp_path), Node()
+    with pytest.raises(ConfigurationError, match="another folder"):
+        node.begin(setup(Settings(), "", 1, folder=replace(folder, inode=0)))
+    shutil.rmtree(tmp_path)
+    node._folder = folder
+    with pytest.raises(ConfigurationError, match="cannot open the folder"):
+        node.decide(tmp_path, ["a.jpg"])
+
+
 class _Machines:
     """As much of Ray as `shape` asks."""
 
@@ -219,6 +254,13 @@ def test_nodes_that_finish_nothing_for_ten_minutes_end_the_command(monkeypatch: 
         ("run --inbox s3://photos/in --state-dir state", "--state-dir does not apply"),
         ("run --inbox gs://photos/in", "s3://"),
         ("run --inbox s3://photos/in --no-recursive", "--no-recursive does not apply"),
+        ("run --inbox s3:photos/in", "--inbox s3:photos/in is not a URL: write s3://bucket/prefix"),
+        ("run --inbox s3://photos/in --output S3:photos", "--output S3:photos is not a URL: write s3://"),
+        ("run --inbox s3://photos/in//x", "--inbox: should be a URL without // or /./ in it, not 's3://photos/in//x'"),
+        ("run --inbox s3://photos/./in", "without // or /./"),
+        ("run --inbox s3:///photos/in", "without // or /./"),
+        ("status --inbox s3://photos/in --output s3://photos//", "--output: should be a URL without //"),
+        ("run --inbox s3://photos/in --sidecar-suffixes .jpg", "such files are photos"),
         ("run --inbox s3://photos/in --job 1", "--job is not for sorter cluster run"),
         ("undo --inbox s3://photos/in --workers 2", "--workers is not for sorter cluster undo"),
         ("run --inbox in --decide-only", "use --dry-run"),
@@ -234,6 +276,42 @@ def test_what_makes_no_sense_is_refused_in_a_sentence(flags: str, said: str, cap
     assert said in err
     assert err.startswith("sorter: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ConnectionError("ray client connection timeout"), "ray client connection timeout"),
+        (
+            ConnectionAbortedError(
+                "Initialization failure from server:\nTraceback (most recent call last):\n  File proxier.py\n"
+                "RuntimeError: Starting Ray client server failed. See ray_client_server_1.err for detailed logs.\n"
+            ),
+            "Initialization failure from server: RuntimeError: Starting Ray client server failed. See "
+            "ray_client_server_1.err for detailed logs.",
+        ),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_what_ray_says_is_told_with_its_cause(error: Exception, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+
+    def refuse(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("ray.init", refuse)
+    monkeypatch.setattr("sorter.cluster.ray_cluster._prepare_environment", lambda **_: None)
+    with pytest.raises(NotNowError) as refused, connected("ray://head:10001"):
+        pass
+    assert str(refused.value).startswith(f"the Ray cluster at ray://head:10001 cannot be used ({said}): ")
+
+
+def test_the_help_says_what_is_not_for_urls(capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["cluster", "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--inbox and --output are two folders that all machines share, or two URLs, s3://bucket/prefix." in out
+    assert "Not with URLs: --state-dir, --flat, --once, --dry-run, --link, --include-undone, --on-sorted" in out
 
 
 def test_the_scheme_of_a_url_may_be_in_capitals() -> None:
@@ -373,6 +451,20 @@ def test_status_undo_and_check_of_a_bucket_need_no_ray(action: str, said: str, s
     )
     assert (done.returncode, said in done.stdout) == (0, True), done.stderr
     assert (run.returncode, "'cluster'" in run.stderr) == (2, True), run.stderr
+
+
+def test_a_prefix_with_nothing_below_it_is_said(strict_moto: Server) -> None:
+    strict_moto.client.create_bucket(Bucket="nothing-here")
+    urls = ["--inbox", "s3://nothing-here/photo", "--output", "s3://nothing-here/sorted"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sorter", "cluster", "run", *urls],
+        env={**os.environ, **strict_moto.environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Nothing to sort is below s3://nothing-here/photo/: check --inbox" in done.stdout
 
 
 def test_the_sorter_alone_imports_nothing_of_the_cluster() -> None:

@@ -390,6 +390,33 @@ def _sort_into_cats(job: Job) -> None:
 
 
 @pytest.mark.long
+def test_what_is_left_is_named_with_its_reason_and_later_runs_say_so_until_it_is_gone(bucket: Photos) -> None:
+    bucket.put({"b.jpg": plain(RED, 1), "c.jpg": plain(RED)[:300]})
+    bucket.client.put_object(Bucket=bucket.bucket, Key="in/a.jpg", Body=plain(RED), StorageClass="GLACIER")
+    code, out, err = bucket.run("run")
+    assert code == 3, err
+    (left,) = [json.loads(one) for one in err.splitlines() if "photo.left" in one]
+    assert left["path"] == "in/a.jpg"
+    assert left["reason"] == "its storage class is GLACIER: restore it first"
+    assert bucket.objects() == ["in/a.jpg", "sorted/cats/b.jpg", "sorted/failed/c.jpg"]
+    code, out, _ = bucket.run("status")
+    assert code == 0
+    assert ["failed", "1"] in [row.split() for row in out.splitlines()]
+    assert ["left", "1"] in [row.split() for row in out.splitlines()]
+    folder = next(row.split()[1].rstrip(",") for row in out.splitlines() if row.startswith("reasons"))
+    content = bucket.client.get_object(Bucket=bucket.bucket, Key=f"{folder.partition(bucket.bucket)[2][1:]}00000.jsonl")
+    rows = [json.loads(row) for row in content["Body"].read().splitlines()]
+    assert [(row["key"], row["kind"]) for row in rows] == [("in/a.jpg", "left"), ("in/c.jpg", "failed")]
+    code, out, err = bucket.run("run")
+    assert code == 3, err
+    assert "left earlier are still in the inbox" in out
+    bucket.client.delete_object(Bucket=bucket.bucket, Key="in/a.jpg")
+    code, out, err = bucket.run("run")
+    assert code == 0, err
+    assert "earlier" not in out
+
+
+@pytest.mark.long
 def test_of_two_commands_with_other_settings_on_one_inbox_one_at_most_sorts_and_status_knows_which(
     bucket: Photos, shared: Path, proved: Callable[[str], None]
 ) -> None:

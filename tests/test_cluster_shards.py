@@ -148,6 +148,89 @@ def test_a_sidecar_that_stays_with_its_photo_is_left_and_not_moved_along(
     assert set(tree(store)) == {"in/a.jpg", "in/a.xmp", "in/c.txt", "sorted/cats/b.jpg", "sorted/cats/b.xmp"}
 
 
+def test_what_fails_or_stays_is_written_down_with_its_reason_and_status_counts_it(
+    store: MemoryStore, job: Job, new_sorter: NewSorter
+) -> None:
+    files = {"a.jpg": plain(RED), "a.xmp": b"<xmp>", "b.jpg": plain(RED)[:300], "c.jpg": plain(RED, 1), "d.txt": b"d"}
+    listed = put(store, files | {"e.jpg": plain(RED, 2), "f.jpg": plain(RED, 3)})
+    listed[-2] = replace(listed[-2], storage_class="GLACIER")
+    job.files.put_shard("00000", listed)
+    new_sorter(decide_only=True).sort("00000")
+    store.put("in/a.jpg", plain(GREEN))
+    result = new_sorter().sort("00000")
+    assert result.counts == {"cats/": 2, "failed/": 1, "left": 2, "changed": 1, "skipped": 1}
+    archived = "its storage class is GLACIER: restore it first"
+    replaced = "it was replaced or deleted after it was listed"
+    assert [(row.key, row.kind, row.reason) for row in result.staying] == [
+        ("in/a.jpg", "changed", replaced),
+        ("in/a.xmp", "left", "its photo stays"),
+        ("in/e.jpg", "left", archived),
+    ]
+    found = [json.loads(line) for line in store.objects[f"{job.folder}problems/00000.jsonl"][1].splitlines()]
+    assert [row["kind"] for row in found] == ["changed", "left", "failed", "left"]
+    assert found[2]["reason"].startswith(("truncated: ", "corrupt: "))
+    assert statuses.read(job).problems == {"failed": 1, "left": 2, "changed": 1}
+
+
+def test_what_was_left_is_known_until_it_is_gone_or_becomes_another(
+    store: MemoryStore, job: Job, new_sorter: NewSorter
+) -> None:
+    listed = put(store, {f"{n}.jpg": plain(RED, n) for n in range(3)})
+    assert not jobs.any_left(job)
+    job.files.put_shard("00000", [replace(item, storage_class="GLACIER") for item in listed[:2]])
+    job.files.put_shard("00001", listed[2:])
+    for name in ("00000", "00001"):
+        new_sorter().sort(name)
+    assert jobs.any_left(job)
+    del store.objects["in/0.jpg"]
+    assert jobs.any_left(job)
+    store.put("in/1.jpg", plain(GREEN))
+    assert not jobs.any_left(job)
+
+
+def test_a_command_names_the_first_20_objects_that_stay(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = [replace(item, storage_class="GLACIER") for item in put(store, {f"{n}.jpg": b"" for n in range(10, 60)})]
+    for number in range(4):
+        job.files.put_shard(f"0000{number}", listed[number * 12 : number * 12 + 12])
+    assert deal(job, MortalNode(new_sorter(), job, "")).counts == {"left": 48}
+    told = [line for line in capsys.readouterr().out.splitlines() if "photo.left" in line]
+    assert len(told) == 20
+    assert "in/10.jpg" in told[0]
+    assert "its storage class is GLACIER" in told[0]
+
+
+@pytest.mark.parametrize("how", ["replaced before it was decided on", "edited after an undo", "deleted and put anew"])
+def test_the_sidecar_of_a_photo_that_becomes_another_follows_that(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, how: str
+) -> None:
+    def sort_all() -> None:
+        jobs.list_inbox(job, preflight.selection(SETTINGS))
+        for name in unfinished(job, decide_only=False):
+            new_sorter().sort(name)
+
+    put(store, {"a.jpg": plain(RED), "a.xmp": b"<xmp>", "b.jpg": plain(RED, 1)})
+    if how == "replaced before it was decided on":
+        jobs.list_inbox(job, preflight.selection(SETTINGS))
+        put(store, {"a.jpg": plain(GREEN)})
+        new_sorter().sort("00000")
+        assert {"in/a.jpg", "in/a.xmp"} <= set(tree(store))
+    elif how == "edited after an undo":
+        sort_all()
+        undo(job)
+        put(store, {"a.jpg": plain(GREEN)})
+    else:
+        del store.objects["in/a.jpg"]
+        sort_all()
+        put(store, {"a.jpg": plain(GREEN)})
+    sort_all()
+    assert {"sorted/dogs/a.jpg": plain(GREEN), "sorted/dogs/a.xmp": b"<xmp>"}.items() <= tree(store).items()
+    sort_all()
+    undo(job)
+    assert set(tree(store)) == {"in/a.jpg", "in/a.xmp", "in/b.jpg"}
+
+
 def test_what_is_archived_is_left(store: MemoryStore, job: Job, new_sorter: NewSorter) -> None:
     (item,) = put(store, {"a.jpg": plain(RED)})
     job.files.put_shard("00000", [replace(item, storage_class="GLACIER")])
@@ -325,8 +408,9 @@ def test_an_attempt_that_the_store_ended_or_of_which_nobody_saw_the_end_is_no_de
 
 
 def described(inbox: str = "memory://photos/in/", sidecar_suffixes: Iterable[str] = ()) -> dict[str, object]:
+    model = {"model": "two-colours", "min_confidence": 0.0, "catch_neither": False}
     folders = ["cats", "dogs", "unsure", "failed"]
-    return {"inbox": inbox, "folders": folders, "sidecar_suffixes": [*sidecar_suffixes]}
+    return {"inbox": inbox, "folders": folders, "sidecar_suffixes": [*sidecar_suffixes], **model}
 
 
 def run(job: Job, new_sorter: NewSorter) -> None:

@@ -14,7 +14,7 @@ from uuid import uuid4
 
 import pytest
 from conftest import RED, hashes, make_tree, plain, read_tree
-from ray_machines import ENVIRONMENT, INTERRUPTED, interrupt, machines, processes
+from ray_machines import ENVIRONMENT, INTERRUPTED, interrupt, machines, processes, with_another_disk_in
 
 from sorter.history.reader import HistoryReader
 
@@ -112,6 +112,22 @@ def test_a_photo_that_changes_between_listing_and_deciding_is_not_moved_by_that(
     assert command.returncode == 0, err
     assert "3 photos sorted" in out
     assert read_tree(tmp_path / "out")["cats/1.jpg"] == plain(RED, 7)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("address", ["address", "client_address"])
+def test_a_machine_on_which_the_shared_disk_is_not_mounted_is_named(tmp_path: Path, address: str) -> None:
+    """All machines but the command's, in a mount namespace of their own with an empty disk in the inbox's place."""
+    inbox = make_tree(tmp_path / "in", {f"{n}.jpg": plain(RED, n) for n in range(5)})
+    with machines(1, tmp_path, {}, with_another_disk_in(inbox)) as cluster:
+        command = start(inbox, tmp_path / "out", "--address", getattr(cluster, address))
+        out, err = command.communicate(timeout=300)
+    said = (
+        f"the node {os.uname().nodename} has another folder in {inbox} than this machine: mount the shared disk there"
+    )
+    assert (command.returncode, out) == (2, "")
+    assert said in err
+    assert set(read_tree(tmp_path)) >= {f"in/{n}.jpg" for n in range(5)}
 
 
 @pytest.mark.torture

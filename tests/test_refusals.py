@@ -406,6 +406,8 @@ COMBINATIONS = (
     (["--state-dir", "in/notes.txt"], "not a folder"),
     (["--state-dir", "fifo/state"], "not a folder"),
     (["--sidecar-suffixes", ".JPG"], "such files are photos"),
+    (["--sidecar-suffixes", ".edited.png"], "such files are photos"),
+    (["--sidecar-suffixes", "jpg"], "such files are photos"),
     (["--exclude", "../x"], "matches nothing"),
 )
 

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import textwrap
 from contextlib import ExitStack
 from functools import partial
 
@@ -30,7 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "action", choices=_ACTIONS, help="sort; show progress; restore what was sorted; check whether the store is safe"
     )
-    group = parser.add_argument_group("the cluster")
+    flags = ", ".join("--" + name.replace("_", "-") for name in _OF_FOLDERS)
+    places = "--inbox and --output are two folders that all machines share, or two URLs, s3://bucket/prefix"
+    group = parser.add_argument_group("the cluster", textwrap.fill(f"{places}. Not with URLs: {flags}.", 94))
     group.add_argument(
         "--address", metavar="ADDRESS", help="of a Ray cluster, ray://host:10001 (default: Ray on this machine)"
     )
@@ -54,6 +57,9 @@ def cluster(
     """
     _check_options(action, address, workers, decide_only=decide_only, job=job)
     inbox, output = str(settings.inbox), str(settings.output_folder)
+    for flag, place in (("--inbox", inbox), ("--output", output)):
+        if place.lower().startswith("s3:") and not _URL.match(place):
+            raise ConfigurationError(f"{flag} {place} is not a URL: write s3://bucket/prefix")
     if bool(_URL.match(inbox)) != bool(_URL.match(output)):
         raise ConfigurationError("--inbox and --output are a folder and a URL: use two folders, or two URLs")
     try:
@@ -109,11 +115,14 @@ def _open_nodes(
     from sorter.cluster import node, ray_cluster
     from sorter.cluster.pool import Pool
     from sorter.cluster.shared_disk import RemotePipeline
+    from sorter.cluster.shared_folder import SharedFolder
 
+    folder = SharedFolder.of(settings.inbox)
     shutdown.unwinds = True
     ray = stack.enter_context(ray_cluster.connected(address))
     shape = ray_cluster.shape(ray, settings.device, workers)
-    pool = Pool(ray, shape, node.setup(settings, preflight.measured_engine(settings, model), shape.cpus))
+    engine = preflight.measured_engine(settings, model)
+    pool = Pool(ray, shape, node.setup(settings, engine, shape.cpus, folder=folder))
     stack.callback(pool.finish)
     run = Run.new(model.name)
     return run_command.Opened(pool.await_first(), run, partial(RemotePipeline.start, pool, run))
@@ -130,6 +139,7 @@ def _with_urls(
     job: str | None,
 ) -> ExitCode:
     _refuse_of_folders(settings)
+    preflight.check_sidecar_suffixes(settings)
     for module in ("boto3", "pyarrow", *(["ray"] if action == "run" else [])):
         extras.require(module, "cluster", "sorter cluster with an object store")
     from sorter.cli import object_store

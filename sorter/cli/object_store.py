@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
@@ -24,16 +24,16 @@ from sorter.cluster.listing import SHARD_ROWS
 from sorter.cluster.object_node import ObjectNode
 from sorter.cluster.pool import Pool
 from sorter.cluster.probe import probe
+from sorter.cluster.shard_sorter import NAMED
 from sorter.cluster.status import Status
 from sorter.cluster.stores import Mode, open_store
 from sorter.cluster.taking_back import take_back
-from sorter.errors import ConfigurationError, ExitCode
+from sorter.errors import ConfigurationError, ExitCode, JobFileError
 from sorter.files import FAILED
 from sorter.inbox.sidecars import SidecarNames
 from sorter.service.shutdown import Shutdown
 from sorter.settings import Settings
 
-_NAMED = 20  # objects that could not be brought back are named up to so many
 _UPLOADED = (
     "like OpenStack Swift, this store may check conditions only against requests that have ended, not against those at "
     "the same moment: run one job at a time, and let nothing else write to the inbox and the output meanwhile"
@@ -91,11 +91,20 @@ def run(
                 "cluster.finished", job=job.id, shards=totals.shards, lost_nodes=pool.deaths, **totals.counts
             )
     interrupted = totals.shards < totals.to_do
-    console.say(
-        _summary(job, totals, time.monotonic() - started, decide_only=decide_only, interrupted=interrupted), sys.stdout
-    )
-    failed = any(totals.counts[kind] for kind in (f"{FAILED}/", "left", "changed"))
-    return ExitCode.INCOMPLETE if failed or interrupted else ExitCode.DONE
+    seconds = time.monotonic() - started
+    lines = _summary(job, totals, seconds, decide_only=decide_only, interrupted=interrupted)
+    if not totals.counts and not job.files.shards():
+        lines.append(
+            f"  Nothing to sort is below {job.inbox.url}/{job.inbox_prefix}: check --inbox if there should be."
+        )
+    incomplete = interrupted or any(totals.counts[kind] for kind in (f"{FAILED}/", "left", "changed"))
+    if not incomplete and jobs.any_left(job):
+        incomplete = True
+        lines.append(
+            "  Objects that were left earlier are still in the inbox; sorter cluster status says where the reasons are."
+        )
+    console.say("\n".join(lines), sys.stdout)
+    return ExitCode.INCOMPLETE if incomplete else ExitCode.DONE
 
 
 def check(settings: Settings, inbox: str, output: str) -> ExitCode:
@@ -138,6 +147,9 @@ def status(settings: Settings, inbox: str, output: str, job_id: str | None) -> E
         rows.append(("decided", f"{found.decided} of {found.shards} shards"))
         if found.undone:
             rows.append(("undone", f"{found.undone} of {found.moved} sorted shards. {restored}"))
+        rows += [(kind, f"{found.problems[kind]}") for kind in ("failed", "left", "changed") if found.problems[kind]]
+        if found.problems:
+            rows.append(("reasons", _reasons(job)))
     is_sorting = found.holder.is_fresh and found.holder.action == "run"
     if is_sorting and found.moved < found.shards and found.seconds_left is not None:
         rows.append(("speed", f"about {found.per_second * SHARD_ROWS:.1f} photos/s"))
@@ -185,12 +197,12 @@ def undo(settings: Settings, inbox: str, output: str, job_id: str | None) -> Exi
             held.check()
             counts[row.kind] += 1
             show(counts.total())
-            if row.kind != "moved" and counts.total() - counts["moved"] <= _NAMED:
+            if row.kind != "moved" and counts.total() - counts["moved"] <= NAMED:
                 say = stream.above or partial(console.say, stream=sys.stderr)
                 say(f"sorter: cannot restore {entries.printable(row.key)}: {row.reason}")
     stayed = counts.total() - counts["moved"]
-    if stayed > _NAMED:
-        console.say(f"sorter: and {stayed - _NAMED} more; {job.folder}undo/ has all of them", sys.stderr)
+    if stayed > NAMED:
+        console.say(f"sorter: and {stayed - NAMED} more; {job.folder}undo/ has all of them", sys.stderr)
     interrupted = " Interrupted: the same command goes on." if shutdown.requested else ""
     console.say(_restored(counts["moved"], stayed) + interrupted, sys.stdout)
     return ExitCode.INCOMPLETE if stayed or shutdown.requested else ExitCode.DONE
@@ -210,25 +222,25 @@ def _known(settings: Settings, inbox: str, output: str, job_id: str | None) -> t
     """The one job of an inbox, or the one that was named, and what describes it."""
     stores = (*open_store(inbox), *open_store(output))
     url = f"{stores[0].url}/{stores[1]}"
-    known = jobs.known_jobs(*stores[2:])
-    found = [id_ for id_, described in known.items() if described["inbox"] == url and job_id in (None, id_)]
+    known, unread = dict[str, dict[str, Any]](), list[JobFileError]()
+    for id_, described in jobs.known_jobs(*stores[2:]).items():
+        if job_id in (None, id_):
+            if isinstance(described, JobFileError):
+                unread.append(described)
+            elif described["inbox"] == url:
+                known[id_] = described
+    found = [*known]
+    if not found and unread:
+        raise unread[0]
     if not found:
         named = "job" if job_id is None else f"job {entries.printable(job_id)}"
         raise ConfigurationError(f"{output} has no {named} for {inbox}: check --inbox and --output")
     if len(found) > 1:  # one that was refused before it listed anything has no shards
         found = [id_ for id_ in found if Job(id_, *stores).files.shards()] or found
     if len(found) > 1:
-        listed = "\n".join(f"    {id_}  {_began(known[id_])}" for id_ in found)
+        listed = "\n".join(f"    {id_}  {jobs.began(known[id_])}" for id_ in found)
         raise ConfigurationError(f"{inbox} has several jobs: choose one with --job\n{listed}")
     return Job(found[0], *stores), known[found[0]]
-
-
-def _began(described: Mapping[str, Any]) -> str:
-    """When a job began, and with what."""
-    when, threshold = entries.local_time(described["began"]), described["min_confidence"]
-    return f"began {when}, model {described['model']}, min_confidence {threshold:g}" + (
-        ", catch_neither" if described["catch_neither"] else ""
-    )
 
 
 def _probe(job: Job) -> Mode:
@@ -268,7 +280,7 @@ def _bar(
     return lambda done: bar.show(done, done / max(time.monotonic() - started, 0.001))
 
 
-def _summary(job: Job, totals: Totals, seconds: float, *, decide_only: bool, interrupted: bool) -> str:
+def _summary(job: Job, totals: Totals, seconds: float, *, decide_only: bool, interrupted: bool) -> list[str]:
     named = {"sidecar": "sidecars moved along", "skipped": "skipped, not photos", "left": "left in the inbox"}
     named["changed"] = "changed meanwhile, left in the inbox"
     photos = sum(count for kind, count in totals.counts.items() if kind.endswith("/") and kind != f"{FAILED}/")
@@ -279,7 +291,14 @@ def _summary(job: Job, totals: Totals, seconds: float, *, decide_only: bool, int
     kinds = sorted(totals.counts, key=lambda kind: (kind in named, kind == f"{FAILED}/", kind))
     rows = [(named.get(kind, kind), totals.counts[kind]) for kind in kinds]
     width = max((len(name) for name, _ in rows), default=0)
-    return "\n".join([head, *(f"  {name:<{width}}  {count:>7}" for name, count in rows)])
+    lines = [head, *(f"  {name:<{width}}  {count:>7}" for name, count in rows)]
+    if not decide_only and any(totals.counts[kind] for kind in (f"{FAILED}/", "left", "changed")):
+        lines.append(f"  reasons: {_reasons(job)}")
+    return lines
+
+
+def _reasons(job: Job) -> str:
+    return f"{job.output.url}/{job.files.problems_folder}, one line of JSON for each"
 
 
 def _print_rows(rows: Sequence[tuple[str, str]]) -> None:

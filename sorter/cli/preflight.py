@@ -55,14 +55,22 @@ def check(settings: Settings) -> tuple[Settings, Manifest, list[str] | None]:
         raise ConfigurationError(
             f"photos in {folder}/ are sorted again by moving them, which --link does not do: drop --link"
         )
-    if photos := {suffix.lower() for suffix in settings.sidecar_suffixes}.intersection(PHOTO_EXTENSIONS):
-        raise ConfigurationError(
-            f"--sidecar-suffixes {min(photos)}: such files are photos; name endings of other files"
-        )
+    check_sidecar_suffixes(settings)
     settings, model = read_model(settings)
     if settings.metrics_port:
         extras.require("prometheus_client", "metrics", "--metrics-port")
     return settings, model, None if settings.on_sorted is None else hook.split(settings.on_sorted)
+
+
+def check_sidecar_suffixes(settings: Settings) -> None:
+    """Make sure that no photo is taken for a sidecar, which would move without being classified.
+
+    Raises:
+        ConfigurationError: one would be.
+    """
+    for suffix in sorted(suffix.lower() for suffix in settings.sidecar_suffixes):
+        if suffix.endswith(PHOTO_EXTENSIONS) or any(extension.endswith(suffix) for extension in PHOTO_EXTENSIONS):
+            raise ConfigurationError(f"--sidecar-suffixes {suffix}: such files are photos; name endings of other files")
 
 
 def read_model(settings: Settings) -> tuple[Settings, Manifest]:

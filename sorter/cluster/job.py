@@ -6,11 +6,14 @@ whoever runs the same command again, anywhere, goes on from there.
 
 import hashlib
 import json
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import structlog
@@ -22,10 +25,10 @@ from sorter.cluster.lease import Action, Lease
 from sorter.cluster.listing import list_new
 from sorter.cluster.node import Place, model_digest
 from sorter.cluster.pool import Finished, Pool, Task
-from sorter.cluster.shard_sorter import Result
-from sorter.cluster.shards import JobFiles
-from sorter.cluster.stores import Mode, Store
-from sorter.errors import ConfigurationError, NotNowError
+from sorter.cluster.shard_sorter import NAMED, Result
+from sorter.cluster.shards import READERS, JobFiles, Problem
+from sorter.cluster.stores import Mode, Store, read_own
+from sorter.errors import ConfigurationError, JobFileError, NotNowError, ObjectError
 from sorter.files import FAILED, FOLDER, UNSURE
 from sorter.inbox.selection import Selection
 from sorter.settings import Settings
@@ -34,6 +37,7 @@ log = structlog.get_logger()
 
 _WAIT_SECONDS = 1.0
 _DESCRIPTION = "job.json"
+_REMEDY = "restore an intact copy, or remove it and repeat the command that began the job, which writes it again"
 # What a decision depends on, beside the model.
 _DECIDING = (
     *("min_confidence", "catch_neither", "engine", "include", "exclude", "ignored_folders", "temporary_names"),
@@ -101,17 +105,35 @@ def job_of(
     return Job(digest[:12], inbox, inbox_prefix, output, output_prefix), described
 
 
-def known_jobs(output: Store, output_prefix: str) -> dict[str, dict[str, Any]]:
-    """What describes each job of an output, by id."""
-    found, folder = {}, jobs_folder(output_prefix)
+def known_jobs(output: Store, output_prefix: str) -> dict[str, dict[str, Any] | JobFileError]:
+    """What describes each job of an output, by id, or why that cannot be read."""
+    folder = jobs_folder(output_prefix)
+    found: dict[str, dict[str, Any] | JobFileError] = {}
     after = folder
     while (first := next(iter(output.list(folder, after=after)), None)) is not None:
         id_ = first.key.removeprefix(folder).partition("/")[0]
-        content = output.read(f"{folder}{id_}/{_DESCRIPTION}")
-        if content is not None:
-            found[id_] = json.loads(content)
+        try:
+            described = read_own(output, f"{folder}{id_}/{_DESCRIPTION}", _description, _REMEDY)
+        except JobFileError as error:
+            found[id_] = error
+        else:
+            if described is not None:
+                found[id_] = described
         after = f"{folder}{id_}/\U0010ffff"  # behind all of this job's files
     return found
+
+
+def _description(content: bytes) -> dict[str, Any]:
+    described: dict[str, Any] = json.loads(content)
+    return described | {"inbox": str(described["inbox"])}
+
+
+def began(described: dict[str, Any]) -> str:
+    """When a job began, and with what."""
+    when = datetime.fromtimestamp(described["began"]).strftime("%Y-%m-%d %H:%M:%S")
+    return f"began {when}, model {described['model']}, min_confidence {described['min_confidence']:g}" + (
+        ", catch_neither" if described["catch_neither"] else ""
+    )
 
 
 @contextmanager
@@ -128,11 +150,12 @@ def begin(job: Job, described: dict[str, Any], action: Action = "run") -> Iterat
     content = json.dumps(described | {"version": sorter.__version__, "began": time.time()})
     job.output.put_new(f"{job.folder}{_DESCRIPTION}", content.encode())
     with Lease(job.output, job.folder, action) as held:
-        if action == "run":
-            _check_no_half_undo(job, job.id, described["inbox"])
+        if action == "run" and job.files.half_undone():
+            raise NotNowError(_half_undone(job, job.id, described["inbox"]))
         for id_, other in known_jobs(job.output, job.output_prefix).items():
             if id_ != job.id:
-                _check_beside(job, id_, other["inbox"], action, overlaps=_overlap(other["inbox"], described["inbox"]))
+                overlaps = isinstance(other, JobFileError) or _overlap(other["inbox"], described["inbox"])
+                _check_beside(job, id_, other, action, overlaps=overlaps)
         yield held
 
 
@@ -141,46 +164,65 @@ def _overlap(inbox: str, other: str) -> bool:
     return inbox.startswith(other) or other.startswith(inbox)
 
 
-def _check_beside(job: Job, id_: str, inbox: str, action: Action, *, overlaps: bool) -> None:
+def _check_beside(job: Job, id_: str, other: dict[str, Any] | JobFileError, action: Action, *, overlaps: bool) -> None:
     """Make sure that another job of the same output is not in the way of this one.
 
     Runs that have no photos in common are not in each other's way. An undo is in the way of all: it makes keys free,
     and whoever is half done and found them taken before would put its photos there once more.
+
+    Raises:
+        NotNowError: it is in the way.
+        JobFileError: it is half done, and its inbox is not known.
     """
     folder = f"{jobs_folder(job.output_prefix)}{id_}/"
     holder = lease.holder(job.output, folder)  # before its moves: who has released it has written all of them
     # Nodes of the same job would do no harm: they go by the same decisions.
     if holder.may_have_nodes and (overlaps or "undo" in (action, holder.action)):
-        raise NotNowError(f"{holder.text} is at work on {inbox}, as the job {id_}: {holder.advice}")
+        where = "an inbox that is not known" if isinstance(other, JobFileError) else other["inbox"]
+        raise NotNowError(f"{holder.text} is at work on {where}, as the job {id_}: {holder.advice}")
     if action == "run" and not overlaps:
         return
-    if action == "run":
-        _check_no_half_undo(job, id_, inbox)
-    elif overlaps and shard_mover.half_moved(job.files):
-        return  # should both be half done, one has to be taken back first
     files = JobFiles(job.output, folder)
-    if shard_mover.half_moved(files):
+    is_half_moved = bool(shard_mover.half_moved(files))
+    if action == "undo" and overlaps and is_half_moved:  # should both be half done, one has to be taken back first
+        is_half_moved = not shard_mover.half_moved(job.files)
+    is_half_undone = action == "run" and bool(files.half_undone())
+    if isinstance(other, JobFileError):
+        if is_half_moved or is_half_undone:
+            raise JobFileError(f"a job that is not finished may have the same inbox, but {other}") from other
+        return
+    if is_half_undone:
+        raise NotNowError(_half_undone(job, id_, other["inbox"]))
+    if is_half_moved:
         raise NotNowError(
-            f"the job {id_} of {inbox}, with other settings or another model or inbox, is not finished: finish it as "
-            f"it was begun, or take it back with sorter cluster undo --job {id_}"
+            f"the job {id_} of {other['inbox']} ({began(other)}) is not finished: finish it with the settings and the "
+            f"model that it has in {job.output.url}/{folder}{_DESCRIPTION}, or take it back with "
+            f"{_undo_command(job, id_, other['inbox'])}"
         )
 
 
-def _check_no_half_undo(job: Job, id_: str, inbox: str) -> None:
-    """Make sure that no photo of a job may be back that no file says is."""
-    if JobFiles(job.output, f"{jobs_folder(job.output_prefix)}{id_}/").half_undone():
-        raise NotNowError(
-            f"an undo of the job {id_} was interrupted: finish it first, with sorter cluster undo --inbox {inbox} "
-            f"--output {job.output.url}/{job.output_prefix} --job {id_}"
-        )
+def _half_undone(job: Job, id_: str, inbox: str) -> str:
+    return f"an undo of the job {id_} was interrupted: finish it first, with {_undo_command(job, id_, inbox)}"
+
+
+def _undo_command(job: Job, id_: str, inbox: str) -> str:
+    urls = shlex.join(["--inbox", inbox, "--output", f"{job.output.url}/{job.output_prefix}"])
+    return f"sorter cluster undo {urls} --job {id_}"
 
 
 def list_inbox(job: Job, selection: Selection) -> tuple[int, int]:
-    """Add what is new in the inbox to the job's shards; returns how many objects and shards that are."""
-    # Also those of models that were used before.
-    folders = {folder for other in known_jobs(job.output, job.output_prefix).values() for folder in other["folders"]}
-    outputs = tuple(f"{job.output_prefix}{folder}/" for folder in (*folders, FOLDER))
-    is_shared = job.inbox.url == job.output.url
+    """Add what is new in the inbox to the job's shards; returns how many objects and shards that are.
+
+    Raises:
+        StoreError: the store does not answer, or what the inbox is cannot be told.
+    """
+    folders, is_shared = {FOLDER}, job.inbox.url == job.output.url
+    for other in known_jobs(job.output, job.output_prefix).values():  # also those of models that were used before
+        if not isinstance(other, JobFileError):
+            folders.update(other["folders"])
+        elif is_shared and job.output_prefix.startswith(job.inbox_prefix):
+            raise JobFileError(f"the folders in the inbox that photos were sorted into are not known, as {other}")
+    outputs = tuple(f"{job.output_prefix}{folder}/" for folder in folders)
 
     def wanted(name: str) -> bool:
         folder, slash, base = name.rpartition("/")
@@ -232,6 +274,7 @@ class Run:
         self._stopping, self._check, self._on_progress = stopping, check, on_progress
         self.totals = Totals(Counter(), to_do=len(to_do))
         self._waiting.reverse()
+        self._named = 0
         self._given_out = set(to_do)  # and the halves of those that were split since
 
     def run(self) -> Totals:
@@ -267,6 +310,9 @@ class Run:
         assert isinstance(result, Result), "what sort_shard returns"
         self.totals.shards += 1
         self.totals.counts.update(result.counts)
+        for problem in result.staying[: NAMED - self._named]:
+            log.warning("photo.left", path=problem.key, reason=problem.reason)
+        self._named = min(NAMED, self._named + len(result.staying))
         if result.halves:
             log.warning("shard.split", shard=shard, halves=list(result.halves))
             halves = [half for half in result.halves if half not in self._given_out]
@@ -282,6 +328,22 @@ def unfinished(job: Job, *, decide_only: bool) -> Iterator[str]:
     """The shards that are to be done, in order."""
     done = job.files.finished("decisions" if decide_only else "moves")
     return (name for name in job.files.shards() if name not in done)
+
+
+def any_left(job: Job) -> bool:
+    """Whether an object that this job left at any time, or could not move, is still in the inbox as it was."""
+
+    def is_there(problem: Problem) -> bool:
+        if problem.kind != "left":
+            return False
+        try:
+            there = job.inbox.head(problem.key)
+        except ObjectError:  # which may be why it was left
+            return True
+        return there is not None and there.etag == problem.etag
+
+    with ThreadPoolExecutor(READERS) as pool:
+        return any(any(pool.map(is_there, problems)) for problems in job.files.problems())
 
 
 def check_urls(job: Job, model: Manifest) -> None:

@@ -10,19 +10,21 @@ import collections
 import contextlib
 import json
 import os
+import re
 import threading
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 from uuid import uuid4
 
-from sorter.cluster.stores import Store
+from sorter.cluster.stores import Store, read_own
 from sorter.errors import NotNowError, SorterError, StoreError
 
 Action = Literal["run", "undo"]
 
 RENEW_SECONDS = 30.0
 FRESH_SECONDS = 120.0
+_NAME = re.compile(r"/\d{8}\.json$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +74,32 @@ def holder(store: Store, folder: str) -> Holder:
     Args:
         store: of the output.
         folder: of the job.
+
+    Raises:
+        StoreError: the store does not answer, or refuses to read it.
     """
-    last = next(iter(collections.deque(store.list(f"{folder}lease/"), maxlen=1)), None)
-    content = None if last is None else store.read(last.key)
-    if last is None or content is None:
+    renewals = (item for item in store.list(f"{folder}lease/") if _NAME.search(item.key))
+    last = next(iter(collections.deque(renewals, maxlen=1)), None)
+    if last is None:
         return Holder(0)
-    said: dict[str, Any] = json.loads(content)
-    here = said["process_table"] == _process_table()
-    return Holder(
-        number=int(last.key.rpartition("/")[2].partition(".")[0]),
-        text=f"process {said['process']} on {said['host']}",
-        age_seconds=(store.now() - last.modified).total_seconds(),
-        is_released=said["released"],
-        is_killed=here and not os.path.exists(f"/proc/{said['process']}"),
-        action=said["action"],
-    )
+    number, age_seconds = int(last.key[-13:-5]), (store.now() - last.modified).total_seconds()
+
+    def parse(content: bytes) -> Holder:
+        try:
+            said: dict[str, Any] = json.loads(content)
+            here = said["process_table"] == _process_table()
+            return Holder(
+                number=number,
+                text=f"process {said['process']} on {said['host']}",
+                age_seconds=age_seconds,
+                is_released=said["released"],
+                is_killed=here and not os.path.exists(f"/proc/{said['process']}"),
+                action=said["action"],
+            )
+        except (ValueError, TypeError, KeyError):  # a damaged one is somebody's until it is too old
+            return Holder(number, "another process", age_seconds, is_released=False)
+
+    return read_own(store, last.key, parse) or Holder(0)
 
 
 class Lease:

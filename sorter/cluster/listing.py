@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, chain, islice
 
 import numpy as np
+import numpy.typing as npt
 
 from sorter.cluster.families import families
-from sorter.cluster.shards import JobFiles
+from sorter.cluster.shards import READERS, JobFiles
 from sorter.cluster.stores import Store, StoredObject
 from sorter.errors import StoreError
-from sorter.inbox.sidecars import SidecarNames
+from sorter.inbox.sidecars import SidecarNames, is_photo
 
 SHARD_ROWS = 1_000
 """A shard has a little more where a photo and its sidecars would fall apart."""
@@ -25,16 +26,14 @@ SHARD_ROWS = 1_000
 AHEAD_ROWS = 2 * SHARD_ROWS
 """So many rows are looked at for what belongs together: names of sidecars come soon after or before their photos'."""
 
-READERS = 16
-"""So many of a job's files are read at a time."""
-
 
 def list_new(
     store: Store, prefix: str, files: JobFiles, wanted: Callable[[str], bool], sidecars: SidecarNames
 ) -> tuple[int, int]:
     """Write the objects below a prefix that no shard of the job has into new shards.
 
-    Known is what has the same key, ETag and time; and what an undo of this job put back, until its content changes.
+    Known is what has the same key, ETag and time; and what an undo of this job put back, until its content changes. A
+    sidecar that is known, and that no unfinished shard may still move, is written once more with a photo that is new.
 
     Args:
         store: the bucket of the inbox.
@@ -51,30 +50,44 @@ def list_new(
     """
     names = [name for name in files.shards() if "-" not in name]  # the halves of a shard have what it has
     known = _Known(files, names)
-    listed = _in_order(store.list(prefix))
-    fresh = (item for item in listed if item not in known and wanted(item.key.removeprefix(prefix)))
+
+    def is_candidate(item: StoredObject) -> bool:
+        if item in known and not (sidecars.is_sidecar(item.key.rpartition("/")[2]) and known.may_follow(item)):
+            return False
+        return wanted(item.key.removeprefix(prefix))
+
+    candidates = filter(is_candidate, _in_order(store.list(prefix)))
     number = int(names[-1]) + 1 if names else 0
     objects = shards = 0
     waiting: list[StoredObject] = []
     while True:
-        waiting += islice(fresh, AHEAD_ROWS - len(waiting))
+        waiting += islice(candidates, AHEAD_ROWS - len(waiting))
         if not waiting:
             return objects, shards
-        rows, rest = _first(families(waiting, sidecars))
+        rows, rest = _first(families(waiting, sidecars), known)
+        if not rows:
+            waiting = rest
+            continue
         if files.put_shard(f"{number:05}", rows):
             objects, shards, waiting = objects + len(rows), shards + 1, rest
         else:
             known.add(files.read_shard(f"{number:05}"))
-            waiting = [item for item in waiting if item not in known]
+            waiting = [*filter(is_candidate, waiting)]
         number += 1
 
 
-def _first(together: list[list[StoredObject]]) -> tuple[list[StoredObject], list[StoredObject]]:
-    """The rows of a shard, and those that remain, both in the order of keys."""
+def _first(together: list[list[StoredObject]], known: "_Known") -> tuple[list[StoredObject], list[StoredObject]]:
+    """The rows of a shard, which may be none, and those that remain, both in the order of keys."""
     ends = accumulate(len(family) for family in together)
     count = next((count for count, end in enumerate(ends, 1) if end >= SHARD_ROWS), len(together))
-    first, rest = (sorted(chain(*part), key=lambda row: row.key) for part in (together[:count], together[count:]))
-    return first, rest
+    rest = sorted(chain(*together[count:]), key=lambda row: row.key)
+    return sorted(chain(*(_news(family, known) for family in together[:count])), key=lambda row: row.key), rest
+
+
+def _news(family: list[StoredObject], known: "_Known") -> list[StoredObject]:
+    """Of a family all, if it has a new photo; otherwise what is new."""
+    fresh = [item for item in family if item not in known]
+    return family if any(is_photo(item.key) for item in fresh) else fresh
 
 
 def _in_order(listed: Iterator[StoredObject]) -> Iterator[StoredObject]:
@@ -92,7 +105,11 @@ class _Known:
     def __init__(self, files: JobFiles, names: list[str]) -> None:
         with ThreadPoolExecutor(READERS) as pool:
             parts = [*pool.map(lambda name: np.array([*map(_digest, files.read_shard(name))], np.uint64), names)]
-        self._digests = np.sort(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
+        # The halves of a shard are finished after it.
+        finished, halves = files.finished("moves"), (name for name in files.shards() if "-" in name)
+        unfinished = {name.partition("-")[0] for name in (*names, *halves) if name not in finished}
+        self._digests = _sorted(parts)
+        self._unfinished = _sorted([part for name, part in zip(names, parts, strict=True) if name in unfinished])
         self._added: set[int] = set()
         self._restored: set[tuple[str, str | None]] = set()
         for undos in files.undos().values():
@@ -105,9 +122,21 @@ class _Known:
 
     def __contains__(self, item: StoredObject) -> bool:
         digest = _digest(item)
-        place = int(np.searchsorted(self._digests, np.uint64(digest)))
-        is_listed = place < len(self._digests) and int(self._digests[place]) == digest
-        return is_listed or digest in self._added or (item.key, item.etag) in self._restored
+        return _has(self._digests, digest) or digest in self._added or (item.key, item.etag) in self._restored
+
+    def may_follow(self, item: StoredObject) -> bool:
+        """Whether nobody moves this object any more but with another photo."""
+        digest = _digest(item)
+        return not _has(self._unfinished, digest) and digest not in self._added
+
+
+def _sorted(parts: list[npt.NDArray[np.uint64]]) -> npt.NDArray[np.uint64]:
+    return np.sort(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
+
+
+def _has(digests: npt.NDArray[np.uint64], digest: int) -> bool:
+    place = int(np.searchsorted(digests, np.uint64(digest)))
+    return place < len(digests) and int(digests[place]) == digest
 
 
 def _digest(item: StoredObject) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import sorter
 from sorter.classifier import engine, manifest
 from sorter.cluster.deciding import Decider
+from sorter.cluster.shared_folder import SharedFolder
 from sorter.cluster.stores import Mode
 from sorter.decisions import Outcome
 from sorter.decoding.decoders import default_workers
@@ -36,6 +37,7 @@ class Setup:
         engine: which one the threshold was measured with; empty if that does not matter.
         workers: decoder processes, if the machine has so many CPUs.
         place: for an object store, where the job's objects are.
+        folder: for a shared disk, the inbox.
     """
 
     version: str
@@ -44,6 +46,7 @@ class Setup:
     engine: str
     workers: int
     place: "Place | None" = None
+    folder: SharedFolder | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +70,16 @@ class Place:
     decide_only: bool = False
 
 
-def setup(settings: Settings, engine_name: str, workers: int, place: Place | None = None) -> Setup:
+def setup(
+    settings: Settings, engine_name: str, workers: int, place: Place | None = None, folder: SharedFolder | None = None
+) -> Setup:
     """What the nodes are told."""
     values = settings.model_dump()
     if settings.model == SHIPPED_MODEL:
         values["model"] = None
     else:
         values["model"] = settings.model.absolute()
-    return Setup(sorter.__version__, values, model_digest(settings.model), engine_name, workers, place)
+    return Setup(sorter.__version__, values, model_digest(settings.model), engine_name, workers, place, folder)
 
 
 def model_digest(model: Path) -> str:
@@ -138,6 +143,7 @@ class Node:
 
     _decider: Decider
     _settings: Settings
+    _folder: SharedFolder | None
 
     def begin(self, given: Setup) -> Description:
         """Load the model.
@@ -150,6 +156,8 @@ class Node:
             raise ConfigurationError(
                 f"the node {host} has sorter {sorter.__version__}, and this is {given.version}: install the same"
             )
+        self._folder = given.folder
+        self._check_folder()
         values = dict(given.settings)
         values["model"] = values["model"] or SHIPPED_MODEL
         settings = Settings(**values)
@@ -179,18 +187,28 @@ class Node:
         return Progress(self._decider.decided)
 
     def decide(self, root: Path, names: Sequence[str]) -> list[Judged]:
-        """Decide on photos in a folder that this machine has under the same path as the command's."""
+        """Decide on photos in a folder that this machine has under the same path as the command's.
+
+        Raises:
+            ConfigurationError: photos are missing, because this machine no longer has that folder.
+        """
         judged: list[Judged] = []
         photos: list[Photo] = []
         for name in names:
             try:
                 status = os.stat(root / name, follow_symlinks=False)
             except OSError as error:
-                judged.append(Judged(name, -1, -1, "again", detail=f"is gone on a node ({error.strerror})"))
+                self._check_folder()
+                detail = f"is gone on the node {os.uname().nodename} ({error.strerror})"
+                judged.append(Judged(name, -1, -1, "again", detail=detail))
             else:
                 photos.append(Photo(root, name, Identity.of(status), time.time()))
         self._decider.decide(photos, lambda outcome: judged.append(_judged(outcome)))
         return judged
+
+    def _check_folder(self) -> None:
+        if self._folder is not None:
+            self._folder.check()
 
     def close(self) -> None:
         """End the decoders."""

@@ -96,10 +96,13 @@ def connected(address: str | None) -> Iterator[Any]:
         try:
             started.result()
         except Exception as error:  # whatever Ray and gRPC raise here
-            where, hint = f"there is no Ray cluster at {address}", "start it, or check --address and RAY_AUTH_TOKEN"
+            where, hint = (
+                f"the Ray cluster at {address} cannot be used",
+                "start it, or check --address and RAY_AUTH_TOKEN",
+            )
             if address is None:
                 where, hint = "Ray did not start on this machine", "check free memory and space for temporary files"
-            raise NotNowError(f"{where} ({_first_line(error)}): {hint}") from error
+            raise NotNowError(f"{where} ({_cause(error)}): {hint}") from error
         yield ray
     finally:
         if started.done():
@@ -151,5 +154,7 @@ def _prepare_environment(*, local: bool) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _cause(error: Exception) -> str:
+    """The first line of what Ray says, and the last one where that announces a traceback of the server's."""
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {others[-1].strip()}"[:400] if others and first.endswith(":") else first[:200]

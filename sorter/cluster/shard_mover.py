@@ -1,15 +1,17 @@
 """Moves the objects of a shard by its decisions, and writes down what became of each.
 
-In: a shard's decisions. Out: its `moves` file. Whoever finds a shard that was begun and not finished does all of it
-again: what is moved already stays where it is.
+In: a shard's decisions. Out: its `moves` file, and one of what failed or stayed. Whoever finds a shard that was begun
+and not finished does all of it again: what is moved already stays where it is.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Literal
 
 from sorter.cluster.object_mover import ObjectMover
-from sorter.cluster.shards import Decided, JobFiles, MovedRow
+from sorter.cluster.shards import Decided, JobFiles, MovedRow, Problem, is_shard_name
 from sorter.inbox.sidecars import SidecarNames
 
 TRANSFERS = 32
@@ -61,6 +63,8 @@ class ShardMover:
         for kinds in (PHOTOS, ("sidecar",)):
             # The list raises what one of them failed with.
             list(self._pool.map(move, [decided for decided in decisions if decided.kind in kinds]))
+        if bad := [replace(problem, etag=items[problem.key].etag) for problem in problems(decisions, rows)]:
+            self._files.put_problems(name, bad)
         stayed = [MovedRow(d.key, "stayed", reason=d.detail) for d in decisions if d.key not in rows]
         found = sorted([*rows.values(), *stayed], key=lambda row: row.key.encode())
         self._files.put_moves(name, found)
@@ -83,8 +87,28 @@ class ShardMover:
         return folder + slash + self._sidecars.renamed(sidecar, old, new)
 
 
+def problems(decisions: Sequence[Decided], rows: Mapping[str, MovedRow]) -> list[Problem]:
+    """What failed or stays, and why.
+
+    Args:
+        decisions: of a shard.
+        rows: what became of each object, by key; none before they are moved.
+    """
+    found: list[Problem] = []
+    for decided in decisions:
+        row = rows.get(decided.key)
+        if row is not None and decided.destination is not None and row.kind != "moved":
+            kind: Literal["changed", "left"] = "changed" if row.kind == "changed" else "left"
+            found.append(Problem(decided.key, kind, row.reason or ""))
+        elif decided.kind in ("left", "changed"):
+            found.append(Problem(decided.key, decided.kind, decided.detail or ""))
+        elif decided.kind == "failed":
+            found.append(Problem(decided.key, "failed", ": ".join(filter(None, (decided.reason, decided.detail)))))
+    return found
+
+
 def half_moved(files: JobFiles) -> set[str]:
     """The shards of which something may have been moved that no file says."""
     folder = files.folder + _BEGUN
     begun = {item.key.removeprefix(folder) for item in files.store.list(folder)}
-    return begun - files.finished("moves")
+    return {name for name in begun if is_shard_name(name)} - files.finished("moves")

@@ -17,8 +17,8 @@ from sorter.cluster.families import families
 from sorter.cluster.node import MAX_DEATHS, Place
 from sorter.cluster.object_mover import ObjectMover
 from sorter.cluster.scratch import Scratch
-from sorter.cluster.shard_mover import PHOTOS, TRANSFERS, ShardMover
-from sorter.cluster.shards import Decided, JobFiles, MovedRow
+from sorter.cluster.shard_mover import PHOTOS, TRANSFERS, ShardMover, problems
+from sorter.cluster.shards import Decided, JobFiles, MovedRow, Problem
 from sorter.cluster.stores import Store, StoredObject
 from sorter.decisions import Outcome
 from sorter.errors import ChangedError, ObjectError, Reason
@@ -26,6 +26,9 @@ from sorter.files import FAILED
 from sorter.files.photo import Identity, Photo
 from sorter.inbox.sidecars import SidecarNames, is_photo
 from sorter.settings import Settings
+
+NAMED = 20
+"""So many of the objects that stay are named by a command."""
 
 _FINISHED_BEFORE = 3600.0  # an object is complete once it is listed: its copy must not look as if it just arrived
 
@@ -36,10 +39,12 @@ class Result:
 
     Attributes:
         counts: objects by what became of them: a folder with a slash, or `sidecar`, `skipped`, `left`, `changed`.
+        staying: the first of those that are left or were changed.
         halves: the shards that it was split into; it has no counts then.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
+    staying: tuple[Problem, ...] = ()
     halves: tuple[str, ...] = ()
 
 
@@ -87,15 +92,18 @@ class ShardSorter:
         if not decisions:  # it was split, by somebody who may have died before both halves were there
             return Result(halves=tuple(self._files.split(name, self._sidecars)))
         if self._place.decide_only:
-            return Result(_counted(decisions, {}, self._place))
-        rows = self._mover.move(name, decisions)
-        return Result(_counted(decisions, {row.key: row for row in rows}, self._place))
+            return self._result(decisions, {})
+        return self._result(decisions, {row.key: row for row in self._mover.move(name, decisions)})
 
     def close(self) -> None:
         """End the threads and remove the scratch folder."""
         self._mover.close()
         self._fetchers.shutdown(wait=False, cancel_futures=True)
         self._scratch.close()
+
+    def _result(self, decisions: Sequence[Decided], rows: dict[str, MovedRow]) -> Result:
+        staying = [problem for problem in problems(decisions, rows) if problem.kind != "failed"]
+        return Result(_counted(decisions, rows, self._place), tuple(staying[:NAMED]))
 
     def _decide(self, items: Sequence[StoredObject]) -> list[Decided]:
         """What is to become of each object, in the order of keys."""

@@ -1,4 +1,4 @@
-"""A job's files: what was listed, decided and moved, as immutable Parquet objects of about 1,000 rows.
+"""A job's files: what was listed, decided and moved, as immutable objects of about 1,000 rows, most of them Parquet.
 
 In and out: rows. Each file is created once (PUT If-None-Match): whoever comes second reads what the first one wrote,
 and goes by that. So all attempts at a shard, also those of nodes that were thought dead, agree on what is to happen.
@@ -6,6 +6,7 @@ and goes by that. So all attempts at a shard, also those of nodes that were thou
     shards/00000.parquet      what was listed          `StoredObject`
     decisions/00000.parquet   what belongs where       `Decided`
     moves/00000.parquet       what became of each      `MovedRow`; the shard is finished
+    problems/00000.jsonl      what failed or stayed    `Problem`, for people and `status`; only if there is something
     undo/00000.1.parquet      what became of each      `MovedRow`, on the way back: some stayed, and are tried again
     undo/00000.parquet        what became of the rest  `MovedRow`: all are back
     undoing/00000.1           its first undo begins    empty; finished once it has written the shard's first `undo` file
@@ -16,19 +17,25 @@ Beside them lie `job.json`, which describes the job, and `lease/`, which says wh
 """
 
 import io
+import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Literal, TypeVar
 from uuid import uuid4
 
 import pyarrow
 from pyarrow import parquet
 
 from sorter.cluster.families import families
-from sorter.cluster.stores import Store, StoredObject
+from sorter.cluster.stores import Store, StoredObject, read_own
 from sorter.errors import StoreError
 from sorter.inbox.sidecars import SidecarNames
+
+READERS = 16
+"""So many of a job's files are read at a time."""
 
 Table = Literal["decisions", "moves", "undo"]
 _SECOND = pyarrow.timestamp("s", tz="UTC")
@@ -49,8 +56,10 @@ _DECIDED = pyarrow.schema(
 _MOVED = pyarrow.schema({"key": _TEXT, "kind": _TEXT, "destination": _TEXT, "etag": _TEXT, "reason": _TEXT})
 _DEATHS = "deaths/"
 _UNDOING = "undoing/"
-_NAME = re.compile(r"(\d+)((?:-[01])*)\.parquet")
+_NAME = re.compile(r"(\d+)((?:-[01])*)")
+_UNDO_NAME = re.compile(rf"{_NAME.pattern}(?:\.\d+)?\.parquet")
 _UNDOING_NAME = re.compile(r"(\d+(?:-[01])*)\.(\d+)")
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +107,23 @@ class MovedRow:
     reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A photo that failed, or an object that stays although it is to be moved.
+
+    Attributes:
+        key: that it had when it was listed.
+        kind: `failed`, `left`, or `changed`: replaced or deleted since it was listed.
+        reason: for a person.
+        etag: as it was listed; None if that does not matter.
+    """
+
+    key: str
+    kind: Literal["failed", "left", "changed"]
+    reason: str
+    etag: str | None = None
+
+
 class JobFiles:
     """The files of one job. Shards are `00000`, `00001`; the halves of one that was split `00000-0`, `00000-1`.
 
@@ -111,7 +137,7 @@ class JobFiles:
 
     def shards(self) -> list[str]:
         """The names of all shards, in order."""
-        return self._names("shards")
+        return list(self.written("shards"))
 
     def read_shard(self, name: str) -> list[StoredObject]:
         """What was listed, in the order of keys.
@@ -119,10 +145,10 @@ class JobFiles:
         Raises:
             StoreError: the shard does not exist.
         """
-        rows = self._read("shards", name)
+        rows = self._read("shards", name, StoredObject)
         if rows is None:
             raise StoreError(f"{self._key('shards', name)} is gone from {self.store.url}: start a new job")
-        return [StoredObject(**row) for row in rows]
+        return rows
 
     def put_shard(self, name: str, rows: Sequence[StoredObject]) -> bool:
         """Create a shard. False if there is one with that name."""
@@ -130,7 +156,16 @@ class JobFiles:
 
     def finished(self, table: Table = "moves") -> set[str]:
         """The names of the shards that have this file."""
-        return set(self._names(table))
+        return set(self.written(table))
+
+    def written(self, table: Literal["shards"] | Table) -> dict[str, datetime]:
+        """When each file of a table was written, by the shards' names, in order."""
+        folder, found = f"{self.folder}{table}/", dict[str, datetime]()
+        for item in self.store.list(folder):
+            name = item.key.removeprefix(folder).removesuffix(".parquet")
+            if is_shard_name(name) and item.key == self._key(table, name):
+                found[name] = item.modified
+        return {name: found[name] for name in sorted(found, key=_position)}
 
     def split(self, name: str, sidecars: SidecarNames) -> list[str]:
         """Give a shard up that kills whoever works on it, in favour of two halves. Call it again after any failure.
@@ -164,8 +199,7 @@ class JobFiles:
 
     def read_decisions(self, name: str) -> list[Decided] | None:
         """A shard's decisions; None before there are any."""
-        rows = self._read("decisions", name)
-        return None if rows is None else [Decided(**row) for row in rows]
+        return self._read("decisions", name, Decided)
 
     def put_moves(self, name: str, rows: Sequence[MovedRow]) -> bool:
         """Create a shard's moves. False if somebody else did."""
@@ -173,8 +207,28 @@ class JobFiles:
 
     def read_moves(self, name: str) -> list[MovedRow] | None:
         """A shard's moves; None before there are any."""
-        rows = self._read("moves", name)
-        return None if rows is None else [MovedRow(**row) for row in rows]
+        return self._read("moves", name, MovedRow)
+
+    def put_problems(self, name: str, rows: Sequence[Problem]) -> None:
+        """Record what failed or stayed of a shard, before its moves; of two attempts at it the first one counts."""
+        lines = "".join(json.dumps(asdict(row)) + "\n" for row in rows)
+        self.store.put_new(f"{self.problems_folder}{name}.jsonl", lines.encode())
+
+    def problems(self) -> Iterator[list[Problem]]:
+        """What failed or stayed, shard by shard."""
+
+        def parse(data: bytes) -> list[Problem]:
+            return [Problem(**json.loads(line)) for line in data.splitlines()]
+
+        keys = [item.key for item in self.store.list(self.problems_folder) if item.key.endswith(".jsonl")]
+        with ThreadPoolExecutor(READERS) as pool:
+            for rows in pool.map(lambda key: read_own(self.store, key, parse), keys):
+                yield rows or []
+
+    @property
+    def problems_folder(self) -> str:
+        """Prefix of the files that say what failed or stayed, one line of JSON for each."""
+        return f"{self.folder}problems/"
 
     def begin_undo(self, name: str, number: int) -> None:
         """Record that objects of a shard may be back from now on, although no file says which.
@@ -206,8 +260,9 @@ class JobFiles:
         """The files that undos wrote, by shard: a shard may have several."""
         folder, files = f"{self.folder}undo/", dict[str, list[str]]()
         for item in self.store.list(folder):
-            file = item.key.removeprefix(folder).removesuffix(".parquet")
-            files.setdefault(file.partition(".")[0], []).append(file)
+            if _UNDO_NAME.fullmatch(item.key.removeprefix(folder)):
+                file = item.key.removeprefix(folder).removesuffix(".parquet")
+                files.setdefault(file.partition(".")[0], []).append(file)
         return files
 
     def read_undos(self, files: Iterable[str]) -> dict[str, MovedRow]:
@@ -219,7 +274,7 @@ class JobFiles:
             files: of the shard, from `undos`.
         """
         found: dict[str, MovedRow] = {}
-        for row in (MovedRow(**row) for file in files for row in self._read("undo", file) or ()):
+        for row in (row for file in files for row in self._read("undo", file, MovedRow) or ()):
             if row.key not in found or found[row.key].kind != "moved":
                 found[row.key] = row
         return found
@@ -238,27 +293,30 @@ class JobFiles:
         """How many deaths of nodes count against a shard."""
         return sum(1 for _ in self.store.list(f"{self.folder}{_DEATHS}{name}."))
 
-    def _names(self, table: str) -> list[str]:
-        folder = f"{self.folder}{table}/"
-        found = (_NAME.fullmatch(item.key.removeprefix(folder)) for item in self.store.list(folder))
-        return [
-            match[1] + match[2] for match in sorted(filter(None, found), key=lambda match: (int(match[1]), match[2]))
-        ]
-
     def _key(self, table: str, name: str) -> str:
         return f"{self.folder}{table}/{name}.parquet"
 
     def _put(self, table: str, name: str, rows: Sequence[Any], schema: pyarrow.Schema) -> bool:
         return self.store.put_new(self._key(table, name), _encoded(rows, schema))
 
-    def _read(self, table: str, name: str) -> list[dict[str, Any]] | None:
-        data = self.store.read(self._key(table, name))
-        if data is None:
-            return None
-        # Arrow's threads are not worth their start for so few rows, and may abort a process that ends.
-        file = parquet.ParquetFile(io.BytesIO(data), pre_buffer=False)
-        rows: list[dict[str, Any]] = file.read(use_threads=False).to_pylist()
-        return rows
+    def _read(self, table: str, name: str, kind: type[_Row]) -> list[_Row] | None:
+        def parse(data: bytes) -> list[_Row]:
+            # Arrow's threads are not worth their start for so few rows, and may abort a process that ends.
+            file = parquet.ParquetFile(io.BytesIO(data), pre_buffer=False)
+            return [kind(**row) for row in file.read(use_threads=False).to_pylist()]
+
+        return read_own(self.store, self._key(table, name), parse)
+
+
+def is_shard_name(name: str) -> bool:
+    """Whether a file may be a shard's by its name: some programs leave empty objects that stand for folders."""
+    return _NAME.fullmatch(name) is not None
+
+
+def _position(name: str) -> tuple[int, str]:
+    """The place of a shard among all of them."""
+    number, dash, halves = name.partition("-")
+    return int(number), dash + halves
 
 
 def _encoded(rows: Sequence[Any], schema: pyarrow.Schema) -> bytes:

@@ -4,13 +4,14 @@ In: a job's folder. Out: a `Status`. It reads no photo and asks no node, so it c
 """
 
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from sorter.cluster import lease
 from sorter.cluster.job import Job
 from sorter.cluster.lease import Holder
-from sorter.cluster.listing import READERS
+from sorter.cluster.shards import READERS
 
 _RECENT_SECONDS = 600.0
 
@@ -27,6 +28,7 @@ class Status:
         half_undone: of which an undo has brought back a part.
         restored: objects of these that are back.
         stayed: objects of these that could not be brought back.
+        problems: objects of finished shards that were `failed`, `left` or `changed`, as this was found.
         per_second: shards that were finished per second lately; 0 if none was.
         holder: who works on it.
     """
@@ -38,6 +40,7 @@ class Status:
     half_undone: int
     restored: int
     stayed: int
+    problems: Counter[str]
     per_second: float
     holder: Holder
 
@@ -59,7 +62,7 @@ def read(job: Job) -> Status:
         StoreError: the store does not answer.
     """
     files, now = job.files, time.time()
-    times = [item.modified.timestamp() for item in job.output.list(f"{job.folder}moves/")]
+    times = [moment.timestamp() for moment in files.written("moves").values()]
     recent = sorted(moment for moment in times if moment > now - _RECENT_SECONDS)
     # From the first of them to now, because a job may have begun, or stood still, in between.
     per_second = (len(recent) - 1) / max(now - recent[0], 1.0) if len(recent) > 1 else 0.0
@@ -75,6 +78,7 @@ def read(job: Job) -> Status:
         half_undone=len(files.half_undone()),
         restored=restored,
         stayed=len(kinds) - restored,
+        problems=Counter(row.kind for rows in files.problems() for row in rows),
         per_second=per_second,
         holder=lease.holder(job.output, job.folder),
     )

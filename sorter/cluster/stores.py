@@ -7,15 +7,17 @@ In: a URL. Out: a `Store`, and `StoredObject`s from it. What a store makes of it
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from sorter.errors import ConfigurationError
+from sorter.errors import ConfigurationError, JobFileError, ObjectError
 from sorter.extras import require
+
+Read = TypeVar("Read")
 
 ATTEMPTS = 8
 """At each request, with pauses that grow to 20 s: about half a minute in all."""
@@ -32,6 +34,8 @@ MODIFIED = "sorter-modified"
 
 ARCHIVED = frozenset({"GLACIER", "DEEP_ARCHIVE"})
 """Storage classes whose objects cannot be read until somebody pays for their restoration."""
+
+_RESTORE = "restore an intact copy, or use another --output, which begins a new job"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,3 +185,26 @@ def open_store(url: str) -> tuple[Store, str]:
 
     prefix = url.removeprefix(f"s3://{parts.netloc}").lstrip("/")
     return S3Store(parts.netloc), prefix if not prefix or prefix.endswith("/") else prefix + "/"
+
+
+def read_own(store: Store, key: str, parse: Callable[[bytes], Read], remedy: str = _RESTORE) -> Read | None:
+    """Read a file of the sorter's own; None if there is none.
+
+    Args:
+        store: the bucket that has it.
+        key: of the file.
+        parse: what makes something of its bytes; whatever it raises means that the file is damaged.
+        remedy: what a person is to do about one that is.
+
+    Raises:
+        JobFileError: the file is damaged, or the store refuses it.
+        StoreError: the store does not answer.
+    """
+    try:
+        data = store.read(key)
+    except ObjectError as error:
+        raise JobFileError(f"{store.url}/{key} cannot be read, {error}: check the permissions") from error
+    try:
+        return None if data is None else parse(data)
+    except Exception as error:  # whatever json and Arrow raise of bytes that are cut short
+        raise JobFileError(f"{store.url}/{key} is damaged: {remedy}") from error
