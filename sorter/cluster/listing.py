@@ -27,6 +27,9 @@ AHEAD_ROWS = 2 * SHARD_ROWS
 """So many rows are looked at for what belongs together: names of sidecars come soon after or before their photos'."""
 
 
+_UNFINISHED = 1  # the bit of a digest that says that a shard may still move the object
+
+
 def list_new(
     store: Store, prefix: str, files: JobFiles, wanted: Callable[[str], bool], sidecars: SidecarNames
 ) -> tuple[int, int]:
@@ -48,8 +51,7 @@ def list_new(
     Raises:
         StoreError: the store does not answer, or lists keys out of order, as directory buckets do.
     """
-    names = [name for name in files.shards() if "-" not in name]  # the halves of a shard have what it has
-    known = _Known(files, names)
+    known = _Known(files)
 
     def is_candidate(item: StoredObject) -> bool:
         if item in known and not (sidecars.is_sidecar(item.key.rpartition("/")[2]) and known.may_follow(item)):
@@ -57,7 +59,7 @@ def list_new(
         return wanted(item.key.removeprefix(prefix))
 
     candidates = filter(is_candidate, _in_order(store.list(prefix)))
-    number = int(names[-1]) + 1 if names else 0
+    number = known.next_shard
     objects = shards = 0
     waiting: list[StoredObject] = []
     while True:
@@ -100,16 +102,27 @@ def _in_order(listed: Iterator[StoredObject]) -> Iterator[StoredObject]:
 
 
 class _Known:
-    """What is in a job's shards, in 8 bytes for each object, and what its undo put back."""
+    """What is in a job's shards, in 8 bytes for each object, and what its undo put back.
 
-    def __init__(self, files: JobFiles, names: list[str]) -> None:
+    Attributes:
+        next_shard: the number of the first one that does not exist.
+    """
+
+    def __init__(self, files: JobFiles) -> None:
+        finished = files.finished("moves")  # before its halves, which are finished after it
+        names = files.shards()
+        unfinished = {name.partition("-")[0] for name in names if name not in finished}
+
+        def digests(name: str) -> npt.NDArray[np.uint64]:
+            found = np.array([*map(_digest, files.read_shard(name))], np.uint64)
+            return found | np.uint64(_UNFINISHED if name in unfinished else 0)
+
+        whole = [name for name in names if "-" not in name]  # the halves of a shard have what it has
         with ThreadPoolExecutor(READERS) as pool:
-            parts = [*pool.map(lambda name: np.array([*map(_digest, files.read_shard(name))], np.uint64), names)]
-        # The halves of a shard are finished after it.
-        finished, halves = files.finished("moves"), (name for name in files.shards() if "-" in name)
-        unfinished = {name.partition("-")[0] for name in (*names, *halves) if name not in finished}
-        self._digests = _sorted(parts)
-        self._unfinished = _sorted([part for name, part in zip(names, parts, strict=True) if name in unfinished])
+            parts = [*pool.map(digests, whole)]
+        self.next_shard = int(whole[-1]) + 1 if whole else 0
+        self._digests = np.concatenate(parts) if parts else np.empty(0, np.uint64)
+        self._digests.sort()
         self._added: set[int] = set()
         self._restored: set[tuple[str, str | None]] = set()
         for undos in files.undos().values():
@@ -122,23 +135,21 @@ class _Known:
 
     def __contains__(self, item: StoredObject) -> bool:
         digest = _digest(item)
-        return _has(self._digests, digest) or digest in self._added or (item.key, item.etag) in self._restored
+        is_listed = self._first_from(digest) in (digest, digest | _UNFINISHED)
+        return is_listed or digest in self._added or (item.key, item.etag) in self._restored
 
     def may_follow(self, item: StoredObject) -> bool:
         """Whether nobody moves this object any more but with another photo."""
         digest = _digest(item)
-        return not _has(self._unfinished, digest) and digest not in self._added
+        return self._first_from(digest | _UNFINISHED) != digest | _UNFINISHED and digest not in self._added
 
-
-def _sorted(parts: list[npt.NDArray[np.uint64]]) -> npt.NDArray[np.uint64]:
-    return np.sort(np.concatenate(parts)) if parts else np.empty(0, np.uint64)
-
-
-def _has(digests: npt.NDArray[np.uint64], digest: int) -> bool:
-    place = int(np.searchsorted(digests, np.uint64(digest)))
-    return place < len(digests) and int(digests[place]) == digest
+    def _first_from(self, digest: int) -> int | None:
+        """The lowest digest that is not below this one."""
+        place = int(np.searchsorted(self._digests, np.uint64(digest)))
+        return int(self._digests[place]) if place < len(self._digests) else None
 
 
 def _digest(item: StoredObject) -> int:
+    """What tells versions of objects apart; the last bit is free."""
     version = f"{item.key}\n{item.etag}\n{item.modified.timestamp():.0f}"
-    return int.from_bytes(hashlib.blake2b(version.encode(), digest_size=8).digest())
+    return int.from_bytes(hashlib.blake2b(version.encode(), digest_size=8).digest()) & ~_UNFINISHED
