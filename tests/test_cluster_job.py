@@ -24,6 +24,7 @@ from ray_machines import ENVIRONMENT, INTERRUPTED, Machines, interrupt, machines
 from test_terminal import Terminal
 
 from sorter.classifier import manifest as manifests
+from sorter.cluster import exclusion
 from sorter.cluster import job as jobs
 from sorter.cluster.job import Job
 from sorter.cluster.node import MAX_DEATHS
@@ -381,7 +382,7 @@ def test_on_a_terminal_an_undo_shows_how_far_it_is_and_names_what_it_cannot_rest
 def _sort_into_cats(job: Job) -> None:
     """What a job without Ray and a model would do."""
     described = {"inbox": f"{job.inbox.url}/{job.inbox_prefix}", "folders": ["cats"], "sidecar_suffixes": []}
-    with jobs.begin(job, described):
+    with exclusion.begin(job, described):
         items = list(job.inbox.list(job.inbox_prefix))
         job.files.put_shard("00000", items)
         decided = [Decided(i.key, "sorted", f"sorted/cats/{i.key.removeprefix(job.inbox_prefix)}") for i in items]

@@ -8,8 +8,8 @@ import pytest
 from memory_store import MemoryStore
 
 from sorter.cli import object_store, preflight
+from sorter.cluster import exclusion, lease, shard_mover
 from sorter.cluster import job as jobs
-from sorter.cluster import lease, shard_mover
 from sorter.cluster import status as statuses
 from sorter.cluster.job import Job
 from sorter.cluster.lease import FRESH_SECONDS, Lease
@@ -43,7 +43,7 @@ def described(inbox: str = "memory://photos/in/") -> dict[str, object]:
 def sort_one(job: Job) -> None:
     """A shard of one photo, with all of its files."""
     item = job.inbox.put("in/a.jpg", b"photo")  # type: ignore[attr-defined]
-    with jobs.begin(job, described()):
+    with exclusion.begin(job, described()):
         job.files.put_shard("00000", [item])
         decisions = job.files.put_decisions("00000", [Decided("in/a.jpg", "sorted", "sorted/cats/a.jpg", "cat", 1.0)])
         mover = ShardMover(job.files, ObjectMover(job.output, "copy"), SidecarNames())
@@ -100,22 +100,22 @@ def test_what_cannot_be_read_of_a_job_stops_another_one_only_if_it_may_have_the_
     else:
         forbid(store, key, monkeypatch)
     other = replace(job, id="ba9876543210", inbox_prefix="elsewhere/")
-    with jobs.begin(other, described("memory://photos/elsewhere/")):
+    with exclusion.begin(other, described("memory://photos/elsewhere/")):
         store.put("elsewhere/b.jpg", b"photo")
         assert jobs.list_inbox(other, preflight.selection(Settings())) == (1, 1)
     store.put(f"{job.folder}moving/00001", b"")  # half done, in whatever inbox
     with pytest.raises(JobFileError, match=f"not finished may have the same inbox, but memory://photos/{key} "):
-        jobs.begin(other, described("memory://photos/elsewhere/")).__enter__()
-    with jobs.begin(job, described()):  # the job itself goes on
+        exclusion.begin(other, described("memory://photos/elsewhere/")).__enter__()
+    with exclusion.begin(job, described()):  # the job itself goes on
         pass
 
 
 def test_a_job_at_work_whose_description_is_damaged_is_waited_for(store: MemoryStore, job: Job) -> None:
     other = replace(job, id="ba9876543210", inbox_prefix="elsewhere/")
-    with jobs.begin(job, described()):
+    with exclusion.begin(job, described()):
         cut(store, f"{job.folder}job.json")
         with pytest.raises(NotNowError, match="at work on an inbox that is not known, as the job 0123456789ab"):
-            jobs.begin(other, described("memory://photos/elsewhere/")).__enter__()
+            exclusion.begin(other, described("memory://photos/elsewhere/")).__enter__()
 
 
 def test_an_inbox_around_the_output_is_not_listed_while_the_folders_of_a_job_are_not_known(store: MemoryStore) -> None:
@@ -154,7 +154,7 @@ def test_empty_objects_that_stand_for_folders_are_nobodys_files(store: MemorySto
     assert replace(after, holder=before.holder) == before
     assert (after.holder.number, after.holder.is_released) == (2, True)
     assert shard_mover.half_moved(job.files) == set()
-    with jobs.begin(job, described()):
+    with exclusion.begin(job, described()):
         assert [row.kind for row in take_back(job, "copy", SidecarNames())] == ["moved"]
     assert store.objects["in/a.jpg"][1] == b"photo"
     assert JobFiles(store, job.folder).undos() == {"00000": ["00000"]}
@@ -184,11 +184,11 @@ def test_a_lease_that_may_not_be_read_is_named(store: MemoryStore, job: Job, mon
 def test_a_half_done_job_is_named_with_what_it_began_with_and_with_the_command_that_takes_it_back(
     store: MemoryStore, job: Job, settings: dict[str, object], said: str
 ) -> None:
-    with jobs.begin(job, described("memory://photos/in/") | settings):
+    with exclusion.begin(job, described("memory://photos/in/") | settings):
         store.put(f"{job.folder}moving/00000", b"")
     other = replace(job, id="ba9876543210", inbox_prefix="")
     with pytest.raises(NotNowError) as refused:
-        jobs.begin(other, described("memory://photos/")).__enter__()
+        exclusion.begin(other, described("memory://photos/")).__enter__()
     assert re.search(rf"\(began \d{{4}}-.*, model two-colours, {said}\)", str(refused.value))
     undo = "sorter cluster undo --inbox memory://photos/in/ --output memory://photos/sorted/ --job 0123456789ab"
     assert str(refused.value).endswith(undo)

@@ -18,8 +18,8 @@ from memory_store import KilledError, MemoryStore, every_order
 from sorter.classifier.manifest import Manifest
 from sorter.cli import preflight
 from sorter.cli.main import main
+from sorter.cluster import exclusion, lease, listing, shard_mover, taking_back
 from sorter.cluster import job as jobs
-from sorter.cluster import lease, listing, shard_mover, taking_back
 from sorter.cluster import status as statuses
 from sorter.cluster.deciding import Decider
 from sorter.cluster.job import Job, Totals, unfinished
@@ -415,7 +415,7 @@ def described(inbox: str = "memory://photos/in/", sidecar_suffixes: Iterable[str
 
 def run(job: Job, new_sorter: NewSorter) -> None:
     """What the command does, without Ray."""
-    with jobs.begin(job, described()):
+    with exclusion.begin(job, described()):
         jobs.list_inbox(job, preflight.selection(SETTINGS))
         for name in unfinished(job, decide_only=False):
             new_sorter().sort(name)
@@ -557,7 +557,7 @@ def test_after_an_undo_that_was_killed_at_any_request_nothing_runs_before_its_en
         with refused(is_half_done):
             run(job, new_sorter)
         other = replace(job, id="ba9876543210", inbox_prefix="")
-        with refused(is_half_done), jobs.begin(other, described("memory://photos/")):
+        with refused(is_half_done), exclusion.begin(other, described("memory://photos/")):
             pass
         assert tree(store) == there, "what is back stays, and what was not begun is sorted"
         assert set(undo(job).values()) <= {"moved"}
@@ -583,7 +583,7 @@ def _undo_killed(job: Job, store: MemoryStore, monkeypatch: pytest.MonkeyPatch, 
         patch.setattr("sorter.cluster.lease.os.getpid", lambda: 2**22 + 1)  # more than any process has
         patch.setattr(store, "step", die)
         try:
-            with jobs.begin(job, described(), "undo"):
+            with exclusion.begin(job, described(), "undo"):
                 undo(job)
         except KilledError:
             return True
@@ -621,9 +621,9 @@ def test_status_tells_an_undo_that_is_under_way_from_one_that_was_interrupted_an
     put(store, {f"{n}.jpg": plain(RED, n) for n in range(3)})
     run(job, new_sorter)
     assert state() == "finished"
-    with jobs.begin(job, described()):
+    with exclusion.begin(job, described()):
         assert state().startswith("running, process ")
-    with jobs.begin(job, described(), "undo"), closing(take_back(job, "copy", SidecarNames())) as rows:
+    with exclusion.begin(job, described(), "undo"), closing(take_back(job, "copy", SidecarNames())) as rows:
         next(rows)
         assert state().startswith("undo under way, process ")
     assert state() == "undo interrupted: run sorter cluster undo again"
@@ -677,7 +677,7 @@ def test_an_undo_waits_for_every_job_of_its_output_that_is_at_work_or_half_done(
     other, others = replace(job, id="ba9876543210", inbox_prefix="in2/"), described("memory://photos/in2/")
     put(store, {"a.jpg": plain(RED)})
     run(job, new_sorter)
-    with jobs.begin(other, others):
+    with exclusion.begin(other, others):
         code, _, err = command("undo")
         assert (code, "is at work on memory://photos/in2/" in err) == (4, True)
         other.files.put_shard("00000", [store.put("in2/a.jpg", plain(RED, 1))])
@@ -687,7 +687,7 @@ def test_an_undo_waits_for_every_job_of_its_output_that_is_at_work_or_half_done(
     assert set(tree(store)) == {"sorted/cats/a.jpg", "sorted/cats/a-1.jpg", "in2/a.jpg"}
     code, _, err = command("undo")
     assert (code, f"the job {other.id} of memory://photos/in2/" in err) == (4, True)
-    with jobs.begin(other, others):
+    with exclusion.begin(other, others):
         move(other, SidecarNames())
     assert command("undo")[0] == 0
     assert tree(store) == {"in/a.jpg": plain(RED), "sorted/cats/a-1.jpg": plain(RED, 1)}
@@ -695,12 +695,12 @@ def test_an_undo_waits_for_every_job_of_its_output_that_is_at_work_or_half_done(
 
 def test_no_job_of_an_output_is_run_beside_an_undo(store: MemoryStore, job: Job) -> None:
     other, others = replace(job, id="ba9876543210", inbox_prefix="in2/"), described("memory://photos/in2/")
-    with jobs.begin(job, described(), "undo"):
-        with pytest.raises(NotNowError, match="is at work on memory://photos/in/"), jobs.begin(other, others):
+    with exclusion.begin(job, described(), "undo"):
+        with pytest.raises(NotNowError, match="is at work on memory://photos/in/"), exclusion.begin(other, others):
             pass
-        with pytest.raises(NotNowError, match="is at work on this job"), jobs.begin(job, described()):
+        with pytest.raises(NotNowError, match="is at work on this job"), exclusion.begin(job, described()):
             pass
-    with jobs.begin(other, others):
+    with exclusion.begin(other, others):
         pass
 
 
@@ -710,16 +710,16 @@ def test_of_two_jobs_that_are_half_done_and_wait_for_each_other_one_can_be_taken
     """As two of one inbox may be after a node that was thought dead."""
     other = replace(job, id="ba9876543210")
     for one in (job, other):
-        with jobs.begin(one, described()):
+        with exclusion.begin(one, described()):
             pass
     for one in (job, other):
         one.files.put_shard("00000", [])
         store.put_new(f"{one.folder}moving/00000", b"")
     for one in (job, other):
-        with pytest.raises(NotNowError, match="is not finished"), jobs.begin(one, described()):
+        with pytest.raises(NotNowError, match="is not finished"), exclusion.begin(one, described()):
             pass
     assert command("undo", "--job", job.id)[0] == 0
-    with jobs.begin(other, described()):
+    with exclusion.begin(other, described()):
         pass
 
 
@@ -792,17 +792,17 @@ def test_a_job_with_other_settings_waits_until_a_half_done_one_is_finished_or_ta
     store: MemoryStore, job: Job, new_sorter: NewSorter, inbox: str
 ) -> None:
     other, others = replace(job, id="ba9876543210", inbox_prefix=inbox), described(f"memory://photos/{inbox}")
-    with jobs.begin(job, described()):
+    with exclusion.begin(job, described()):
         job.files.put_shard("00000", put(store, {"a.jpg": plain(RED)}))
         new_sorter(decide_only=True).sort("00000")
-    with jobs.begin(other, others):
+    with exclusion.begin(other, others):
         pass  # nothing was moved yet
     store.put_new(f"{job.folder}moving/00000", b"")
-    with pytest.raises(NotNowError, match=f"{job.id}.* is not finished"), jobs.begin(other, others):
+    with pytest.raises(NotNowError, match=f"{job.id}.* is not finished"), exclusion.begin(other, others):
         pass
     assert not lease.holder(store, other.folder).is_fresh, "who is refused is in nobody's way"
     assert undo(job) == {"sorted/cats/a.jpg": "moved"}
-    with jobs.begin(other, others):
+    with exclusion.begin(other, others):
         pass
 
 
@@ -813,16 +813,16 @@ def test_of_two_jobs_of_one_inbox_the_second_is_refused_and_no_photo_is_sorted_t
     files = {f"2019/{n}.jpg": plain(RED, n) for n in range(5)}
     put(store, files)
     other, others = replace(job, id="ba9876543210", inbox_prefix=inbox), described(f"memory://photos/{inbox}")
-    with jobs.begin(job, described()):
+    with exclusion.begin(job, described()):
         assert jobs.list_inbox(job, preflight.selection(SETTINGS)) == (5, 1)
-        with pytest.raises(NotNowError, match=f"process .* is at work on .*{job.id}"), jobs.begin(other, others):
+        with pytest.raises(NotNowError, match=f"process .* is at work on .*{job.id}"), exclusion.begin(other, others):
             pass
         neighbor = replace(job, id="aaaaaaaaaaaa", inbox_prefix="in2/")
-        with jobs.begin(neighbor, described("memory://photos/in2/")):
+        with exclusion.begin(neighbor, described("memory://photos/in2/")):
             pass  # another inbox
         new_sorter().sort("00000")
     assert tree(store) == {f"sorted/cats/{name}": data for name, data in files.items()}
-    with jobs.begin(other, others):
+    with exclusion.begin(other, others):
         assert jobs.list_inbox(other, preflight.selection(SETTINGS)) == (0, 0)
 
 
@@ -835,11 +835,11 @@ def test_a_job_waits_for_the_nodes_of_another_one_whose_command_was_killed(
     with monkeypatch.context() as patch:
         patch.setattr("sorter.cluster.lease.os.getpid", lambda: 2**22 + 1)  # more than any process has
         Lease(store, job.folder)
-    with pytest.raises(NotNowError, match=r"if it was killed, for \d+ seconds"), jobs.begin(other, described()):
+    with pytest.raises(NotNowError, match=r"if it was killed, for \d+ seconds"), exclusion.begin(other, described()):
         pass
-    with jobs.begin(job, described()):
+    with exclusion.begin(job, described()):
         pass  # the same command goes on at once
-    with jobs.begin(other, described()):
+    with exclusion.begin(other, described()):
         pass
 
 
@@ -866,7 +866,7 @@ def test_two_jobs_of_one_inbox_or_an_undo_and_a_run_that_begin_at_once_are_never
         def work(id_: str, action: Action, inbox: str) -> str:
             job, about = Job(id_, store, inbox, store, "sorted/"), described(f"memory://photos/{inbox}")
             try:
-                with jobs.begin(job, about, action):
+                with exclusion.begin(job, about, action):
                     at_work.add(id_)
                     store.step("work")
                     is_alone = at_work == {id_}
@@ -887,7 +887,7 @@ def test_the_inbox_may_be_the_output_and_sorted_photos_are_not_listed_again(
     store: MemoryStore, new_sorter: NewSorter
 ) -> None:
     job = Job("0123456789ab", store, "in/", store, "in/")
-    with jobs.begin(job, described()):
+    with exclusion.begin(job, described()):
         pass
     put(
         store,

@@ -16,8 +16,8 @@ from sorter import logs
 from sorter.classifier import manifest as manifests
 from sorter.classifier.manifest import Manifest
 from sorter.cli import console, entries, preflight
+from sorter.cluster import exclusion, node, ray_cluster
 from sorter.cluster import job as jobs
-from sorter.cluster import node, ray_cluster
 from sorter.cluster import status as statuses
 from sorter.cluster.job import Job, Totals
 from sorter.cluster.listing import SHARD_ROWS
@@ -58,7 +58,7 @@ def run(
     mode = _probe(job)
     started = time.monotonic()
     with ExitStack() as stack:
-        held = stack.enter_context(jobs.begin(job, described))
+        held = stack.enter_context(exclusion.begin(job, described))
         if mode == "upload":
             structlog.get_logger().warning("cluster.store", detail=_UPLOADED)
         objects, shards = jobs.list_inbox(job, preflight.selection(settings))
@@ -188,7 +188,7 @@ def undo(settings: Settings, inbox: str, output: str, job_id: str | None) -> Exi
     job, described = _known(settings, inbox, output, job_id)
     mode = _probe(job)
     with ExitStack() as stack:
-        held = stack.enter_context(jobs.begin(job, described, "undo"))
+        held = stack.enter_context(exclusion.begin(job, described, "undo"))
         shutdown.move_lock = threading.Lock()  # a second signal ends it at once: the same command goes on
         stream = stack.enter_context(closing(logs.LogStream(os.dup(2))))
         show = _bar(settings, stream, shutdown, stack, None, "restoring")
@@ -238,7 +238,7 @@ def _known(settings: Settings, inbox: str, output: str, job_id: str | None) -> t
     if len(found) > 1:  # one that was refused before it listed anything has no shards
         found = [id_ for id_ in found if Job(id_, *stores).files.shards()] or found
     if len(found) > 1:
-        listed = "\n".join(f"    {id_}  {jobs.began(known[id_])}" for id_ in found)
+        listed = "\n".join(f"    {id_}  {exclusion.began(known[id_])}" for id_ in found)
         raise ConfigurationError(f"{inbox} has several jobs: choose one with --job\n{listed}")
     return Job(found[0], *stores), known[found[0]]
 
