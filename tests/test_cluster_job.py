@@ -418,6 +418,57 @@ def test_what_is_left_is_named_with_its_reason_and_later_runs_say_so_until_it_is
 
 
 @pytest.mark.long
+def test_a_store_that_fails_for_two_seconds_costs_no_photo_and_one_that_goes_on_failing_ends_the_command_for_now(
+    bucket: Photos, line: Line, proved: Callable[[str], None]
+) -> None:
+    files = {f"{number:03}.jpg": plain(RED if number % 2 else GREEN, number) for number in range(200)}
+    bucket.put(files)
+    began: list[float] = []
+
+    def fail_for(seconds: float) -> Callable[[Request], Fault | None]:
+        def before(request: Request) -> Fault | None:
+            if not began and request.operation == "GetObject" and "/in/" in request.path:
+                began.append(time.monotonic())
+            return "failure" if began and time.monotonic() < began[0] + seconds else None
+
+        return before
+
+    line.before = fail_for(float("inf"))
+    code, _, err = bucket.run("run", server=line.server)
+    ended = time.monotonic() - began[0]
+    assert code == 1, err
+    assert "Traceback" not in err
+    assert bucket.contents() == Counter(files.values())
+    assert {key.partition("/")[0] for key in bucket.objects()} == {"in"}
+    line.reset()
+    began.clear()
+    line.before = fail_for(2)
+    code, out, err = bucket.run("run", server=line.server)
+    assert (code, "200 photos sorted" in out) == (0, True), (out, err)
+    assert bucket.contents() == Counter(files.values())
+    assert not any(key.startswith("in/") for key in bucket.objects())
+    proved(f"a store that answers everything with 500 from the first photo on ends the command {ended:.0f} s later")
+
+
+@pytest.mark.long
+def test_a_photo_that_may_not_be_deleted_is_there_twice_and_blocks_neither_its_job_nor_undo_nor_another_job(
+    bucket: Photos, line: Line
+) -> None:
+    bucket.put({"a.jpg": plain(RED), "b.jpg": plain(RED, 1)})
+    line.before = lambda request: "denial" if request.method == "DELETE" and "/in/a.jpg" in request.path else None
+    code, out, err = bucket.run("run", server=line.server)
+    assert (code, "1 photo sorted" in out, "left in the inbox" in out) == (3, True, True), (out, err)
+    assert sorted(bucket.objects()) == ["in/a.jpg", "sorted/cats/a.jpg", "sorted/cats/b.jpg"]
+    code, out, err = bucket.run("undo", server=line.server)
+    assert (code, out) == (0, "Restored 2 objects; 0 could not be restored.\n"), err
+    assert sorted(bucket.objects()) == ["in/a.jpg", "in/b.jpg"], "the copy is gone"
+    line.reset()
+    code, out, err = bucket.run("run", "--min-confidence", "0.01", server=line.server)
+    assert (code, "2 photos sorted" in out) == (0, True), (out, err)
+    assert sorted(bucket.objects()) == ["sorted/cats/a.jpg", "sorted/cats/b.jpg"]
+
+
+@pytest.mark.long
 def test_of_two_commands_with_other_settings_on_one_inbox_one_at_most_sorts_and_status_knows_which(
     bucket: Photos, shared: Path, proved: Callable[[str], None]
 ) -> None:

@@ -590,6 +590,8 @@ def failing_at(place: Place, key: str, operation: str, fault: Fault = "failure")
         ("moto-copy", "DeleteObject", "in/a.jpg"),
         ("moto-multipart", "CompleteMultipartUpload", "cats/a.jpg"),
         ("moto-upload", "PutObject", "cats/a.jpg"),
+        ("swift-upload", "GetObject", "in/a.jpg"),
+        ("swift-upload", "DeleteObject", "in/a.jpg"),
     ],
     indirect=["place"],
 )

@@ -57,8 +57,8 @@ def confirm(store: Store, prefix: str, source: Store, source_prefix: str, mode: 
     """
     name = f".sorter/probe-{uuid4().hex}"
     key, there = f"{source_prefix}{name}", f"{prefix}{name}-moved"
+    source.put_new(key, OTHER)
     try:
-        source.put_new(key, OTHER)
         item = source.head(key)
         if item is not None and source.read(key) == OTHER and store.copy_new(item, source, there, "0", mode):
             source.delete_exact(item)
