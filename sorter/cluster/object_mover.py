@@ -89,7 +89,7 @@ class ObjectMover:
         back = hashlib.sha256(f"back\n{token}".encode()).hexdigest()
         try:
             there = self.insist(lambda: self._store.head(key))
-            if there is not None and there.etag == moved.etag and _mark(there) == token:
+            if there is not None and _is_copy(there, moved, token):
                 # A deletion of the original that is still under way somewhere must not hit what comes back.
                 way = _Way(there, self._store, self._source, back, unlike=item.etag)
                 return self._move(way, item.key, numbered=False)
@@ -100,49 +100,36 @@ class ObjectMover:
             return Moved("moved", item.key, restored.etag)
         return Moved("changed", reason="it was changed, moved or deleted since it was sorted")
 
-    def remove_copy(self, item: StoredObject, copied: Moved) -> Moved:
-        """Undo a move that could not delete the original, if its copy is as it was; call it again after any failure.
+    def move_back_copied(self, item: StoredObject, copied: Moved) -> Moved:
+        """Undo a move that could not delete the original; call it again after any failure.
 
-        The original's deletion is tried again, and if it succeeds now, the photo comes back as any other. If the store
-        refuses it, it does not carry out one that a node sends late either, and it is the copy that can go.
+        The original's deletion is tried again while the copy is as it was, and if it succeeds now, the photo comes back
+        as any other. Otherwise both stay: a deletion that a node sends late would hit the original.
 
         Args:
             item: what was given to `move`.
             copied: where the copy is, and its ETag.
 
         Returns:
-            `moved` with the old key, once the object is there alone.
+            As `move_back`; also `moved` if somebody has deleted the copy.
 
         Raises:
             StoreError: as `move` does.
         """
         key = copied.key
         assert key is not None, "only what has a copy can lose it"
-        token = move_token(self._source.bucket, item)
-
-        def is_refused() -> bool:
-            try:
-                return self._source.delete_exact(item) == "changed"
-            except ObjectError:  # a store that fails may carry it out yet
-                return True
-
         try:
             there = self.insist(lambda: self._store.head(key))
-            if there is None:
-                original = self.insist(lambda: self._source.head(item.key))
-                if original is not None and original.etag == item.etag:
-                    return Moved("moved", item.key, original.etag)
-            if there is None or there.etag != copied.etag or _mark(there) != token:
-                return self.move_back(item, copied)  # by an earlier attempt, or it was changed
-            copy, refused = there, self.insist(is_refused)
+            if _is_copy(there, copied, move_token(self._source.bucket, item)):
+                self.insist(lambda: self._source.delete_exact(item))
             original = self.insist(lambda: self._source.head(item.key))
-            if not refused or original is None or original.etag != item.etag:
-                return self.move_back(item, copied)
-            if self.insist(lambda: self._store.delete_exact(copy)) == "changed":
-                return Moved("left", reason="its copy cannot be deleted: it is there twice")
         except ObjectError as error:
-            return Moved("left", reason=str(error))
-        return Moved("moved", item.key, item.etag)
+            return Moved("left", reason=f"{error}: it is there twice")
+        if original is None or original.etag != item.etag:
+            return self.move_back(item, copied)
+        if there is None:
+            return Moved("moved", item.key, original.etag)
+        return Moved("left", reason="the original was not deleted either: it is there twice")
 
     def insist(self, request: Callable[[], _Answer]) -> _Answer:
         """What a request for one object answers, or whose fault it is if the store fails at it.
@@ -251,6 +238,11 @@ def move_token(bucket: str, item: StoredObject) -> str:
 
 def _mark(item: StoredObject) -> str | None:
     return (item.metadata or {}).get(MARK)
+
+
+def _is_copy(there: StoredObject | None, moved: Moved, token: str) -> bool:
+    """Whether what is there is what a move made, as it was."""
+    return there is not None and there.etag == moved.etag and _mark(there) == token
 
 
 def _names(key: str) -> Iterator[str]:

@@ -85,7 +85,7 @@ def _take_back(
         assert row.destination is not None, "it was moved, or copied"
         if follows[row.key] in stayed:
             return MovedRow(row.destination, "stayed", reason="its photo stays too")
-        restore = mover.move_back if row.kind == "moved" else mover.remove_copy
+        restore = mover.move_back if row.kind == "moved" else mover.move_back_copied
         found = restore(items[row.key], Moved("moved", row.destination, row.etag))
         if found.kind != "moved":
             stayed.add(row.key)
