@@ -19,6 +19,11 @@ def store() -> MemoryStore:
     return MemoryStore()
 
 
+@pytest.fixture(autouse=True)
+def _without_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sorter.cluster.object_mover.pause", lambda attempt: None)
+
+
 def contents(store: MemoryStore) -> dict[str, bytes]:
     return {key: data for key, (_, data) in sorted(store.objects.items())}
 
@@ -181,7 +186,6 @@ def test_a_store_that_refuses_a_free_key_for_ever_ends_the_job(
 ) -> None:
     item = store.put("in/a.jpg", b"a")
     monkeypatch.setattr(store, "copy_new", lambda *_, **__: None)
-    monkeypatch.setattr("sorter.cluster.object_mover.pause", lambda attempt: None)
     with pytest.raises(StoreError, match="refuses the free key"):
         ObjectMover(store, "copy").move(item, "cats/a.jpg")
 
