@@ -723,7 +723,7 @@ def test_of_two_jobs_that_are_half_done_and_wait_for_each_other_one_can_be_taken
         pass
 
 
-def test_undo_takes_the_copy_back_of_what_could_not_be_deleted(
+def test_undo_names_what_could_not_be_deleted_and_brings_it_back_once_it_can(
     store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(store, {"a.jpg": plain(RED), "a.xmp": b"<xmp>", "b.jpg": plain(GREEN), "c.jpg": plain(RED, 1)})
@@ -732,11 +732,15 @@ def test_undo_takes_the_copy_back_of_what_could_not_be_deleted(
     def refuse(item: StoredObject) -> Literal["deleted", "gone", "changed"]:
         return "changed" if item.key in ("in/a.jpg", "in/c.jpg") else original(item)
 
-    monkeypatch.setattr(store, "delete_exact", refuse)
-    run(job, new_sorter)
-    assert set(tree(store)) == {*before, "sorted/cats/a.jpg", "sorted/cats/c.jpg", "sorted/dogs/b.jpg"} - {"in/b.jpg"}
-    store.put("sorted/cats/c.jpg", b"edited")
-    assert undo(job) == {"sorted/cats/a.jpg": "moved", "sorted/dogs/b.jpg": "moved", "sorted/cats/c.jpg": "changed"}
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "delete_exact", refuse)
+        run(job, new_sorter)
+        copies = {"sorted/cats/a.jpg", "sorted/cats/c.jpg"}
+        assert set(tree(store)) == {*before, *copies, "sorted/dogs/b.jpg"} - {"in/b.jpg"}
+        store.put("sorted/cats/c.jpg", b"edited")
+        assert undo(job) == {"sorted/cats/a.jpg": "left", "sorted/dogs/b.jpg": "moved", "sorted/cats/c.jpg": "left"}
+        assert set(tree(store)) == {*before, *copies}
+    assert undo(job) == {"sorted/cats/a.jpg": "moved", "sorted/cats/c.jpg": "left"}
     assert tree(store) == before | {"sorted/cats/c.jpg": b"edited"}
     run(job, new_sorter)
     assert tree(store) == before | {"sorted/cats/c.jpg": b"edited"}
