@@ -96,7 +96,7 @@ class MemoryStore:
     def remove_own(self, key: str) -> None:
         self.objects.pop(key, None)
 
-    def now(self) -> datetime:
+    def now(self, prefix: str) -> datetime:
         return START + timedelta(seconds=self.writes + self.idle_seconds)
 
 

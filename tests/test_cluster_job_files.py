@@ -152,7 +152,7 @@ def test_empty_objects_that_stand_for_folders_are_nobodys_files(store: MemorySto
     store.put(jobs.jobs_folder("sorted/"), b"")
     after = statuses.read(job)
     assert replace(after, holder=before.holder) == before
-    assert (after.holder.number, after.holder.is_released) == (2, True)
+    assert (after.holder.number, after.holder.may_have_nodes) == (2, False)
     assert shard_mover.half_moved(job.files) == set()
     with exclusion.begin(job, described()):
         assert [row.kind for row in take_back(job, "copy", SidecarNames())] == ["moved"]

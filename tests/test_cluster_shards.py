@@ -201,36 +201,6 @@ def test_a_command_names_the_first_20_objects_that_stay(
     assert "its storage class is GLACIER" in told[0]
 
 
-@pytest.mark.parametrize("how", ["replaced before it was decided on", "edited after an undo", "deleted and put anew"])
-def test_the_sidecar_of_a_photo_that_becomes_another_follows_that(
-    store: MemoryStore, job: Job, new_sorter: NewSorter, how: str
-) -> None:
-    def sort_all() -> None:
-        jobs.list_inbox(job, preflight.selection(SETTINGS))
-        for name in unfinished(job, decide_only=False):
-            new_sorter().sort(name)
-
-    put(store, {"a.jpg": plain(RED), "a.xmp": b"<xmp>", "b.jpg": plain(RED, 1)})
-    if how == "replaced before it was decided on":
-        jobs.list_inbox(job, preflight.selection(SETTINGS))
-        put(store, {"a.jpg": plain(GREEN)})
-        new_sorter().sort("00000")
-        assert {"in/a.jpg", "in/a.xmp"} <= set(tree(store))
-    elif how == "edited after an undo":
-        sort_all()
-        undo(job)
-        put(store, {"a.jpg": plain(GREEN)})
-    else:
-        del store.objects["in/a.jpg"]
-        sort_all()
-        put(store, {"a.jpg": plain(GREEN)})
-    sort_all()
-    assert {"sorted/dogs/a.jpg": plain(GREEN), "sorted/dogs/a.xmp": b"<xmp>"}.items() <= tree(store).items()
-    sort_all()
-    undo(job)
-    assert set(tree(store)) == {"in/a.jpg", "in/a.xmp", "in/b.jpg"}
-
-
 def test_what_is_archived_is_left(store: MemoryStore, job: Job, new_sorter: NewSorter) -> None:
     (item,) = put(store, {"a.jpg": plain(RED)})
     job.files.put_shard("00000", [replace(item, storage_class="GLACIER")])
@@ -839,10 +809,14 @@ def test_a_job_waits_for_the_nodes_of_another_one_whose_command_was_killed(
     with monkeypatch.context() as patch:
         patch.setattr("sorter.cluster.lease.os.getpid", lambda: 2**22 + 1)  # more than any process has
         Lease(store, job.folder)
-    with pytest.raises(NotNowError, match=r"if it was killed, for \d+ seconds"), exclusion.begin(other, described()):
+    said = r"nodes of a command that was killed may still be at work on memory://photos/in/.*: wait for \d+ seconds"
+    with pytest.raises(NotNowError, match=said), exclusion.begin(other, described()):
         pass
     with exclusion.begin(job, described()):
         pass  # the same command goes on at once
+    with pytest.raises(NotNowError, match=said), exclusion.begin(other, described()):
+        pass
+    store.idle_seconds = FRESH_SECONDS
     with exclusion.begin(other, described()):
         pass
 

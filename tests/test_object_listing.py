@@ -106,30 +106,6 @@ def test_a_photo_and_its_sidecars_are_in_the_same_shard_also_where_other_names_c
         assert [group & set(shard) for shard in shards if group & set(shard)] == [group]
 
 
-def test_a_known_sidecar_is_listed_again_with_a_new_photo_once_nobody_else_may_move_it(
-    store: MemoryStore, files: JobFiles
-) -> None:
-    for number in range(40):
-        store.put(f"in/{number:02}.jpg", b"old")
-        store.put(f"in/{number:02}.jpg.json", b"{}")
-    list_inbox(files)
-    before = files.shards()
-    assert len(before) == 8
-    for number in range(40):
-        del store.objects[f"in/{number:02}.jpg"]
-    store.put("in/07.jpg", b"new")
-    store.put("in/38.jpg", b"new")
-    store.put("in/note.xmp", b"<xmp>")
-    store.put("in/38.aae", b"aae")
-    finished = next(name for name in before if any(i.key == "in/38.jpg" for i in files.read_shard(name)))
-    files.put_moves(finished, [])
-    assert list_inbox(files) == (5, 1)
-    assert listed(files)[8] == ["07.jpg", "38.aae", "38.jpg", "38.jpg.json", "note.xmp"]
-    assert list_inbox(files) == (0, 0)
-    store.put("in/38.jpg", b"newer")
-    assert list_inbox(files) == (1, 1), "the shard before may still move the sidecars"
-
-
 def test_families_are_of_one_folder_and_a_sidecar_of_two_photos_joins_them() -> None:
     store = MemoryStore()
     for key in ("x/a.cr2", "x/a.jpg", "x/a.xmp", "x/b.jpg", "y/a.jpg", "y/b.xmp"):

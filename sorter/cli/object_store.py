@@ -182,9 +182,15 @@ def undo(settings: Settings, inbox: str, output: str, job_id: str | None) -> Exi
         SorterError: the job does not exist, or the store does not answer.
     """
     counts: Counter[str] = Counter()
-    shutdown = Shutdown(idle_code=ExitCode.INCOMPLETE)
+    shutdown, interrupted = Shutdown(idle_code=ExitCode.INCOMPLETE), False
     shutdown.unwinds = True
     shutdown.listen()
+
+    def stopping() -> bool:  # asked as long as something is to be restored
+        nonlocal interrupted
+        interrupted = interrupted or shutdown.requested
+        return interrupted
+
     job, described = _known(settings, inbox, output, job_id)
     mode = _probe(job)
     with ExitStack() as stack:
@@ -193,7 +199,7 @@ def undo(settings: Settings, inbox: str, output: str, job_id: str | None) -> Exi
         stream = stack.enter_context(closing(logs.LogStream(os.dup(2))))
         show = _bar(settings, stream, shutdown, stack, None, "restoring")
         sidecars = SidecarNames(described["sidecar_suffixes"])
-        for row in stack.enter_context(closing(take_back(job, mode, sidecars, lambda: shutdown.requested))):
+        for row in stack.enter_context(closing(take_back(job, mode, sidecars, stopping))):
             held.check()
             counts[row.kind] += 1
             show(counts.total())
@@ -202,10 +208,13 @@ def undo(settings: Settings, inbox: str, output: str, job_id: str | None) -> Exi
                 say(f"sorter: cannot restore {entries.printable(row.key)}: {row.reason}")
     stayed = counts.total() - counts["moved"]
     if stayed > NAMED:
-        console.say(f"sorter: and {stayed - NAMED} more; {job.folder}undo/ has all of them", sys.stderr)
-    interrupted = " Interrupted: the same command goes on." if shutdown.requested else ""
-    console.say(_restored(counts["moved"], stayed) + interrupted, sys.stdout)
-    return ExitCode.INCOMPLETE if stayed or shutdown.requested else ExitCode.DONE
+        console.say(
+            f"sorter: and {stayed - NAMED} more; {job.output.url}/{job.folder}undo/ has all of them, as Parquet",
+            sys.stderr,
+        )
+    hint = " Interrupted: the same command goes on." if interrupted else ""
+    console.say(_restored(counts["moved"], stayed) + hint, sys.stdout)
+    return ExitCode.INCOMPLETE if stayed or interrupted else ExitCode.DONE
 
 
 def _restored(restored: int, stayed: int) -> str:

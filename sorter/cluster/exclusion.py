@@ -70,13 +70,13 @@ def _check_beside(job: Job, id_: str, other: dict[str, Any] | JobFileError, acti
     # Nodes of the same job would do no harm: they go by the same decisions.
     if holder.may_have_nodes and (overlaps or "undo" in (action, holder.action)):
         where = "an inbox that is not known" if isinstance(other, JobFileError) else other["inbox"]
-        raise NotNowError(f"{holder.text} is at work on {where}, as the job {id_}: {holder.advice}")
+        raise holder.refusal(f"{where}, as the job {id_}")
     if action == "run" and not overlaps:
         return
     files = JobFiles(job.output, folder)
     is_half_moved = bool(shard_mover.half_moved(files))
-    if action == "undo" and overlaps and is_half_moved:  # should both be half done, one has to be taken back first
-        is_half_moved = not shard_mover.half_moved(job.files)
+    if action == "undo" and is_half_moved:  # should both be half done, one has to be taken back first
+        is_half_moved = not (shard_mover.half_moved(job.files) or job.files.half_undone())
     is_half_undone = action == "run" and bool(files.half_undone())
     if isinstance(other, JobFileError):
         if is_half_moved or is_half_undone:

@@ -21,7 +21,7 @@ from sorter.cluster.pool import Finished, Pool, Task
 from sorter.cluster.shard_sorter import NAMED, Result
 from sorter.cluster.shards import READERS, JobFiles, Problem
 from sorter.cluster.stores import Mode, Store, read_own
-from sorter.errors import ConfigurationError, JobFileError, ObjectError
+from sorter.errors import ConfigurationError, FailingObjectError, JobFileError, ObjectError
 from sorter.files import FAILED, FOLDER, UNSURE
 from sorter.inbox.selection import Selection
 from sorter.settings import Settings
@@ -249,7 +249,7 @@ def any_left(job: Job) -> bool:
             return False
         try:
             there = job.inbox.head(problem.key)
-        except ObjectError:  # which may be why it was left
+        except (ObjectError, FailingObjectError):  # which may be why it was left
             return True
         return there is not None and there.etag == problem.etag
 

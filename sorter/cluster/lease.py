@@ -18,12 +18,13 @@ from typing import Any, Literal, Self
 from uuid import uuid4
 
 from sorter.cluster.stores import Store, read_own
-from sorter.errors import NotNowError, SorterError, StoreError
+from sorter.errors import NotNowError, ObjectError, SorterError, StoreError
 
 Action = Literal["run", "undo"]
 
 RENEW_SECONDS = 30.0
 FRESH_SECONDS = 120.0
+_SOMEBODY = "another process"
 _NAME = re.compile(r"/\d{8}\.json$")
 
 
@@ -34,38 +35,32 @@ class Holder:
     Attributes:
         number: of that renewal; 0 if there was none.
         text: the process, for a person.
-        age_seconds: how long ago that was, by the store's clock.
-        is_released: its work has ended in good order.
-        is_killed: its process was on this machine, and has ended.
         action: what it does with the job.
+        is_fresh: it is at work.
+        wait_seconds: until it counts as gone, if it was killed, and its nodes with it.
+        nodes_until: until when nodes may be at work, in seconds since the epoch by the store's clock; 0 if there are
+            none. Those on other machines outlive a run that is killed, for a while, and also the commands after it.
     """
 
     number: int
-    text: str = ""
-    age_seconds: float = 0.0
-    is_released: bool = True
-    is_killed: bool = False
+    text: str = _SOMEBODY
     action: Action = "run"
-
-    @property
-    def is_fresh(self) -> bool:
-        """Whether somebody is at work."""
-        return self._is_recent and not self.is_killed
+    is_fresh: bool = False
+    wait_seconds: float = 0.0
+    nodes_until: float = 0.0
 
     @property
     def may_have_nodes(self) -> bool:
-        """Whether nodes may be at work: those on other machines outlive a command that is killed, for a while."""
-        return self.is_fresh or (self._is_recent and self.action == "run")  # an undo has none
+        """Whether it or nodes may be at work."""
+        return self.is_fresh or self.wait_seconds > 0
 
-    @property
-    def _is_recent(self) -> bool:
-        return not self.is_released and self.age_seconds < FRESH_SECONDS
-
-    @property
-    def advice(self) -> str:
-        """What whoever cannot have the lease is to do."""
-        wait_seconds = max(0.0, FRESH_SECONDS - self.age_seconds)
-        return f"wait for its end, or, if it was killed, for {wait_seconds:.0f} seconds"
+    def refusal(self, of_what: str) -> NotNowError:
+        """For whoever cannot work on something meanwhile: who does, and what to do."""
+        if not self.is_fresh:
+            who = "nodes of a command that was killed may still be"
+            return NotNowError(f"{who} at work on {of_what}: wait for {self.wait_seconds:.0f} seconds")
+        or_for = f"or, if it was killed, for {self.wait_seconds:.0f} seconds"
+        return NotNowError(f"{self.text} is at work on {of_what}: wait for its end, {or_for}")
 
 
 def holder(store: Store, folder: str) -> Holder:
@@ -82,22 +77,24 @@ def holder(store: Store, folder: str) -> Holder:
     last = next(iter(collections.deque(renewals, maxlen=1)), None)
     if last is None:
         return Holder(0)
-    number, age_seconds = int(last.key[-13:-5]), (store.now() - last.modified).total_seconds()
+    number, gone = int(last.key[-13:-5]), last.modified.timestamp() + FRESH_SECONDS
 
     def parse(content: bytes) -> Holder:
         try:
             said: dict[str, Any] = json.loads(content)
-            here = said["process_table"] == _process_table()
-            return Holder(
-                number=number,
-                text=f"process {said['process']} on {said['host']}",
-                age_seconds=age_seconds,
-                is_released=said["released"],
-                is_killed=here and not os.path.exists(f"/proc/{said['process']}"),
-                action=said["action"],
-            )
+            text, action = f"process {said['process']} on {said['host']}", said["action"]
+            is_killed = said["process_table"] == _process_table() and not os.path.exists(f"/proc/{said['process']}")
+            is_released, nodes_until = said["released"], float(said["nodes_until"])
         except (ValueError, TypeError, KeyError):  # a damaged one is somebody's until it is too old
-            return Holder(number, "another process", age_seconds, is_released=False)
+            text, action, is_killed, is_released, nodes_until = _SOMEBODY, "run", False, False, 0.0
+        if not is_released and action == "run":
+            nodes_until = max(nodes_until, gone)
+        if is_released and not nodes_until:
+            return Holder(number, text, action)
+        now = store.now(folder).timestamp()
+        is_fresh = not is_released and not is_killed and now < gone
+        wait_seconds = max(nodes_until, gone if is_fresh else 0.0) - now
+        return Holder(number, text, action, is_fresh, max(0.0, wait_seconds), nodes_until)
 
     return read_own(store, last.key, parse) or Holder(0)
 
@@ -118,13 +115,13 @@ class Lease:
     def __init__(self, store: Store, folder: str, action: Action = "run") -> None:
         self._store, self._folder, self._action = store, folder, action
         self._ending = threading.Event()
-        self._error: SorterError | None = None
+        self._error: SorterError | ObjectError | None = None
         self._token = uuid4().hex
         last = holder(store, folder)
-        self._number = last.number
+        self._number, self._nodes_until = last.number, last.nodes_until
         is_taken = last.may_have_nodes if action == "undo" else last.is_fresh
         if is_taken or not self._renew():
-            raise NotNowError(f"{last.text or 'another process'} is at work on this job: {last.advice}")
+            raise last.refusal("this job")
 
     def __enter__(self) -> Self:
         """Start the thread that renews it."""
@@ -139,7 +136,7 @@ class Lease:
         self._ending.set()
         self._thread.join()
         if self._error is None:
-            with contextlib.suppress(StoreError):
+            with contextlib.suppress(StoreError, ObjectError):
                 self._renew(released=True)
 
     def check(self) -> None:
@@ -158,14 +155,17 @@ class Lease:
             "process_table": _process_table(),
             "action": self._action,
             "released": released,
+            "nodes_until": self._nodes_until,
             "token": self._token,
         }
-        key, data = f"{self._folder}lease/{self._number + 1:08d}.json", json.dumps(content).encode()
-        # If the answer to a first try was lost, the second one finds the key taken, by this process.
-        if not self._store.put_new(key, data) and self._store.read(key) != data:
-            return False
-        self._number += 1
-        return True
+        while True:
+            key, data = f"{self._folder}lease/{self._number + 1:08d}.json", json.dumps(content).encode()
+            # If the answer to a first try was lost, the second one finds the key taken, by this process.
+            if not self._store.put_new(key, data) and self._token.encode() not in (self._store.read(key) or b""):
+                return False
+            self._number += 1
+            if not released or self._store.read(key) == data:
+                return True
 
     def _run(self) -> None:
         while not self._ending.wait(RENEW_SECONDS):
@@ -174,7 +174,7 @@ class Lease:
                     raise NotNowError("another process has taken this job over: wait for its end")
             except StoreError:
                 continue  # a later one may be in time; the nodes notice themselves that the store is away
-            except SorterError as error:
+            except (SorterError, ObjectError) as error:
                 self._error = error
                 return
 

@@ -118,18 +118,22 @@ class ObjectMover:
         """
         key = copied.key
         assert key is not None, "only what has a copy can lose it"
+        twice = ""
         try:
             there = self.insist(lambda: self._store.head(key))
             if _is_copy(there, copied, move_token(self._source.bucket, item)):
+                twice = ": it is there twice"
                 self.insist(lambda: self._source.delete_exact(item))
             original = self.insist(lambda: self._source.head(item.key))
         except ObjectError as error:
-            return Moved("left", reason=f"{error}: it is there twice")
+            return Moved("left", reason=f"{error}{twice}")
         if original is None or original.etag != item.etag:
             return self.move_back(item, copied)
         if there is None:
             return Moved("moved", item.key, original.etag)
-        return Moved("left", reason="the original was not deleted either: it is there twice")
+        if not twice:
+            return Moved("left", reason="its copy was changed since: the original is where it was")
+        return Moved("left", reason=f"the store refuses to delete the original{twice}")
 
     def insist(self, request: Callable[[], _Answer]) -> _Answer:
         """What a request for one object answers, or whose fault it is if the store fails at it.

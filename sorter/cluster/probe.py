@@ -60,12 +60,15 @@ def confirm(store: Store, prefix: str, source: Store, source_prefix: str, mode: 
     source.put_new(key, OTHER)
     try:
         item = source.head(key)
-        if item is not None and source.read(key) == OTHER and store.copy_new(item, source, there, "0", mode):
-            source.delete_exact(item)
+        if item is not None and source.read(key) == OTHER:
+            store.copy_new(item, source, there, "0", mode)  # None also if the store did it and failed to say so
             copied = store.head(there)
-            if copied is not None and source.copy_new(copied, store, key, "0", mode, unlike=item.etag):
-                store.delete_exact(copied)
-                return
+            if copied is not None:
+                source.delete_exact(item)
+                source.copy_new(copied, store, key, "0", mode, unlike=item.etag)
+                if source.head(key) is not None:
+                    store.delete_exact(copied)
+                    return
     except ObjectError as error:
         raise StoreError(f"{source.url} and {store.url} fail: {error}; check their state and start again") from error
     finally:

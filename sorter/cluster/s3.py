@@ -1,9 +1,8 @@
 """Amazon S3, and servers that speak its protocol, through boto3: a `Store`.
 
 In: a bucket's name, and boto3's own configuration. Out: objects, bytes, and the answers of conditional requests.
-The pace after `503 Slow Down`, and what is done about connections that fail, are botocore's. How often a request is
-repeated that the store fails at, or that is in the way of another one, is decided here, as is what happens with bodies
-that are cut short.
+The pace after `503 Slow Down` is botocore's. How often a request is repeated that the store fails at, or that is in the
+way of another one, is decided here, as is what happens with connections and bodies that are cut off.
 """
 
 import io
@@ -208,11 +207,14 @@ class S3Store:
         with self._answering(), suppress(_MissingError):
             self._client.delete_object(Bucket=self.bucket, Key=key)
 
-    def now(self) -> datetime:
+    def now(self, prefix: str) -> datetime:
         """See `Store.now`."""
         with self._answering():
-            answer = self._client.head_bucket(Bucket=self.bucket)
-        return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+            answer = self._client.list_objects_v2(Bucket=self.bucket, Prefix=prefix, MaxKeys=1)
+        try:
+            return parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        except (KeyError, ValueError) as error:
+            raise StoreError(f"{self.url} sends no Date with its answers: use a store that has a clock") from error
 
     def _copy_through_here(
         self, item: StoredObject, source: "S3Store", key: str, properties: dict[str, Any], as_parts: bool
@@ -304,7 +306,7 @@ class S3Store:
             file.seek(0)
             file.truncate()
             pause(attempt)
-        raise StoreError(f"{self.url} ends its answers early, {ATTEMPTS} times for {key!r}: check it and start again")
+        raise FailingObjectError(f"{self.url} ends its answers early, {ATTEMPTS} times for {key!r}: check its state")
 
     @contextmanager
     def _answering(self, key: str | None = None) -> Iterator[None]:
@@ -353,16 +355,19 @@ class _RefusedError(Exception):
     """A condition does not hold."""
 
 
-def _pause_before_retry(attempts: int, operation: Any, response: Any, **_: Any) -> float | None:
+def _pause_before_retry(
+    attempts: int, operation: Any, response: Any, caught_exception: Exception | None = None, **_: Any
+) -> float | None:
     """The seconds after which botocore is to repeat a request; None leaves that to botocore's own rules.
 
     These have one quota for all threads, and no second attempt for anybody once some have used it up: a store that
-    fails for a second would fail for good. They do not know either that 409 means that two conditional requests
-    collided.
+    fails for a second, or cuts connections off, would fail for good. They do not know either that 409 means that two
+    conditional requests collided.
     """
     status = 0 if response is None else response[1]["ResponseMetadata"]["HTTPStatusCode"]
     is_collision = status == 409 and operation.name != _COMPLETE
-    if attempts < ATTEMPTS and (is_collision or (status >= 500 and status != 501)):
+    is_cut_off = isinstance(caught_exception, exceptions.HTTPClientError)
+    if attempts < ATTEMPTS and (is_cut_off or is_collision or (status >= 500 and status != 501)):
         return pause_seconds(attempts - 1)
     return None
 

@@ -70,9 +70,9 @@ class ShardMover:
         self._files.put_moves(name, found)
         return found
 
-    def close(self) -> None:
-        """End the threads; moves in hand are finished by whoever comes next."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+    def close(self, *, wait: bool = False) -> None:
+        """End the threads, at once or after the moves in hand; what is not moved then is for whoever comes next."""
+        self._pool.shutdown(wait=wait, cancel_futures=True)
 
     def _place(self, decided: Decided, rows: dict[str, MovedRow]) -> str | None:
         """The key that an object should have: a sidecar is called as its photo was in the end."""
@@ -110,5 +110,5 @@ def problems(decisions: Sequence[Decided], rows: Mapping[str, MovedRow]) -> list
 def half_moved(files: JobFiles) -> set[str]:
     """The shards of which something may have been moved that no file says."""
     folder = files.folder + _BEGUN
-    begun = {item.key.removeprefix(folder) for item in files.store.list(folder)}
-    return {name for name in begun if is_shard_name(name)} - files.finished("moves")
+    begun = {name for item in files.store.list(folder) if is_shard_name(name := item.key.removeprefix(folder))}
+    return begun - files.finished("moves") if begun else begun

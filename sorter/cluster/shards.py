@@ -56,9 +56,9 @@ _DECIDED = pyarrow.schema(
 _MOVED = pyarrow.schema({"key": _TEXT, "kind": _TEXT, "destination": _TEXT, "etag": _TEXT, "reason": _TEXT})
 _DEATHS = "deaths/"
 _UNDOING = "undoing/"
-_NAME = re.compile(r"(\d+)((?:-[01])*)")
+_NAME = re.compile(r"\d+(?:-[01])*")
 _UNDO_NAME = re.compile(rf"{_NAME.pattern}(?:\.\d+)?\.parquet")
-_UNDOING_NAME = re.compile(r"(\d+(?:-[01])*)\.(\d+)")
+_UNDOING_NAME = re.compile(rf"({_NAME.pattern})\.(\d+)")
 _Row = TypeVar("_Row")
 
 
@@ -244,7 +244,7 @@ class JobFiles:
         folder = f"{self.folder}{_UNDOING}"
         # Before the undos: one that ends meanwhile is then finished.
         found = [_UNDOING_NAME.fullmatch(item.key.removeprefix(folder)) for item in self.store.list(folder)]
-        undos = self.undos()
+        undos = self.undos() if found else {}
         return {match[1] for match in filter(None, found) if int(match[2]) > len(undos.get(match[1], ()))}
 
     def put_undo(self, name: str, rows: Sequence[MovedRow]) -> None:

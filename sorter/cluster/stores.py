@@ -158,8 +158,12 @@ class Store(Protocol):
         """Delete an object of the sorter's own, below a `.sorter/`, whatever version it is."""
         ...
 
-    def now(self) -> datetime:
-        """The store's clock, which gives objects their times; to the second."""
+    def now(self, prefix: str) -> datetime:
+        """The time by the store's clock, which gives objects theirs; to the second.
+
+        Args:
+            prefix: of keys that may be listed.
+        """
         ...
 
 

@@ -4,7 +4,7 @@ In: what the job's files say was moved. Out: for each object, whether it is back
 moves were, so that whoever is killed goes on, and a second undo tries only what stayed.
 """
 
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -39,8 +39,11 @@ def take_back(
     for name in sorted(shard_mover.half_moved(files)):
         if stopping():
             return
-        with closing(ShardMover(files, mover, sidecars)) as unfinished:
+        unfinished = ShardMover(files, mover, sidecars)
+        try:
             unfinished.move(name, files.read_decisions(name) or [])
+        finally:
+            unfinished.close(wait=True)
     undos = files.undos()
     with ThreadPoolExecutor(TRANSFERS, "undo") as pool:
         for name in sorted(files.finished("moves") - files.finished("undo")):
@@ -54,10 +57,11 @@ def take_back(
             if there:
                 files.begin_undo(name, len(undos.get(name, ())) + 1)
             rows: list[MovedRow | None] = []
-            for row in _take_back(files, mover, name, there, stopping, pool):
-                rows.append(row)
-                if row is not None:
-                    yield row
+            with closing(_take_back(files, mover, name, there, stopping, pool)) as taken_back:
+                for row in taken_back:
+                    rows.append(row)
+                    if row is not None:
+                        yield row
             if None in rows:
                 return
             files.put_undo(name, [row for row in rows if row is not None])
@@ -70,7 +74,7 @@ def _take_back(
     there: Collection[MovedRow],
     stopping: Callable[[], bool],
     pool: ThreadPoolExecutor,
-) -> Iterator[MovedRow | None]:
+) -> Generator[MovedRow | None, None, None]:
     """What became of objects of a shard: `key` is where one was sorted to, `destination` where it is back.
 
     A sidecar stays with a photo that stays. None is for an object that was not tried any more.
