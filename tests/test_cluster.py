@@ -359,14 +359,16 @@ def test_credentials_that_may_not_write_are_said_with_the_bucket(
 
 
 class _Flaky(BaseHTTPRequestHandler):
-    """Gives each object on the third request for it."""
+    """Gives each object on the third request for it: fails at the first, and cuts the connection of the second off."""
 
     failures: Counter[str]
 
     def do_GET(self) -> None:
-        fails = self.failures[self.path] < 2
-        self.failures[self.path] += fails
-        self.send_response(500 if fails else 200)
+        failures = self.failures[self.path]
+        self.failures[self.path] = min(failures + 1, 2)
+        if failures == 1:
+            return
+        self.send_response(500 if failures == 0 else 200)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -386,10 +388,12 @@ def test_an_error_of_the_store_is_repeated_also_where_botocore_has_used_up_its_q
             monkeypatch.setenv(f"AWS_{name}", "some")
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         store, _ = open_store("s3://photos")
-        with ThreadPoolExecutor(32) as pool:
-            found = list(pool.map(store.read, map(str, range(100))))
-        server.shutdown()
-        thread.join()
+        try:
+            with ThreadPoolExecutor(32) as pool:
+                found = list(pool.map(store.read, map(str, range(100))))
+        finally:
+            server.shutdown()
+            thread.join()
     assert found == [b""] * 100
     assert _Flaky.failures.total() == 200, (
         "botocore would repeat 35 to 100 requests of a process, and fail at the others"

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, NoReturn, cast
 
 import pytest
 from conftest import GREEN, RED, RedGreenEngine, plain
@@ -172,8 +172,12 @@ def test_what_fails_or_stays_is_written_down_with_its_reason_and_status_counts_i
     assert statuses.read(job).problems == {"failed": 1, "left": 2, "changed": 1}
 
 
+def failing(key: str) -> NoReturn:
+    raise FailingObjectError(f"the store fails at {key!r}")
+
+
 def test_what_was_left_is_known_until_it_is_gone_or_becomes_another(
-    store: MemoryStore, job: Job, new_sorter: NewSorter
+    store: MemoryStore, job: Job, new_sorter: NewSorter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = put(store, {f"{n}.jpg": plain(RED, n) for n in range(3)})
     assert not jobs.any_left(job)
@@ -184,6 +188,9 @@ def test_what_was_left_is_known_until_it_is_gone_or_becomes_another(
     assert jobs.any_left(job)
     del store.objects["in/0.jpg"]
     assert jobs.any_left(job)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "head", failing)  # which is why it was left
+        assert jobs.any_left(job)
     store.put("in/1.jpg", plain(GREEN))
     assert not jobs.any_left(job)
 
@@ -688,9 +695,28 @@ def test_of_two_jobs_that_are_half_done_and_wait_for_each_other_one_can_be_taken
     for one in (job, other):
         with pytest.raises(NotNowError, match="is not finished"), exclusion.begin(one, described()):
             pass
-    assert command("undo", "--job", job.id)[0] == 0
-    with exclusion.begin(other, described()):
+    assert command("undo", "--job", other.id)[0] == 0
+    with exclusion.begin(job, described()):
         pass
+
+
+def test_an_undo_that_is_killed_beside_a_half_done_job_goes_on(
+    store: MemoryStore, job: Job, new_sorter: NewSorter, command: Command
+) -> None:
+    """Otherwise each would wait for the other: the undo for the job, and the job for the end of the undo."""
+    other = replace(job, id="ba9876543210")
+    for one in (job, other):
+        with exclusion.begin(one, described()):
+            pass
+    put(store, {"a.jpg": plain(RED)})
+    run(job, new_sorter)
+    store.put_new(f"{other.folder}moving/00000", b"")
+    assert command("undo", "--job", job.id)[0] == 4
+    job.files.begin_undo("00000", 1)  # as of an undo that was allowed, because both were half done
+    with pytest.raises(NotNowError, match="was interrupted"), exclusion.begin(other, described()):
+        pass
+    assert command("undo", "--job", job.id)[0] == 0
+    assert tree(store) == {"in/a.jpg": plain(RED)}
 
 
 def test_undo_names_what_could_not_be_deleted_and_brings_it_back_once_it_can(
