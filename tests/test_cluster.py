@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -329,6 +329,22 @@ def test_an_endpoint_that_is_no_url_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         open_store("s3://photos/in")
 
 
+@contextmanager
+def _serving(handler: type[BaseHTTPRequestHandler], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A store that answers every request in one way, and the environment that leads to it."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"):
+            monkeypatch.setenv(f"AWS_{name}", "some")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 class _Forbidden(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.send_response(403)
@@ -344,16 +360,8 @@ class _Forbidden(BaseHTTPRequestHandler):
 def test_credentials_that_may_not_write_are_said_with_the_bucket(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Forbidden) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"):
-            monkeypatch.setenv(f"AWS_{name}", "some")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-        code = main(["cluster", "check", "--inbox", "s3://photos/in", "--output", "s3://photos/sorted"])
-        server.shutdown()
-        thread.join()
-    assert code == 1
+    with _serving(_Forbidden, monkeypatch):
+        assert main(["cluster", "check", "--inbox", "s3://photos/in", "--output", "s3://photos/sorted"]) == 1
     said = "s3://photos cannot be used: the store refuses it (403: Forbidden); check the permissions"
     assert said in capsys.readouterr().err
 
@@ -381,23 +389,10 @@ def test_an_error_of_the_store_is_repeated_also_where_botocore_has_used_up_its_q
 ) -> None:
     monkeypatch.setattr("sorter.cluster.s3.pause_seconds", lambda attempt: 0.01)
     _Flaky.failures = Counter()
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Flaky) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "DEFAULT_REGION"):
-            monkeypatch.setenv(f"AWS_{name}", "some")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    with _serving(_Flaky, monkeypatch), ThreadPoolExecutor(32) as pool:
         store, _ = open_store("s3://photos")
-        try:
-            with ThreadPoolExecutor(32) as pool:
-                found = list(pool.map(store.read, map(str, range(100))))
-        finally:
-            server.shutdown()
-            thread.join()
-    assert found == [b""] * 100
-    assert _Flaky.failures.total() == 200, (
-        "botocore would repeat 35 to 100 requests of a process, and fail at the others"
-    )
+        assert list(pool.map(store.read, map(str, range(100)))) == [b""] * 100
+    assert _Flaky.failures.total() == 200, "botocore would repeat 35 to 100 requests of a process, and fail at others"
 
 
 @pytest.mark.usefixtures("_own_signals")
