@@ -306,6 +306,18 @@ def test_undo_after_a_job_brings_every_photo_back(bucket: Photos, strict_moto: S
     assert sorted(bucket.objects()) == before
 
 
+def one_completion_at_a_time() -> Callable[[Request], None]:
+    """Slows an undo down, so that it can be interrupted in the middle."""
+    turn = threading.Lock()
+
+    def before(request: Request) -> None:
+        if request.operation == "CompleteMultipartUpload":
+            with turn:
+                time.sleep(0.1)
+
+    return before
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_an_undo_after_the_photos_in_hand_and_a_second_one_at_once_and_the_same_command_goes_on(
@@ -315,16 +327,10 @@ def test_a_signal_ends_an_undo_after_the_photos_in_hand_and_a_second_one_at_once
     bucket.put(files)
     _sort_into_cats(bucket.job(monkeypatch))
     assert not any(key.startswith("in/") for key in bucket.objects())
-    turn = threading.Lock()
-
-    def one_at_a_time(request: Request) -> None:
-        if request.operation == "CompleteMultipartUpload":
-            with turn:
-                time.sleep(0.1)
 
     def interrupted(signals: int) -> tuple[int, str, str]:
         line.reset()
-        line.before = one_at_a_time
+        line.before = one_completion_at_a_time()
         command = bucket.start("undo", server=line.server)
         while sum(r.operation == "DeleteObject" and "/cats/" in r.path for r in line.requests) < 8:
             assert command.poll() is None, command.communicate()
@@ -361,14 +367,7 @@ def test_on_a_terminal_an_undo_shows_how_far_it_is_and_names_what_it_cannot_rest
     bucket.put({f"{n:02}.jpg": plain(RED, n) for n in range(80)})
     _sort_into_cats(bucket.job(monkeypatch))
     bucket.put({"07.jpg": b"a stranger's"})
-    turn = threading.Lock()
-
-    def one_at_a_time(request: Request) -> None:
-        if request.operation == "CompleteMultipartUpload":
-            with turn:
-                time.sleep(0.1)
-
-    line.before = one_at_a_time
+    line.before = one_completion_at_a_time()
     terminal = Terminal("cluster", "undo", *bucket.urls, **line.server.environment)
     terminal.wait_for(b"restoring")
     terminal.wait_for(b" photos/s")

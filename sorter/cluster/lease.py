@@ -52,7 +52,7 @@ class Holder:
     @property
     def may_have_nodes(self) -> bool:
         """Whether it or nodes may be at work."""
-        return self.is_fresh or self.wait_seconds > 0
+        return self.wait_seconds > 0
 
     def refusal(self, of_what: str) -> NotNowError:
         """For whoever cannot work on something meanwhile: who does, and what to do."""
